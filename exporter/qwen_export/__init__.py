@@ -1,0 +1,1 @@
+"""checkpoint -> artifact: the streaming exporter. Never imported by the runtime."""

@@ -1,0 +1,129 @@
+"""The command `qwen-export`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from qwen_profiles.errors import reported
+from qwen_profiles.schema import load_profile, profile_names
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import default_output, export
+from qwen_export.export import Progress as ExportProgress
+
+_EPILOG = """\b
+Examples:
+  qwen-export --profile cpu Qwen/Qwen3.5-0.8B
+  qwen-export --profile strix-halo ~/models/Qwen3.5-4B -o D:/kiosk/model
+  qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
+"""
+
+
+class _Bar:
+    """Bytes of the checkpoint dealt with, on stderr so that stdout stays clean for --json."""
+
+    def __init__(self, console: Console, bar: Progress) -> None:
+        self._console, self._bar = console, bar
+        self._task = bar.add_task("weights", total=None)
+
+    def note(self, message: str) -> None:
+        self._console.print(message)
+
+    def start(self, total: int) -> None:
+        self._bar.update(self._task, total=total)
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[ExportProgress]:
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not show,
+    )
+    with bar:
+        yield _Bar(console, bar)
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("checkpoint")
+@click.option(
+    "--profile",
+    "profile_name",
+    required=True,
+    metavar="NAME",
+    help=f"Hardware class to export for: {', '.join(profile_names())}.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write.  [default: artifacts/<model>-<profile>]",
+)
+@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+@click.option("--all-logits", is_flag=True, help="Logits for every position: slower, for evaluation.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar on stderr.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.version_option(package_name="qwen-edge")
+def main(
+    checkpoint: str,
+    profile_name: str,
+    output: Path | None,
+    revision: str | None,
+    force: bool,
+    all_logits: bool,
+    as_json: bool,
+    progress: bool,
+    debug: bool,
+) -> None:
+    """Turn a Qwen3.5 CHECKPOINT (a local folder or a hub id) into an artifact for one class of hardware.
+
+    An export that was stopped goes on where it was when the same command is run again.
+
+    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
+    """
+    with reported(debug):
+        profile = load_profile(profile_name)
+        source = Checkpoint.open(checkpoint, revision)
+        folder = output or default_output(source, profile)
+        with _progress(progress and not as_json) as shown:
+            manifest = export(source, profile, folder, shown, force=force, all_logits=all_logits)
+        if as_json:
+            click.echo(json.dumps({"output": str(folder), **manifest}, indent=2))
+        else:
+            _summary(folder, manifest)
+
+
+def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
+    table = Table("role", "precision", "MB", title=f"{folder}")
+    for role, size in manifest["bytes_by_role"].items():
+        form = manifest["recipe"].get(role, {"precision": "float"})
+        table.add_row(role, form["precision"], f"{size / 1e6:.1f}")
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
+    Console(file=sys.stdout).print(table)
+    click.echo(f'next: qwen-run {folder} "Hello"')

@@ -1,0 +1,189 @@
+"""config.json: the text model's geometry, and the tensors that a checkpoint of it must hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from qwen_profiles.errors import UserError
+
+LayerType = Literal["linear_attention", "full_attention"]
+
+# model_type -> where the text model's configuration lies; None is the top level.
+_TEXT_CONFIG = {"qwen3_5_text": None, "qwen3_5": "text_config"}
+_NOT_YET = ("qwen3_5_moe", "qwen3_5_moe_text")
+
+
+class RopeParameters(BaseModel):
+    """`rope_parameters` of config.json. Only the default (unscaled) rotary embedding is supported."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rope_type: Literal["default"] = "default"
+    rope_theta: float = 10_000.0
+    partial_rotary_factor: float = Field(default=0.25, gt=0, le=1)
+    mrope_section: tuple[int, int, int] = (11, 11, 10)
+    mrope_interleaved: Literal[True] = True
+
+
+class TextConfig(BaseModel):
+    """Geometry of a dense Qwen3.5 text model; names and defaults as in transformers' Qwen3_5TextConfig."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    vocab_size: int = Field(default=248320, gt=0)
+    hidden_size: int = Field(default=4096, gt=0)
+    intermediate_size: int = Field(default=12288, gt=0)
+    num_hidden_layers: int = Field(default=32, gt=0)
+    num_attention_heads: int = Field(default=16, gt=0)
+    num_key_value_heads: int = Field(default=4, gt=0)
+    head_dim: int = Field(default=256, gt=0)
+    hidden_act: Literal["silu"] = "silu"
+    max_position_embeddings: int = Field(default=32768, gt=0)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: Literal[False] = False
+    linear_conv_kernel_dim: int = Field(default=4, gt=1)
+    linear_key_head_dim: int = Field(default=128, gt=0)
+    linear_value_head_dim: int = Field(default=128, gt=0)
+    linear_num_key_heads: int = Field(default=16, gt=0)
+    linear_num_value_heads: int = Field(default=32, gt=0)
+    layer_types: tuple[LayerType, ...]
+    rope_parameters: RopeParameters = RopeParameters()
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layer_types_from_interval(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("layer_types") is None:
+            interval = values.get("full_attention_interval", 4)
+            count = values.get("num_hidden_layers", cls.model_fields["num_hidden_layers"].default)
+            types = [
+                "full_attention" if layer % interval == interval - 1 else "linear_attention"
+                for layer in range(count)
+            ]
+            values = {**values, "layer_types": types}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TextConfig:
+        checks = {
+            "layer_types must name each of num_hidden_layers": len(self.layer_types)
+            == self.num_hidden_layers,
+            "num_key_value_heads must divide num_attention_heads": self.num_attention_heads
+            % self.num_key_value_heads
+            == 0,
+            "linear_num_key_heads must divide linear_num_value_heads": self.linear_num_value_heads
+            % self.linear_num_key_heads
+            == 0,
+            "mrope_section must add up to half of the rotary dimension": sum(
+                self.rope_parameters.mrope_section
+            )
+            == self.rotary_dim // 2,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
+        return self
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of each attention head that are rotated."""
+        return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
+
+    @property
+    def key_dim(self) -> int:
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of Gated DeltaNet's convolution: queries, keys and values."""
+        return 2 * self.key_dim + self.value_dim
+
+
+def load_config(folder: Path) -> TextConfig:
+    """The text model's configuration from `folder`/config.json.
+
+    Raises:
+        UserError: it is missing or malformed, of a model type that is not supported, or contradicts itself.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model_type = content["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path.name} is not a model configuration ({error!r}): download it again"
+        ) from error
+    if model_type in _NOT_YET:
+        raise UserError(f"model type '{model_type}' is not supported yet: dense Qwen3.5 text models are")
+    if model_type not in _TEXT_CONFIG:
+        raise UserError(
+            f"model type '{model_type}' is not Qwen3.5: supported are {', '.join(_TEXT_CONFIG)}"
+        )
+    section = _TEXT_CONFIG[model_type]
+    values = dict(content[section] if section else content)
+    if section and "tie_word_embeddings" in content:
+        values.setdefault("tie_word_embeddings", content["tie_word_embeddings"])
+    try:
+        return TextConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"config.json: {field + ': ' if field else ''}{message}") from error
+
+
+def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of `config` must hold, with its shape; names as `model.X`."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    block = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    value_heads = config.linear_num_value_heads
+    mixers = {
+        "full_attention": {
+            "self_attn.q_proj.weight": (2 * heads, hidden),
+            "self_attn.k_proj.weight": (kv, hidden),
+            "self_attn.v_proj.weight": (kv, hidden),
+            "self_attn.o_proj.weight": (hidden, heads),
+            "self_attn.q_norm.weight": (dim,),
+            "self_attn.k_norm.weight": (dim,),
+        },
+        "linear_attention": {
+            "linear_attn.in_proj_qkv.weight": (config.conv_dim, hidden),
+            "linear_attn.in_proj_z.weight": (config.value_dim, hidden),
+            "linear_attn.in_proj_a.weight": (value_heads, hidden),
+            "linear_attn.in_proj_b.weight": (value_heads, hidden),
+            "linear_attn.conv1d.weight": (config.conv_dim, 1, config.linear_conv_kernel_dim),
+            "linear_attn.dt_bias": (value_heads,),
+            "linear_attn.A_log": (value_heads,),
+            "linear_attn.norm.weight": (config.linear_value_head_dim,),
+            "linear_attn.out_proj.weight": (hidden, config.value_dim),
+        },
+    }
+    for layer, layer_type in enumerate(config.layer_types):
+        for name, shape in {**block, **mixers[layer_type]}.items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    return shapes

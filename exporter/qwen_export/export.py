@@ -1,0 +1,214 @@
+"""One export, start to finish: plan, stream the weights, describe, and put in place.
+
+Everything is made in a hidden folder beside the output and renamed at the end, so that a folder with the
+output's name is always whole. A killed export leaves only the hidden folder; the next one of the same
+checkpoint and profile goes on where the journal ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from filelock import FileLock, Timeout
+from qwen_profiles.errors import UserError
+from qwen_profiles.schema import Profile
+
+from qwen_export import package
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.config import expected_shapes
+from qwen_export.graph.builder import DATA_FILE, GraphBuilder
+from qwen_export.graph.model import GraphOptions, decoder
+from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.targets import TARGETS, Target
+from qwen_export.stream import Journal, Stored, source_bytes, write_weights
+
+_SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
+
+
+class Progress(Protocol):
+    """What an export tells while it runs."""
+
+    def note(self, message: str) -> None:
+        """One line worth reading now."""
+
+    def start(self, total: int) -> None:
+        """`total` bytes of checkpoint are to be dealt with."""
+
+    def advance(self, count: int) -> None:
+        """`count` of them just were."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export before any weight is read: the graph, and the place of every tensor in the data file."""
+
+    target: Target
+    model: ir.Model
+    stored: list[Stored]
+    data_bytes: int
+
+    def bytes_by_role(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for weight, tensors in self.stored:
+            totals[weight.role] = totals.get(weight.role, 0) + sum(tensor.nbytes for tensor in tensors)
+        return totals
+
+
+def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> Plan:
+    """Build the graph from the config and lay out the data file; reads no weight."""
+    target = TARGETS[profile.lowering]
+    dtype = np.dtype(profile.activation_dtype)
+    g = GraphBuilder(target, dtype)
+    recipe = Recipe(dict(profile.weights), target, dtype, profile.accuracy_level)
+    decoder(g, checkpoint.config, recipe, GraphOptions(profile.prefill_chunk, all_logits))
+    return Plan(target, g.model("qwen3_5"), g.stored, g.end)
+
+
+def export(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    output: Path,
+    progress: Progress,
+    *,
+    force: bool = False,
+    all_logits: bool = False,
+) -> dict[str, Any]:
+    """Write the artifact of `checkpoint` for `profile` to the folder `output`; returns its manifest.
+
+    Raises:
+        UserError: the checkpoint contradicts its config or holds NaN, the output exists, the disk is full,
+            or another export is writing to the same place.
+    """
+    if output.exists() and not force:
+        raise UserError(f"{output} already exists: choose another folder with -o, or replace it with --force")
+    checkpoint.check(expected_shapes(checkpoint.config))
+    planned = plan(checkpoint, profile, all_logits)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.parent / f".{output.name}.partial"
+    work.mkdir(exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            written = _export(checkpoint, profile, planned, work, progress, all_logits)
+            _put_in_place(work / "artifact", output)
+    except Timeout as error:
+        raise UserError(f"another export is writing {output}: wait for it to end") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left on the disk of {output}: free some and run the same command to go on"
+            ) from error
+        raise
+    shutil.rmtree(work)
+    return written
+
+
+def _export(
+    checkpoint: Checkpoint, profile: Profile, planned: Plan, work: Path, progress: Progress, all_logits: bool
+) -> dict[str, Any]:
+    staged = work / "artifact"
+    journal = _begin(work, _fingerprint(checkpoint, profile, planned), progress)
+    data = staged / DATA_FILE
+    _check_space(data, planned.data_bytes)
+
+    progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in planned.stored))
+    write_weights(checkpoint, planned.stored, data, planned.data_bytes, journal, progress.advance)
+
+    package.copy_tokenizer(checkpoint.root, staged)
+    ir.save(planned.model, staged / package.MODEL_FILE)
+    config = package.genai_config(checkpoint.config, profile, _generation_config(checkpoint.root))
+    package.write_json(work / package.GENAI_CONFIG, config)
+    paths = [*sorted(staged.iterdir()), work / package.GENAI_CONFIG]
+    manifest = package.manifest(
+        checkpoint,
+        profile,
+        planned.target,
+        context_length=config["model"]["context_length"],
+        files={path.name: package.file_entry(path) for path in paths},
+    )
+    manifest["bytes_by_role"] = planned.bytes_by_role()
+    manifest["all_logits"] = all_logits
+    package.write_json(staged / package.MANIFEST, manifest)
+    # Nothing loads without this file, so it goes in last.
+    os.replace(work / package.GENAI_CONFIG, staged / package.GENAI_CONFIG)
+    return manifest
+
+
+def _begin(work: Path, fingerprint: str, progress: Progress) -> Journal:
+    """Open the journal of an earlier export of the same thing, or start over."""
+    staged, journal_path, mark = work / "artifact", work / "journal.jsonl", work / "fingerprint"
+    if mark.exists() and mark.read_text() == fingerprint and (staged / DATA_FILE).exists():
+        journal = Journal(journal_path)
+        progress.note(f"an earlier export did not finish: going on after {len(journal.done)} weights")
+    else:
+        if mark.exists():
+            progress.note("an earlier export of something else did not finish: starting over")
+        mark.unlink(missing_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        journal_path.unlink(missing_ok=True)
+        staged.mkdir()
+        mark.write_text(fingerprint)
+        journal = Journal(journal_path)
+    for path in staged.iterdir():
+        if path.name != DATA_FILE:
+            path.unlink()
+    return journal
+
+
+def _fingerprint(checkpoint: Checkpoint, profile: Profile, planned: Plan) -> str:
+    """Changes when any byte of the data file could: the shards, the profile, or the layout."""
+    shards = sorted({info.file for info in checkpoint.tensors.values()})
+    identity = {
+        "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],
+        "profile": profile.model_dump(),
+        "layout": [repr(entry) for _, tensors in planned.stored for entry in tensors],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _check_space(data: Path, data_bytes: int) -> None:
+    """Refuse before the work, not after it. The data file is sparse until it is written."""
+    present = data.stat().st_blocks * 512 if data.exists() and hasattr(os.stat_result, "st_blocks") else 0
+    needed = data_bytes - present + _SPARE_BYTES
+    free = shutil.disk_usage(data.parent).free
+    if free < needed:
+        raise UserError(
+            f"the artifact needs {needed / 1e9:.1f} GB more and {data.parent.parent.parent} has "
+            f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
+        )
+
+
+def _generation_config(root: Path) -> dict[str, Any]:
+    path = root / "generation_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path.name} is not valid JSON: download it again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _put_in_place(staged: Path, output: Path) -> None:
+    """Rename `staged` to `output`; an older artifact of that name goes away only then."""
+    if not output.exists():
+        os.replace(staged, output)
+        return
+    old = staged.parent / "replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(output, old)
+    os.replace(staged, output)
+
+
+def default_output(checkpoint: Checkpoint, profile: Profile) -> Path:
+    """artifacts/<model>-<profile> in the current folder."""
+    return Path("artifacts") / f"{Path(package.model_name(checkpoint)).name}-{profile.name}"
+
+

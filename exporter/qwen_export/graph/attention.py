@@ -1,0 +1,172 @@
+"""Full attention: grouped queries, q/k norm, partial rotary embedding, and an output gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.config import TextConfig
+from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.linear import linear, projection
+from qwen_export.graph.norm import rms_norm
+from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.rotary import Rotation, rotate
+from qwen_export.weights import Rows, Weight, one_plus
+
+_MASKED = -1e30  # added to float32 scores
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which keys this run's queries may see; made once for all layers.
+
+    GroupQueryAttention takes two lengths; without it `mask` float32 [1, 1, groups * sequence, total] is
+    added to the scores, where row g * sequence + t belongs to token t.
+    """
+
+    last_key: ir.Value | None = None
+    total_length: ir.Value | None = None
+    mask: ir.Value | None = None
+
+
+def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, input_ids: ir.Value) -> Span:
+    """From `attention_mask` int64 [batch, total], all ones: one sequence, without padding."""
+    if g.target.has("GroupQueryAttention"):
+        count = g.op("ReduceSum", attention_mask, g.ints(1), keepdims=0)
+        last_key = g.cast(g.op("Sub", count, g.constant(1, np.int64)), np.int32)
+        total = g.cast(g.op("Squeeze", g.op("Shape", attention_mask, start=1, end=2)), np.int32)
+        return Span(last_key=last_key, total_length=total)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
+    total = g.op("Squeeze", g.op("Shape", attention_mask, start=1, end=2))
+    sequence = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2))
+    keys = g.op("Range", zero, total, one)
+    queries = g.op("Tile", g.op("Range", g.op("Sub", total, sequence), total, one), g.ints(groups))
+    hidden = g.op("Greater", keys, g.op("Unsqueeze", queries, g.ints(1)))
+    mask = g.op("Mul", g.cast(hidden, np.float32), g.constant(_MASKED, np.float32))
+    return Span(mask=g.op("Unsqueeze", mask, g.ints(0, 1)))
+
+
+def attention(
+    g: GraphBuilder,
+    config: TextConfig,
+    recipe: Recipe,
+    name: str,
+    x: ir.Value,
+    table: Rotation,
+    visible: Span,
+    past: tuple[ir.Value, ir.Value],
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """x [batch, sequence, hidden], past key and value [batch, kv_heads, past, head_dim].
+
+    Returns the output and the present key and value. Source: transformers' Qwen3_5Attention.
+    """
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    projected = linear(g, recipe, x, _query_key_value_gate(config, recipe, name))
+    queries_keys, value, gate = g.ops(
+        "Split",
+        projected,
+        g.ints((heads + kv_heads) * dim, kv_heads * dim, heads * dim),
+        outputs=3,
+        axis=-1,
+    )
+    # One norm and one rotation for queries and keys: their scales stand side by side, head by head.
+    normed = rms_norm(
+        g, g.reshape(queries_keys, 0, 0, heads + kv_heads, dim), g.constant(np.ones(dim)), config.rms_norm_eps
+    )
+    normed = g.op("Mul", normed, *g.weight(_head_norms(g, config, name)))
+    turned = rotate(g, normed, table, heads + kv_heads, dim, config.rotary_dim)
+    query, key = g.ops("Split", turned, g.ints(heads * dim, kv_heads * dim), outputs=2, axis=-1)
+
+    attend = _grouped_query_attention if g.target.has("GroupQueryAttention") else _explicit_attention
+    output, present_key, present_value = attend(g, config, query, key, value, past, visible)
+    gated = g.op("Mul", output, g.op("Sigmoid", gate))
+    out = projection(
+        recipe,
+        f"{name}.o_proj",
+        "attention",
+        heads * dim,
+        Rows(f"{name}.o_proj.weight", 0, config.hidden_size),
+    )
+    return linear(g, recipe, gated, out), present_key, present_value
+
+
+def _query_key_value_gate(config: TextConfig, recipe: Recipe, name: str) -> Weight:
+    """One projection [q | k | v | gate]; the checkpoint's q_proj alternates query and gate by head."""
+    dim = config.head_dim
+    starts = [2 * dim * head for head in range(config.num_attention_heads)]
+    kv = config.num_key_value_heads * dim
+    return projection(
+        recipe,
+        f"{name}.qkv_gate_proj",
+        "attention",
+        config.hidden_size,
+        *(Rows(f"{name}.q_proj.weight", start, start + dim) for start in starts),
+        Rows(f"{name}.k_proj.weight", 0, kv),
+        Rows(f"{name}.v_proj.weight", 0, kv),
+        *(Rows(f"{name}.q_proj.weight", start + dim, start + 2 * dim) for start in starts),
+    )
+
+
+def _head_norms(g: GraphBuilder, config: TextConfig, name: str) -> Weight:
+    """q_norm once per query head, then k_norm once per key head: [heads + kv_heads, head_dim]."""
+    rows = [Rows(f"{name}.q_norm.weight", 0, config.head_dim)] * config.num_attention_heads
+    rows += [Rows(f"{name}.k_norm.weight", 0, config.head_dim)] * config.num_key_value_heads
+    shape = (config.num_attention_heads + config.num_key_value_heads, config.head_dim)
+    return Weight(f"{name}.qk_norm.weight", "norm", tuple(rows), (), g.dtype, one_plus, reshaped=shape)
+
+
+def _grouped_query_attention(
+    g: GraphBuilder,
+    config: TextConfig,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    past: tuple[ir.Value, ir.Value],
+    visible: Span,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    output, present_key, present_value = g.ops(
+        "GroupQueryAttention",
+        query,
+        key,
+        value,
+        *past,
+        visible.last_key,
+        visible.total_length,
+        outputs=3,
+        num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        scale=config.head_dim**-0.5,
+    )
+    return output, present_key, present_value
+
+
+def _explicit_attention(
+    g: GraphBuilder,
+    config: TextConfig,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    past: tuple[ir.Value, ir.Value],
+    visible: Span,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Softmax(q k^T / sqrt(head_dim) + mask) v, the queries of one key head stacked along the sequence."""
+    kv_heads, dim = config.num_key_value_heads, config.head_dim
+    groups = config.num_attention_heads // kv_heads
+    # Scaled before the product so that float16 scores stay in range.
+    query = g.op("Mul", query, g.constant(dim**-0.5))
+    query = g.op("Transpose", g.reshape(query, 0, 0, kv_heads, groups, dim), perm=[0, 2, 3, 1, 4])
+    query = g.reshape(query, 0, kv_heads, -1, dim)
+    key, value = (
+        g.op("Transpose", g.reshape(new, 0, 0, kv_heads, dim), perm=[0, 2, 1, 3]) for new in (key, value)
+    )
+    present_key = g.op("Concat", past[0], key, axis=2)
+    present_value = g.op("Concat", past[1], value, axis=2)
+    scores = g.op("MatMul", query, g.op("Transpose", present_key, perm=[0, 1, 3, 2]))
+    scores = g.op("Add", g.cast(scores, np.float32), visible.mask)
+    weights = g.cast(g.op("Softmax", scores, axis=-1), g.dtype)
+    output = g.reshape(g.op("MatMul", weights, present_value), 0, kv_heads, groups, -1, dim)
+    output = g.op("Transpose", output, perm=[0, 3, 1, 2, 4])
+    return g.reshape(output, 0, 0, config.num_attention_heads * dim), present_key, present_value

@@ -1,0 +1,75 @@
+"""Projections: y = x W^T, with W quantised block-wise or in the activations' dtype."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.recipe import Recipe
+from qwen_export.quantize import Quantization
+from qwen_export.weights import Rows, Weight
+
+
+def projection(recipe: Recipe, name: str, role: str, in_features: int, *rows: Rows) -> Weight:
+    """The weight of one projection: rows of one or several checkpoint tensors, stored by the recipe."""
+    return Weight(name, role, rows, (in_features,), recipe.storage(role, in_features))
+
+
+def linear(g: GraphBuilder, recipe: Recipe, x: ir.Value, weight: Weight) -> ir.Value:
+    """x [..., K] times the transpose of `weight` [N, K] -> [..., N]."""
+    tensors = g.weight(weight)
+    if not isinstance(weight.storage, Quantization):
+        return g.op("FusedMatMul", x, *tensors, transB=1)
+    n, k = weight.shape
+    return g.op(
+        "MatMulNBits",
+        x,
+        *tensors,
+        N=n,
+        K=k,
+        bits=weight.storage.bits,
+        block_size=weight.storage.block_size,
+        accuracy_level=recipe.accuracy_level,
+    )
+
+
+def take_rows(g: GraphBuilder, ids: ir.Value, weight: Weight) -> ir.Value:
+    """Rows of `weight` [N, K] by `ids` [batch, sequence] -> [batch, sequence, K].
+
+    A quantised weight is dequantised after the gather, with operators that every target has, so that the
+    embedding and a tied lm_head are the same bytes.
+    """
+    data, *parameters = g.weight(weight)
+    form = weight.storage
+    if not isinstance(form, Quantization):
+        return g.op("Gather", data, ids, axis=0)
+    _, k = weight.shape
+    blocks = -(-k // form.block_size)
+    gathered = [g.op("Gather", tensor, ids, axis=0) for tensor in (data, *parameters)]
+    codes = _unpack(g, gathered[0], form.bits, blocks * form.block_size)
+    codes = g.reshape(codes, 0, 0, blocks, form.block_size)
+    if form.symmetric:
+        zero = g.constant(1 << (form.bits - 1))
+    else:
+        zero_row = _unpack(g, gathered[2], form.bits, blocks + (-blocks % (8 // form.bits)))
+        if blocks % (8 // form.bits):
+            zero_row = g.op("Slice", zero_row, g.ints(0), g.ints(blocks), g.ints(2))
+        zero = g.op("Unsqueeze", zero_row, g.ints(-1))
+    scales = g.op("Unsqueeze", gathered[1], g.ints(-1))
+    rows = g.op("Mul", g.op("Sub", codes, zero), scales)
+    rows = g.reshape(rows, 0, 0, blocks * form.block_size)
+    if k % form.block_size:
+        rows = g.op("Slice", rows, g.ints(0), g.ints(k), g.ints(2))
+    return rows
+
+
+def _unpack(g: GraphBuilder, packed: ir.Value, bits: int, count: int) -> ir.Value:
+    """uint8 [batch, sequence, ...] -> `count` codes per row [batch, sequence, count], low nibble first."""
+    codes = g.cast(packed, g.dtype)
+    if bits == 8:
+        return g.reshape(codes, 0, 0, count)
+    # In floating point because integer shifts have no DirectML kernel; bytes are exact in fp16 too.
+    codes = g.reshape(codes, 0, 0, count // 2, 1)
+    high = g.op("Floor", g.op("Mul", codes, g.constant(1 / 16)))
+    low = g.op("Sub", codes, g.op("Mul", high, g.constant(16)))
+    return g.reshape(g.op("Concat", low, high, axis=-1), 0, 0, count)

@@ -1,0 +1,153 @@
+"""The whole decoder: token ids and past states in, logits and present states out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.config import TextConfig
+from qwen_export.graph.attention import attention, span
+from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
+from qwen_export.graph.linear import linear, projection, take_rows
+from qwen_export.graph.mlp import mlp
+from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
+from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.rotary import rotation
+from qwen_export.weights import Rows, Weight
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What of the graph is the profile's choice.
+
+    Attributes:
+        max_run_tokens: the longest run of tokens of the chunked Gated DeltaNet, a power of two.
+        all_logits: logits for every position, for evaluation; else for the last one only.
+    """
+
+    max_run_tokens: int
+    all_logits: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """One tensor carried from run to run; its input and output names follow ONNX Runtime GenAI."""
+
+    past: str
+    present: str
+    dtype: np.dtype
+    past_shape: tuple[int | str, ...]
+    present_shape: tuple[int | str, ...]
+
+
+def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, State]:
+    """Key and value cache of a full-attention layer, conv and recurrent state of a Gated DeltaNet."""
+    if config.layer_types[layer] == "full_attention":
+        kinds = ("key", "value")
+        shape = ("batch_size", config.num_key_value_heads, "{}_sequence_length", config.head_dim)
+        shapes, dtypes = (shape, shape), (dtype, dtype)
+    else:
+        kinds = ("conv_state", "recurrent_state")
+        shapes = (
+            ("batch_size", config.conv_dim, config.linear_conv_kernel_dim - 1),
+            (
+                "batch_size",
+                config.linear_num_value_heads,
+                config.linear_key_head_dim,
+                config.linear_value_head_dim,
+            ),
+        )
+        dtypes = (dtype, np.dtype(np.float32))
+
+    def state(kind: str, shape: tuple[int | str, ...], dtype: np.dtype) -> State:
+        def lengths(which: str) -> tuple[int | str, ...]:
+            return tuple(axis.format(which) if isinstance(axis, str) else axis for axis in shape)
+
+        return State(
+            f"past_key_values.{layer}.{kind}",
+            f"present.{layer}.{kind}",
+            dtype,
+            lengths("past"),
+            lengths("total"),
+        )
+
+    first, second = (state(*each) for each in zip(kinds, shapes, dtypes, strict=True))
+    return first, second
+
+
+def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphOptions) -> None:
+    """Build the decoder into `g`.
+
+    Inputs: input_ids int64 [batch, sequence], attention_mask int64 [batch, total] (all ones), position_ids
+    int64 [3, batch, sequence], and each layer's past states. Outputs: logits float32
+    [batch, sequence or 1, vocab] and each layer's present states.
+    """
+    int64 = np.dtype(np.int64)
+    input_ids = g.input("input_ids", int64, ("batch_size", "sequence_length"))
+    attention_mask = g.input("attention_mask", int64, ("batch_size", "total_sequence_length"))
+    position_ids = g.input("position_ids", int64, (3, "batch_size", "sequence_length"))
+    carried = [states(config, layer, g.dtype) for layer in range(config.num_hidden_layers)]
+    past = [
+        tuple(g.input(state.past, state.dtype, state.past_shape) for state in pair) for pair in carried
+    ]
+
+    lm_head, embedding = _vocabulary(config, recipe)
+    table = rotation(g, config, position_ids)
+    visible = span(g, config, attention_mask, input_ids)
+    masks = triangles(g, input_ids, options.max_run_tokens)
+
+    residual = take_rows(g, input_ids, embedding)
+    update: ir.Value | None = None
+    for layer, layer_type in enumerate(config.layer_types):
+        name = f"model.layers.{layer}"
+        with g.scope(name):
+            x, residual = _next_norm(g, config, f"{name}.input_layernorm", update, residual)
+            first_past, second_past = past[layer]
+            if layer_type == "full_attention":
+                with g.scope("self_attn"):
+                    update, *present = attention(
+                        g, config, recipe, f"{name}.self_attn", x, table, visible, (first_past, second_past)
+                    )
+            else:
+                with g.scope("linear_attn"):
+                    update, *present = gated_delta_net(
+                        g, config, recipe, f"{name}.linear_attn", x, (first_past, second_past), masks
+                    )
+            for state, value in zip(carried[layer], present, strict=True):
+                g.output(value, state.present, state.dtype, state.present_shape)
+            x, residual = _next_norm(g, config, f"{name}.post_attention_layernorm", update, residual)
+            with g.scope("mlp"):
+                update = mlp(g, config, recipe, f"{name}.mlp", x)
+
+    x, _ = _next_norm(g, config, "model.norm", update, residual)
+    if not options.all_logits:
+        x = g.op("Slice", x, g.ints(-1), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(1))
+    logits = g.cast(linear(g, recipe, x, lm_head), np.float32)
+    length = "sequence_length" if options.all_logits else 1
+    g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
+
+
+def _vocabulary(config: TextConfig, recipe: Recipe) -> tuple[Weight, Weight]:
+    """lm_head and embedding; the same weight when the checkpoint ties them."""
+    embedding = Rows("model.embed_tokens.weight", 0, config.vocab_size)
+    if config.tie_word_embeddings:
+        tied = projection(recipe, "lm_head", "lm_head", config.hidden_size, embedding)
+        return tied, tied
+    head = Rows("lm_head.weight", 0, config.vocab_size)
+    return (
+        projection(recipe, "lm_head", "lm_head", config.hidden_size, head),
+        projection(recipe, "model.embed_tokens", "embedding", config.hidden_size, embedding),
+    )
+
+
+def _next_norm(
+    g: GraphBuilder, config: TextConfig, name: str, update: ir.Value | None, residual: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Add a block's output to the residual and norm the sum; the first norm has nothing to add."""
+    scale = norm_weight(g, name, config.hidden_size)
+    if update is None:
+        return rms_norm(g, residual, scale, config.rms_norm_eps), residual
+    return add_rms_norm(g, update, residual, scale, config.rms_norm_eps)

@@ -1,0 +1,49 @@
+"""RMSNorm in its three Qwen3.5 forms: plain with 1 + weight, with a residual, and gated."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.graph.builder import GraphBuilder
+from qwen_export.weights import Rows, Weight, one_plus
+
+
+def norm_weight(g: GraphBuilder, name: str, size: int) -> ir.Value:
+    """1 + weight of one RMSNorm, in the activations' dtype."""
+    rows = (Rows(f"{name}.weight", 0, size),)
+    return g.weight(Weight(f"{name}.weight", "norm", rows, (), g.dtype, one_plus))[0]
+
+
+def rms_norm(g: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis."""
+    return g.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=epsilon)
+
+
+def add_rms_norm(
+    g: GraphBuilder, x: ir.Value, residual: ir.Value, scale: ir.Value, epsilon: float
+) -> tuple[ir.Value, ir.Value]:
+    """(rms_norm(x + residual), x + residual)."""
+    normed, mean, deviation, total = g.ops(
+        "SkipSimplifiedLayerNormalization", x, residual, scale, outputs=4, epsilon=epsilon
+    )
+    mean.name = deviation.name = ""  # optional outputs that nobody reads
+    return normed, total
+
+
+def gated_rms_norm(
+    g: GraphBuilder, x: ir.Value, scale: Weight, gate: ir.Value, heads: int, epsilon: float
+) -> ir.Value:
+    """rms_norm(x) * silu(gate) per head, for x and gate [batch, sequence, heads * head_dim].
+
+    x may be float32 where the activations are float16; the result has the activations' dtype.
+    Source: transformers' Qwen3_5RMSNormGated; com.microsoft::GatedRMSNorm.
+    """
+    (weight,) = g.weight(scale)
+    if g.target.has("GatedRMSNorm"):
+        return g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon, activation="silu")
+    (head_dim,) = scale.shape
+    normed = rms_norm(g, g.reshape(x, 0, 0, heads, head_dim), weight, epsilon)
+    normed = g.reshape(normed, 0, 0, heads * head_dim)
+    gate = g.cast(gate, np.float32)
+    return g.cast(g.op("Mul", normed, g.op("QuickGelu", gate, alpha=1.0)), g.dtype)

@@ -1,0 +1,55 @@
+"""From a profile's precision by role to how one weight is stored on one target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from qwen_profiles.schema import WeightFormat
+
+from qwen_export.graph.targets import Target
+from qwen_export.quantize import Quantization
+from qwen_export.weights import Storage
+
+_BITS = {"int4": 4, "int8": 8}
+_SMALLEST_BLOCK = 16  # MatMulNBits' schema
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The precision of each role, for one target and one activation dtype.
+
+    `accuracy_level` is MatMulNBits' attribute: 4 lets the CPU kernel quantise activations to int8.
+    """
+
+    formats: dict[str, WeightFormat]
+    target: Target
+    dtype: np.dtype
+    accuracy_level: int = 0
+
+    def storage(self, role: str, in_features: int) -> Storage:
+        """How a projection of `role` with rows of `in_features` is stored.
+
+        Where the target wants exact blocks the block size is halved until it fits; a row that no block
+        fits stays in the activations' dtype.
+        """
+        form = self.formats[role]
+        if form.precision == "float":
+            return self.dtype
+        bits = _BITS[form.precision]
+        block = form.block_size
+        if self.target.exact_blocks:
+            while block >= _SMALLEST_BLOCK and not _exact(in_features, block, bits):
+                block //= 2
+            if block < _SMALLEST_BLOCK:
+                return self.dtype
+        return Quantization(
+            bits=bits,
+            block_size=block,
+            symmetric=form.symmetric and not self.target.zero_points_required,
+            scale_dtype=self.dtype,
+        )
+
+
+def _exact(in_features: int, block: int, bits: int) -> bool:
+    return in_features % block == 0 and (in_features // block * bits) % 8 == 0

@@ -1,0 +1,79 @@
+"""Interleaved, partial multimodal rotary embedding (mRoPE), its tables computed from the positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.config import TextConfig
+from qwen_export.graph.builder import GraphBuilder
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """cos and sin of this run's tokens, in the activations' dtype.
+
+    With the RotaryEmbedding operator: [batch * sequence, rotary_dim / 2], and `rows` [batch, sequence]
+    says which row belongs to which token. Without it: [batch, sequence, 1, rotary_dim / 2].
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    rows: ir.Value | None
+
+
+def rotation(g: GraphBuilder, config: TextConfig, position_ids: ir.Value) -> Rotation:
+    """Tables for `position_ids` int64 [3, batch, sequence] (temporal, height, width).
+
+    Every frequency takes its angle from one of the three positions: the temporal one, but the height's at
+    1, 4, 7, ... and the width's at 2, 5, 8, ..., as far as `mrope_section` reaches. Angles are float32.
+    Source: transformers' Qwen3_5TextRotaryEmbedding.
+    """
+    half = config.rotary_dim // 2
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
+    inverse_frequencies = (1.0 / np.float32(config.rope_parameters.rope_theta) ** exponents).astype(np.float32)
+    axis = np.zeros(half, dtype=np.int64)
+    for offset in (1, 2):
+        axis[offset : config.rope_parameters.mrope_section[offset] * 3 : 3] = offset
+    # [3, half]: row p holds the frequencies that turn with position p, so that a product and a sum choose.
+    chosen = np.where(axis == np.arange(3)[:, None], inverse_frequencies, 0).astype(np.float32)
+
+    positions = g.op("Transpose", g.cast(position_ids, np.float32), perm=[1, 2, 0])
+    angles = g.op("MatMul", positions, g.constant(chosen, np.float32))
+    cos = g.cast(g.op("Cos", angles), g.dtype)
+    sin = g.cast(g.op("Sin", angles), g.dtype)
+    if not g.target.has("RotaryEmbedding"):
+        axes = g.ints(2)
+        return Rotation(g.op("Unsqueeze", cos, axes), g.op("Unsqueeze", sin, axes), None)
+    cos, sin = g.reshape(cos, -1, half), g.reshape(sin, -1, half)
+    count = g.op("Squeeze", g.op("Shape", cos, start=0, end=1))
+    every_row = g.op("Range", g.constant(0, np.int64), count, g.constant(1, np.int64))
+    rows = g.op("Reshape", every_row, g.op("Shape", position_ids, start=1, end=3))
+    return Rotation(cos, sin, rows)
+
+
+def rotate(g: GraphBuilder, x: ir.Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int) -> ir.Value:
+    """Turn the first `rotary_dim` of each head of x [batch, sequence, heads, head_dim]; the rest passes.
+
+    Returns [batch, sequence, heads * head_dim].
+    """
+    width = heads * head_dim
+    if table.rows is not None:
+        return g.op(
+            "RotaryEmbedding",
+            g.reshape(x, 0, 0, width),
+            table.rows,
+            table.cos,
+            table.sin,
+            num_heads=heads,
+            rotary_embedding_dim=rotary_dim,
+        )
+    half = rotary_dim // 2
+    sizes = [half, half, head_dim - rotary_dim]
+    parts = g.ops("Split", x, g.ints(*filter(None, sizes)), outputs=len(list(filter(None, sizes))), axis=-1)
+    left, right, rest = parts[0], parts[1], parts[2:]
+    turned_left = g.op("Sub", g.op("Mul", left, table.cos), g.op("Mul", right, table.sin))
+    turned_right = g.op("Add", g.op("Mul", right, table.cos), g.op("Mul", left, table.sin))
+    return g.reshape(g.op("Concat", turned_left, turned_right, *rest, axis=-1), 0, 0, width)

@@ -1,0 +1,63 @@
+"""What each runtime that an artifact is made for can really run: data, not conditions.
+
+A block asks its target for a contrib operator by name and falls back to operators that every target has.
+
+Sources: ONNX Runtime's table of kernels (docs/OperatorKernels.md) and its DirectML provider's operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """One class of ONNX Runtime builds.
+
+    Attributes:
+        name: the lowering's name in profiles and manifests.
+        onnxruntime: the versions that can load the result.
+        operators: com.microsoft operators that the graph may use.
+        zero_points_required: MatMulNBits must be given its zero points. DirectML's kernel
+            dequantises without subtracting the default zero point when the input is absent.
+        exact_blocks: MatMulNBits' block size must divide K, and 4-bit zero points must come in
+            whole bytes per row. DirectML describes B as [N, K] and the zero points as [N, blocks].
+    """
+
+    name: str
+    onnxruntime: str
+    operators: frozenset[str]
+    zero_points_required: bool = False
+    exact_blocks: bool = False
+
+    def has(self, operator: str) -> bool:
+        return operator in self.operators
+
+
+_EVERYWHERE = frozenset({"MatMulNBits", "FusedMatMul", "SkipSimplifiedLayerNormalization", "QuickGelu"})
+
+FUSED = Target(
+    name="fused",
+    onnxruntime=">=1.30",
+    operators=_EVERYWHERE
+    | {
+        "CausalConvWithState",
+        "GatedRMSNorm",
+        "GroupQueryAttention",
+        "LinearAttention",
+        "LinearAttentionGate",
+        "RotaryEmbedding",
+    },
+)
+
+# DirectML has a GroupQueryAttention kernel, but it takes the past as empty whenever a run has more than
+# one token, so a prompt that arrives in pieces would be answered wrongly and without an error.
+PORTABLE = Target(
+    name="portable",
+    onnxruntime=">=1.24",
+    operators=_EVERYWHERE,
+    zero_points_required=True,
+    exact_blocks=True,
+)
+
+TARGETS = {target.name: target for target in (FUSED, PORTABLE)}

@@ -1,0 +1,133 @@
+"""The files beside the graph: ONNX Runtime GenAI's configuration, tokenizer files, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qwen_profiles.schema import Profile
+
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.config import TextConfig
+from qwen_export.graph.model import states
+from qwen_export.graph.targets import Target
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GENAI_CONFIG = "genai_config.json"
+MODEL_FILE = "model.onnx"
+
+_HASH_BLOCK = 1024 * 1024
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "do_sample": "do_sample"}
+
+
+def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """ONNX Runtime GenAI's description of the model: its files, its inputs and outputs, how to sample.
+
+    Args:
+        generation: the checkpoint's generation_config.json, {} if it has none.
+    """
+    context = min(profile.context_length, config.max_position_embeddings)
+    dtype = np.dtype(profile.activation_dtype)
+    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids"}
+    outputs = {"logits": "logits"}
+    kinds = {layer_type: config.layer_types.index(layer_type) for layer_type in config.layer_types}
+    names = {"full_attention": ("key", "value"), "linear_attention": ("conv", "recurrent")}
+    for layer_type, layer in kinds.items():
+        for kind, state in zip(names[layer_type], states(config, layer, dtype), strict=True):
+            inputs[f"past_{kind}_names"] = state.past.replace(f".{layer}.", ".%d.")
+            outputs[f"present_{kind}_names"] = state.present.replace(f".{layer}.", ".%d.")
+    end = generation.get("eos_token_id", config.eos_token_id)
+    pad = generation.get("pad_token_id", config.pad_token_id)
+    first_end = end[0] if isinstance(end, list) else end
+    provider_options = [] if profile.provider == "cpu" else [{profile.provider: {}}]
+    return {
+        "model": {
+            "type": "qwen3_5_text",
+            "vocab_size": config.vocab_size,
+            "context_length": context,
+            "bos_token_id": generation.get("bos_token_id") or config.bos_token_id or first_end,
+            "eos_token_id": end,
+            "pad_token_id": pad if pad is not None else first_end,
+            "decoder": {
+                "filename": MODEL_FILE,
+                "session_options": {"provider_options": provider_options},
+                "hidden_size": config.hidden_size,
+                "head_size": config.head_dim,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "layer_types": list(config.layer_types),
+                "inputs": inputs,
+                "outputs": outputs,
+            },
+        },
+        "search": {
+            **{ours: generation[theirs] for theirs, ours in _SAMPLING.items() if theirs in generation},
+            "max_length": context,
+            "chunk_size": profile.prefill_chunk,
+            # Only GroupQueryAttention writes into the past it was given.
+            "past_present_share_buffer": profile.lowering == "fused",
+        },
+    }
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the tokenizer's files and chat template as they are."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def manifest(
+    checkpoint: Checkpoint, profile: Profile, target: Target, context_length: int, files: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What this artifact is, where it came from, and the size and SHA-256 of each of its files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "qwen_edge": version("qwen-edge"),
+        "model": {"name": model_name(checkpoint), "model_type": "qwen3_5_text"},
+        "source": {"checkpoint": model_name(checkpoint), "revision": checkpoint.revision},
+        "profile": profile.name,
+        "backend": profile.backend,
+        "provider": profile.provider,
+        "lowering": target.name,
+        "onnxruntime": target.onnxruntime,
+        "activation_dtype": profile.activation_dtype,
+        "recipe": {role: form.model_dump() for role, form in profile.weights.items()},
+        "context_length": context_length,
+        "files": dict(files),
+    }
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """The hub id, or the folder's own name: never where it lay on this machine."""
+    return checkpoint.root.name if Path(checkpoint.source).exists() else checkpoint.source
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """{"size": bytes, "sha256": hex} of one file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,189 @@
+"""Block-wise INT4 and INT8 in MatMulNBits' layout, with scales that minimise the squared error.
+
+Layout (com.microsoft::MatMulNBits): a weight [N, K] is cut along K into blocks of `block_size`; codes are
+unsigned, w = (code - zero_point) * scale, packed low nibble first. K is padded with codes that mean 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+# Elements worked on at a time: few enough for a core's cache, enough that two threads seldom wait for
+_TILE_ELEMENTS = 256 * 1024
+# Candidate scales, as divisors of the block's extreme value (symmetric) and factors of its range
+# (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.
+_SYMMETRIC_DIVISORS = {4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
+_ASYMMETRIC_FACTORS = {4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one weight [N, K] is stored.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: a power of two, at least 16.
+        symmetric: the zero point is 2^(bits - 1) everywhere and not stored.
+        scale_dtype: float32 or float16; MatMulNBits wants that of the activations.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool
+    scale_dtype: np.dtype
+
+    def blocks(self, k: int) -> int:
+        return -(-k // self.block_size)
+
+    def packed_shape(self, n: int, k: int) -> tuple[int, int, int]:
+        return n, self.blocks(k), self.block_size * self.bits // 8
+
+    def scales_shape(self, n: int, k: int) -> tuple[int, int]:
+        return n, self.blocks(k)
+
+    def zero_points_shape(self, n: int, k: int) -> tuple[int, int]:
+        return n, -(-self.blocks(k) * self.bits // 8)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows of one weight in stored form; shapes as `Quantization` says, codes and zero points uint8."""
+
+    packed: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None
+
+
+def quantize(weight: np.ndarray, form: Quantization) -> Quantized:
+    """Quantise `weight` [N, K] in bfloat16, float16 or float32, all finite. Rows are independent."""
+    n, k = weight.shape
+    blocks = form.blocks(k)
+    packed = np.empty(form.packed_shape(n, k), np.uint8)
+    scales = np.empty(form.scales_shape(n, k), form.scale_dtype)
+    zeros = np.empty((n, blocks), np.uint8)
+    rows_per_tile = max(1, _TILE_ELEMENTS // (blocks * form.block_size))
+    for start in range(0, n, rows_per_tile):
+        rows = slice(start, min(start + rows_per_tile, n))
+        tile = _blocks_as_columns(weight[rows], form)
+        codes, scale, zero = _fit(tile, form)
+        packed[rows] = _pack(codes, form.bits).T.reshape(-1, *packed.shape[1:])
+        scales[rows] = scale.reshape(-1, blocks)
+        zeros[rows] = zero.reshape(-1, blocks)
+    return Quantized(packed, scales, None if form.symmetric else _pack_zero_points(zeros, form.bits))
+
+
+def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:
+    """float32 [N, K], by MatMulNBits' formula."""
+    n, blocks, _ = quantized.packed.shape
+    codes = _unpack(quantized.packed, form.bits).astype(np.float32)
+    if quantized.zero_points is None:
+        zeros = np.full((n, blocks), 1 << (form.bits - 1), np.float32)
+    else:
+        zeros = _unpack(quantized.zero_points, form.bits)[:, :blocks].astype(np.float32)
+    scales = quantized.scales.astype(np.float32)
+    return ((codes - zeros[..., None]) * scales[..., None]).reshape(n, -1)[:, :k]
+
+
+def _blocks_as_columns(weight: np.ndarray, form: Quantization) -> np.ndarray:
+    """float32 [block_size, blocks]: one block a column, so that sums over a block run along long rows."""
+    n, k = weight.shape
+    if k % form.block_size:
+        weight = np.pad(weight, ((0, 0), (0, -k % form.block_size)))
+    columns = weight.reshape(-1, form.block_size).T
+    if weight.dtype == ml_dtypes.bfloat16:  # its bits are float32's upper half: quicker than a cast
+        tile = np.empty(columns.shape, np.uint32)
+        np.copyto(tile, columns.view(np.uint16))
+        tile <<= np.uint32(16)
+        return tile.view(np.float32)
+    return np.ascontiguousarray(columns, np.float32)
+
+
+def _fit(tile: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 [block_size, blocks], scales and zero points [blocks].
+
+    For codes q (zero point subtracted) the best scale is s = <w, q> / <q, q>, with the squared error
+    |w|^2 - <w, q>^2 / <q, q>, so candidates are compared without dequantising.
+    """
+    levels = (1 << form.bits) - 1
+    codes, product = np.empty_like(tile), np.empty_like(tile)
+    best_gain = np.full(tile.shape[1], -1.0, np.float32)
+    best_scale = np.ones(tile.shape[1], np.float32)
+    best_zero = np.full(tile.shape[1], 1 << (form.bits - 1), np.float32)
+    for scale, zero in _candidates(tile, form):
+        _round(tile, scale, zero, levels, codes)
+        overlap = np.multiply(tile, codes, out=product).sum(axis=0)
+        length = np.multiply(codes, codes, out=product).sum(axis=0)
+        fitted = overlap / np.maximum(length, 1)
+        gain = overlap * fitted
+        better = (gain > best_gain) & (length > 0)
+        np.copyto(best_gain, gain, where=better)
+        np.copyto(best_scale, fitted, where=better)
+        np.copyto(best_zero, zero, where=better)
+    # The codes are made with the scale as it will be stored.
+    stored = _storable(best_scale, form.scale_dtype)
+    _round(tile, stored.astype(np.float32), best_zero, levels, codes)
+    codes += best_zero
+    return codes.astype(np.uint8), stored, best_zero.astype(np.uint8)
+
+
+def _candidates(tile: np.ndarray, form: Quantization) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scales and zero points [blocks] worth trying."""
+    high, low = tile.max(axis=0), tile.min(axis=0)
+    if form.symmetric:
+        # One more code lies below the zero point than above: the extreme value goes there, whatever its
+        # sign, as in llama.cpp's Q4_0.
+        extreme = np.where(high > -low, high, low)
+        zero = np.full_like(extreme, 1 << (form.bits - 1))
+        for divisor in _SYMMETRIC_DIVISORS[form.bits]:
+            yield _nonzero(extreme / np.float32(divisor)), zero
+    else:
+        levels = (1 << form.bits) - 1
+        high, low = np.maximum(high, 0), np.minimum(low, 0)
+        for factor in _ASYMMETRIC_FACTORS[form.bits]:
+            scale = _nonzero((high - low) * np.float32(factor / levels))
+            yield scale, np.clip(np.rint(-low * np.float32(factor) / scale), 0, levels)
+
+
+def _round(tile: np.ndarray, scale: np.ndarray, zero: np.ndarray, levels: int, out: np.ndarray) -> None:
+    """out = round(tile / scale), kept to the codes: -zero to levels - zero."""
+    np.multiply(tile, np.float32(1) / scale, out=out)
+    np.rint(out, out=out)
+    np.maximum(out, -zero, out=out)
+    np.minimum(out, levels - zero, out=out)
+
+
+def _nonzero(scale: np.ndarray) -> np.ndarray:
+    """1 for blocks of zeros, so that nothing is divided by 0 and their codes mean 0."""
+    tiny = np.abs(scale) < np.finfo(np.float32).tiny
+    return np.where(tiny, np.float32(1), scale)
+
+
+def _storable(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`scale` in `dtype`, kept within its finite, normal range."""
+    limits = np.finfo(dtype)
+    magnitude = np.clip(np.abs(scale), np.float32(limits.tiny), np.float32(limits.max))
+    return np.copysign(magnitude, scale).astype(dtype)
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes along axis 0 -> packed bytes along axis 0, low nibble first."""
+    if bits == 8:
+        return codes
+    return codes[0::2] | (codes[1::2] << np.uint8(4))
+
+
+def _pack_zero_points(zeros: np.ndarray, bits: int) -> np.ndarray:
+    if zeros.shape[1] * bits % 8:
+        zeros = np.pad(zeros, ((0, 0), (0, 1)))
+    return np.ascontiguousarray(_pack(zeros.T, bits).T)
+
+
+def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Packed bytes along the last axis -> uint8 codes along it."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

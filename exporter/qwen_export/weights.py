@@ -1,0 +1,97 @@
+"""What each weight of the graph is made of, and how it will be stored.
+
+A `Weight` is declared while the graph is built, from the config alone. It says which rows of which
+checkpoint tensors it stacks, what is done to them, and in which form they are stored, so that every
+shape, byte count and file offset is known before the first weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_export.quantize import Quantization
+
+Transform = Callable[[np.ndarray], np.ndarray]
+Storage = np.dtype | Quantization
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` (exclusive) of axis 0 of one checkpoint tensor."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the external-data file: name, element type, shape, and where its bytes lie."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the graph: `rows` stacked along axis 0, transformed, stored.
+
+    Attributes:
+        name: initializer name; a quantised weight adds `.scales` and `.zero_points` to it.
+        role: the recipe's role (`mlp`, `attention`, ...), for reports of size by role.
+        rows: runs of rows, in the order in which they are stacked.
+        row_shape: shape of one row; `(in_features,)` for a projection, `()` for a vector.
+        storage: a float dtype, or a `Quantization` (needs a one-axis row).
+        transform: elementwise, float32 in, float32 out; None keeps the values.
+        reshaped: the shape it is stored in, where that is not rows by row; same number of elements.
+    """
+
+    name: str
+    role: str
+    rows: tuple[Rows, ...]
+    row_shape: tuple[int, ...]
+    storage: Storage
+    transform: Transform | None = None
+    reshaped: tuple[int, ...] | None = None
+
+    @property
+    def row_count(self) -> int:
+        return sum(part.stop - part.start for part in self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.reshaped or (self.row_count, *self.row_shape)
+
+    def layout(self) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+        """(initializer name, dtype, shape) of each tensor that this weight is stored as, in file order."""
+        if not isinstance(self.storage, Quantization):
+            return [(self.name, self.storage, self.shape)]
+        n, k = self.shape
+        form = self.storage
+        uint8 = np.dtype(np.uint8)
+        tensors = [
+            (self.name, uint8, form.packed_shape(n, k)),
+            (f"{self.name}.scales", form.scale_dtype, form.scales_shape(n, k)),
+        ]
+        if not form.symmetric:
+            tensors.append((f"{self.name}.zero_points", uint8, form.zero_points_shape(n, k)))
+        return tensors
+
+
+def one_plus(weight: np.ndarray) -> np.ndarray:
+    """Qwen3.5's RMSNorm multiplies by 1 + weight; the operators multiply by what they are given."""
+    return 1.0 + weight
+
+
+def negative_exp(weight: np.ndarray) -> np.ndarray:
+    """A_log -> -exp(A_log), the decay's scale (LinearAttentionGate's `decay_scale`)."""
+    return -np.exp(weight)

@@ -1,0 +1,1 @@
+"""artifact -> tokens: the runtime. Imports no torch, transformers or onnx."""

@@ -1,0 +1,92 @@
+"""Artifacts made for tests, and the bare ONNX Runtime session that runs their graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
+
+FLOAT = {role: WeightFormat(precision="float") for role in ROLES}
+
+
+class Quiet:
+    """No progress, but the notes are kept."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+def float_profile(lowering: str, dtype: str = "float32", prefill_chunk: int = 64) -> Profile:
+    """A profile that quantises nothing, for one lowering."""
+    base = load_profile({"fused": "cpu", "portable": "strix-halo"}[lowering])
+    update = {
+        "weights": FLOAT, "activation_dtype": dtype, "accuracy_level": 0, "prefill_chunk": prefill_chunk
+    }
+    return base.model_copy(update=update)
+
+
+def make_artifact(checkpoint: Path, profile: Profile, output: Path, all_logits: bool = True) -> Path:
+    export(Checkpoint.open(str(checkpoint)), profile, output, Quiet(), all_logits=all_logits)
+    return output
+
+
+class Session:
+    """A graph run piece by piece, its states carried along."""
+
+    def __init__(self, artifact: Path, batch: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(
+            artifact / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._batch = batch
+        self.reset()
+
+    def reset(self) -> None:
+        self._length = 0
+        self.state = {}
+        for value in self._session.get_inputs():
+            if value.name.startswith("past_"):
+                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
+                shape = [
+                    self._batch if axis == "batch_size" else 0 if isinstance(axis, str) else axis
+                    for axis in value.shape
+                ]
+                self.state[value.name] = np.zeros(shape, dtype)
+
+    def run(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append `ids` [tokens] or [batch, tokens]; returns logits [batch, tokens or 1, vocab]."""
+        ids = np.atleast_2d(np.asarray(ids, np.int64))
+        start, self._length = self._length, self._length + ids.shape[1]
+        positions = np.arange(start, self._length, dtype=np.int64)
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((self._batch, self._length), np.int64),
+            "position_ids": np.broadcast_to(positions, (3, self._batch, ids.shape[1])).copy(),
+            **self.state,
+        }
+        results = dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
+        logits = results.pop("logits")
+        self.state = {
+            name.replace("present.", "past_key_values."): value for name, value in results.items()
+        }
+        return logits
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between the last axes."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))

@@ -1,0 +1,104 @@
+"""Random checkpoints of small, awkward geometries, in the Hugging Face layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+TINY = Path(__file__).parent / "checkpoints" / "tiny-dense"
+
+GEOMETRY: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def random_model(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM:
+    """A float32 model in which no weight keeps its trivial initial value."""
+    torch.manual_seed(seed)
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**GEOMETRY, **overrides})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("linear_attn.norm.weight"):
+                parameter.normal_(1.0, 0.2)
+            elif name.endswith("norm.weight"):
+                parameter.normal_(0.0, 0.2)
+            elif name.endswith("A_log"):
+                parameter.uniform_(-4.0, 1.0)
+            elif name.endswith(("dt_bias", "conv1d.weight")):
+                parameter.normal_(0.0, 0.5)
+            else:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def write_random_checkpoint(
+    folder: Path, *, shards: int = 1, dtype: torch.dtype = torch.float32, wrap: bool = False, **overrides: Any
+) -> Path:
+    """Save `random_model(**overrides)` with the trained checkpoint's tokenizer.
+
+    With `wrap`, config and names are those of a vision-language checkpoint's text model.
+    """
+    model = random_model(**overrides)
+    tensors = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    config = model.config.to_dict()
+    if wrap:
+        tensors = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
+        tied = config.pop("tie_word_embeddings")
+        config = {"model_type": "qwen3_5", "text_config": config, "tie_word_embeddings": tied}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_shards(folder, tensors, shards)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (TINY / name).exists():
+            shutil.copy(TINY / name, folder / name)
+    return folder
+
+
+def save_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+    """model.safetensors, or numbered shards and their index."""
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    names = sorted(tensors)
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
