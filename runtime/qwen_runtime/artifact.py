@@ -1,0 +1,110 @@
+"""An artifact folder: its manifest, and whether its files are still those that were exported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_profiles.errors import UserError
+
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+_ALWAYS_HASHED = 16 * 1024 * 1024  # bytes; larger files are compared by size unless asked
+_HASH_BLOCK = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One exported model.
+
+    Attributes:
+        root: its folder, which is also an ONNX Runtime GenAI model folder.
+        manifest: what the exporter wrote about it.
+        genai_config: ONNX Runtime GenAI's description of it.
+    """
+
+    root: Path
+    manifest: Mapping[str, Any]
+    genai_config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> Artifact:
+        """Open the artifact in the folder `path` and compare its files with its manifest.
+
+        Sizes are always compared, the SHA-256 of files under 16 MiB too; `verify` hashes every file.
+
+        Raises:
+            UserError: not a finished artifact, of a newer format, or changed since the export.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise UserError(f"no folder {root}: make an artifact with qwen-export first")
+        if not (root / _MANIFEST).is_file():
+            raise UserError(f"{root} has no {_MANIFEST}: it is not a finished artifact, export it again")
+        manifest = _read_json(root / _MANIFEST)
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{root} has artifact format {manifest.get('format_version')}, this qwen-edge reads "
+                f"{FORMAT_VERSION}: install the qwen-edge that exported it, or export it again"
+            )
+        for name, entry in manifest["files"].items():
+            _check_file(root, name, entry, verify)
+        return cls(root, manifest, _read_json(root / "genai_config.json"))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return int(self.genai_config["model"]["context_length"])
+
+    @property
+    def chunk_size(self) -> int:
+        """Most tokens that one run of the graph may take."""
+        return int(self.genai_config["search"]["chunk_size"])
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        ids = self.genai_config["model"]["eos_token_id"]
+        return frozenset(ids if isinstance(ids, list) else [ids])
+
+    @property
+    def chat_template(self) -> str:
+        path = self.root / "chat_template.jinja"
+        if not path.is_file():
+            raise UserError(f"{self.root} has no chat template: give a raw prompt instead of messages")
+        return path.read_text(encoding="utf-8")
+
+
+def _check_file(root: Path, name: str, entry: Mapping[str, Any], verify: bool) -> None:
+    path = root / name
+    if Path(name).name != name or "\\" in name or path.is_symlink():
+        raise UserError(f"{_MANIFEST} of {root} names a file outside the folder: {name}")
+    if not path.is_file():
+        raise UserError(f"{name} is missing from {root}: copy the artifact again, or export it again")
+    changed = path.stat().st_size != entry["size"]
+    if not changed and (verify or entry["size"] < _ALWAYS_HASHED):
+        changed = _sha256(path) != entry["sha256"]
+    if changed:
+        raise UserError(f"{path} changed since the export: copy the artifact again, or export it again")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: copy the artifact again, or export it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object: copy the artifact again, or export it again")
+    return content

@@ -1,0 +1,105 @@
+"""The command `qwen-run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from qwen_profiles.errors import reported
+
+from qwen_runtime.model import Model, Sampling
+from qwen_runtime.provider import PROVIDERS
+
+_EPILOG = """\b
+Examples:
+  qwen-run artifacts/Qwen3.5-0.8B-cpu "Why is the sky blue?"
+  qwen-run artifacts/Qwen3.5-0.8B-cpu                      (a chat)
+  cat letter.txt | qwen-run artifacts/Qwen3.5-0.8B-cpu - --system "Summarise."
+  qwen-run artifacts/Qwen3.5-0.8B-cpu "Name a colour" --temperature 0 --json
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@click.option("--system", help="System message of the conversation.")
+@click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: what the context holds]")
+@click.option("--temperature", type=float, help="0 always takes the likeliest token.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens up to this probability.")
+@click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")
+@click.option("--repetition-penalty", type=float, help="Above 1 makes repetition less likely.")
+@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop at this text; may be given several times.")
+@click.option("--think/--no-think", "thinking", default=False, help="Let the model think first.")
+@click.option(
+    "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
+)
+@click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.version_option(package_name="qwen-edge")
+def main(
+    artifact: Path,
+    prompt: str | None,
+    raw: bool,
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    thinking: bool,
+    provider: str,
+    verify: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Answer PROMPT from ARTIFACT, or chat when there is no PROMPT. PROMPT "-" is read from stdin.
+
+    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
+    """
+    with reported(debug):
+        options: dict[str, Any] = {
+            "max_tokens": max_tokens,
+            "sampling": Sampling(temperature, top_p, top_k, repetition_penalty, seed),
+            "stop": stop,
+            "thinking": thinking,
+        }
+        with Model.load(artifact, provider, verify) as model:
+            click.echo(model.info.reason, err=True)
+            if prompt is None:
+                from qwen_runtime.chat import chat
+
+                chat(model, system, options)
+                return
+            text = sys.stdin.read() if prompt == "-" else prompt
+            _answer(model, text if raw else _messages(system, text), options, as_json)
+
+
+def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": text}]
+
+
+def _answer(model: Model, prompt: str | list[dict[str, str]], options: dict[str, Any], as_json: bool) -> None:
+    generation = model.generate(prompt, **options)
+    for piece in generation:
+        if not as_json:
+            click.echo(piece, nl=False)
+    if not as_json:
+        click.echo()
+        return
+    result = {
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "usage": {"prompt_tokens": generation.prompt_tokens, "completion_tokens": len(generation.tokens)},
+        "model": model.info.name,
+        "provider": model.info.provider,
+    }
+    click.echo(json.dumps(result, ensure_ascii=False))

@@ -1,0 +1,277 @@
+"""Load an artifact and generate text from it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from qwen_profiles.errors import UserError
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.provider import PROVIDERS, Choice, choose
+from qwen_runtime.stop import StopFilter
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded and where it runs; `reason` is one line for people."""
+
+    name: str
+    path: Path
+    profile: str
+    provider: str
+    reason: str
+    context_length: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. None takes the checkpoint's own default.
+
+    Attributes:
+        temperature: 0 always takes the likeliest token.
+        top_p: smallest set of tokens whose probabilities reach this sum, above 0 and at most 1.
+        top_k: number of likeliest tokens that are considered, at least 1.
+        repetition_penalty: above 0; 1 changes nothing.
+        seed: the same seed, prompt and provider give the same text.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def search_options(self) -> dict[str, Any]:
+        """As ONNX Runtime GenAI's search options.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        valid = {
+            "temperature": (self.temperature is None or self.temperature >= 0, "0 or more"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "repetition_penalty": (
+                self.repetition_penalty is None or self.repetition_penalty > 0,
+                "above 0",
+            ),
+            "seed": (self.seed is None or 0 <= self.seed < 2**31, "from 0 to 2147483647"),
+        }
+        for name, (holds, range_text) in valid.items():
+            if not holds:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be {range_text}")
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        options["random_seed"] = options.pop("seed")
+        options = {name: value for name, value in options.items() if value is not None}
+        if self.temperature == 0:
+            del options["temperature"]
+            options["do_sample"] = False
+        elif self.temperature is not None:
+            options["do_sample"] = True
+        return options
+
+
+class Model:
+    """A loaded artifact. Use it as a context manager, or call `close`."""
+
+    def __init__(self, artifact: Artifact, info: ModelInfo, og: Any, model: Any) -> None:
+        self.info = info
+        self._artifact = artifact
+        self._og = og
+        self._model = model
+        self._tokenizer = og.Tokenizer(model)
+
+    @classmethod
+    def load(cls, path: str | Path, provider: str = "auto", verify: bool = False) -> Model:
+        """Load the artifact in the folder `path`.
+
+        Args:
+            provider: `cpu`, `cuda`, `dml`, `openvino` or `webgpu`; `auto` takes the one that the artifact
+                was made for, or the CPU where that is missing or does not start.
+            verify: compare every file's SHA-256 with the manifest, not only the small ones'.
+
+        Raises:
+            UserError: not an artifact, changed since its export, or the provider is not in this install.
+        """
+        artifact = Artifact.open(path, verify)
+        import onnxruntime_genai as og
+
+        og.disable_telemetry_events()
+        choice = choose(provider, artifact.manifest["provider"], og)
+        try:
+            model = _open(og, artifact.root, choice)
+        except Exception as error:
+            title = PROVIDERS[choice.name].title
+            if choice.name == "cpu":
+                raise
+            if provider != "auto":
+                raise UserError(f"{title} could not load {artifact.root}: {error}") from error
+            choice = Choice("cpu", f"CPU: {title} did not start ({error})")
+            model = _open(og, artifact.root, choice)
+        info = ModelInfo(
+            name=artifact.manifest["model"]["name"],
+            path=artifact.root,
+            profile=artifact.manifest["profile"],
+            provider=choice.name,
+            reason=choice.reason,
+            context_length=artifact.context_length,
+        )
+        return cls(artifact, info, og, model)
+
+    def close(self) -> None:
+        """Free the model's memory. Safe to call twice."""
+        self._tokenizer = self._model = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised."""
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(np.asarray(tokens, np.int32)))
+
+    def apply_chat_template(self, messages: Sequence[Message], thinking: bool = False) -> str:
+        """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
+        # The template engine takes no variables of the caller's, but it runs what stands before the template.
+        setting = "{%- set enable_thinking = " + ("true" if thinking else "false") + " %}"
+        return str(
+            self._tokenizer.apply_chat_template(
+                json.dumps(list(messages)),
+                template_str=setting + self._artifact.chat_template,
+                add_generation_prompt=True,
+            )
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        thinking: bool = False,
+    ) -> Generation:
+        """Generate text after `prompt`: a raw string, or messages that go through the chat template.
+
+        Args:
+            max_tokens: most tokens to generate; None fills the context.
+            stop: text at which to stop; it is not part of the result.
+            thinking: for messages, whether the model is asked to think first.
+
+        Returns:
+            An iterator of pieces of text, which does its work as it is iterated.
+
+        Raises:
+            UserError: the prompt is empty or does not fit the context, or an option is out of range.
+        """
+        if not isinstance(prompt, str):
+            if not all(isinstance(message, Mapping) for message in prompt):
+                raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
+            prompt = self.apply_chat_template(prompt, thinking)
+        tokens = self.encode(prompt)
+        room = self.info.context_length - len(tokens)
+        if not tokens:
+            raise UserError("the prompt is empty")
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens, and the context is {self.info.context_length}: shorten it"
+            )
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
+        options = (sampling or Sampling()).search_options()
+        options["max_length"] = len(tokens) + min(room, max_tokens or room)
+        return Generation(self, tokens, options, [stop] if isinstance(stop, str) else list(stop))
+
+
+def _open(og: Any, root: Path, choice: Choice) -> Any:
+    config = og.Config(str(root))
+    config.clear_providers()
+    name = PROVIDERS[choice.name].genai_name
+    if name is not None:
+        config.append_provider(name)
+    return og.Model(config)
+
+
+class Generation:
+    """One answer as it grows: iterate it for pieces of text.
+
+    Attributes:
+        tokens: ids generated so far, without the one that ended the answer.
+        text: the pieces yielded so far.
+        finish_reason: "stop" at an end token or stop string, "length", "cancelled"; None while it runs.
+        prompt_tokens: number of tokens of the prompt.
+    """
+
+    def __init__(self, model: Model, prompt: list[int], options: dict[str, Any], stop: list[str]) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.prompt_tokens = len(prompt)
+        self._cancelled = threading.Event()
+        self._pieces = self._run(model, prompt, options, StopFilter(stop))
+
+    def cancel(self) -> None:
+        """Stop before the next token. Safe to call from another thread."""
+        self._cancelled.set()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.text += piece
+        return piece
+
+    def close(self) -> None:
+        """Free what the generation holds; what it would still have yielded is lost."""
+        self._pieces.close()
+
+    def _run(self, model: Model, prompt: list[int], options: dict[str, Any], stop: StopFilter) -> Generator[str]:
+        og = model._og
+        parameters = og.GeneratorParams(model._model)
+        parameters.set_search_options(**options)
+        generator = og.Generator(model._model, parameters)
+        decoder = model._tokenizer.create_stream()
+        step = model._artifact.chunk_size
+        # In pieces, so that cancelling works in a long prompt too.
+        for start in range(0, len(prompt), step):
+            if self._cancelled.is_set():
+                self.finish_reason = "cancelled"
+                return
+            generator.append_tokens(np.asarray(prompt[start : start + step], np.int32))
+        while True:
+            if self._cancelled.is_set():
+                self.finish_reason = "cancelled"
+                break
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in model._artifact.end_tokens:
+                self.finish_reason = "stop"
+                break
+            self.tokens.append(token)
+            if piece := stop.feed(decoder.decode(token)):
+                yield piece
+            if stop.stopped:
+                self.finish_reason = "stop"
+                return
+            if generator.is_done():
+                self.finish_reason = "length"
+                break
+        if rest := stop.flush():
+            yield rest
