@@ -67,11 +67,15 @@ class Session:
                 ]
                 self.state[value.name] = np.zeros(shape, dtype)
 
-    def run(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Append `ids` [tokens] or [batch, tokens]; returns logits [batch, tokens or 1, vocab]."""
+    def run(self, ids: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+        """Append `ids` [tokens] or [batch, tokens]; returns logits [batch, tokens or 1, vocab].
+
+        `positions` [3, batch, tokens] stands for the tokens' places in the sequence.
+        """
         ids = np.atleast_2d(np.asarray(ids, np.int64))
         start, self._length = self._length, self._length + ids.shape[1]
-        positions = np.arange(start, self._length, dtype=np.int64)
+        if positions is None:
+            positions = np.arange(start, self._length, dtype=np.int64)
         feeds = {
             "input_ids": ids,
             "attention_mask": np.ones((self._batch, self._length), np.int64),

@@ -1,0 +1,97 @@
+"""What DirectML will be asked to run: every node in its kernel table, no control flow, safe MatMulNBits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+from artifacts import make_artifact
+from qwen_profiles.schema import load_profile
+from random_checkpoints import TINY, write_random_checkpoint
+
+FLOAT = {"tensor(float)", "tensor(float16)"}
+INTEGERS = {f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)}
+NUMBERS = FLOAT | INTEGERS
+ANY = NUMBERS | {"tensor(bool)", "tensor(double)"}
+# From the DirectML section of ONNX Runtime's docs/OperatorKernels.md: the types of T, the main input.
+KERNELS = {
+    "": {
+        **dict.fromkeys(["Add", "Sub", "Mul", "Greater"], NUMBERS),
+        **dict.fromkeys(["Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Split", "Squeeze"], ANY),
+        **dict.fromkeys(["Tile", "Transpose", "Unsqueeze"], ANY),
+        **dict.fromkeys(["Conv", "Cos", "Exp", "Floor", "MatMul", "Sigmoid", "Sin", "Softmax"], FLOAT),
+        **dict.fromkeys(["Softplus", "SimplifiedLayerNormalization"], FLOAT),
+        "CumSum": FLOAT | {"tensor(int32)", "tensor(int64)"},
+        "Range": {"tensor(float)", "tensor(int16)", "tensor(int32)", "tensor(int64)"},
+    },
+    "com.microsoft": dict.fromkeys(
+        ["FusedMatMul", "MatMulNBits", "QuickGelu", "SkipSimplifiedLayerNormalization"], FLOAT
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["trained", "random"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, onnx.ModelProto]:
+    folder = tmp_path_factory.mktemp("portable")
+    checkpoint = TINY if request.param == "trained" else write_random_checkpoint(folder / "c", hidden_size=72)
+    artifact = make_artifact(checkpoint, load_profile("strix-halo"), folder / "artifact", all_logits=False)
+    return artifact, onnx.load(artifact / "model.onnx", load_external_data=False)
+
+
+def value_types(artifact: Path) -> dict[str, str]:
+    """The type that ONNX Runtime itself infers for every value of the graph."""
+    proto = onnx.load(artifact / "model.onnx")
+    graph = proto.graph
+    declared = {output.name for output in graph.output}
+    for node in graph.node:
+        for name in node.output:
+            if name and name not in declared:
+                graph.output.add().name = name
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    types = {value.name: value.type for value in [*session.get_inputs(), *session.get_outputs()]}
+    for tensor in graph.initializer:
+        types[tensor.name] = {
+            onnx.TensorProto.FLOAT: "tensor(float)",
+            onnx.TensorProto.FLOAT16: "tensor(float16)",
+            onnx.TensorProto.INT64: "tensor(int64)",
+            onnx.TensorProto.UINT8: "tensor(uint8)",
+        }[tensor.data_type]
+    return types
+
+
+def test_every_node_has_a_kernel_for_its_type(model: tuple[Path, onnx.ModelProto]) -> None:
+    artifact, proto = model
+    types = value_types(artifact)
+    for node in proto.graph.node:
+        assert node.op_type in KERNELS[node.domain], node.name
+        assert types[node.input[0]] in KERNELS[node.domain][node.op_type], node.name
+        assert all(types[name] in ANY for name in node.output if name), node.name
+
+
+def test_there_is_no_control_flow(model: tuple[Path, onnx.ModelProto]) -> None:
+    for node in model[1].graph.node:
+        assert not any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute), node.name
+
+
+def test_quantised_products_are_as_directml_reads_them(model: tuple[Path, onnx.ModelProto]) -> None:
+    """Zero points present, blocks that divide K, and whole bytes of zero points in each row."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model[1].graph.initializer}
+    products = [node for node in model[1].graph.node if node.op_type == "MatMulNBits"]
+    assert products
+    for node in products:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        bits, block = attributes["bits"], attributes["block_size"]
+        n, blocks = shapes[node.input[2]]
+        assert attributes["K"] == blocks * block
+        assert len(node.input) == 4
+        assert shapes[node.input[3]] == (n, blocks * bits // 8)
+        assert blocks * bits % 8 == 0
+
+
+def test_operator_set_is_one_that_onnxruntime_1_24_has(model: tuple[Path, onnx.ModelProto]) -> None:
+    versions = {entry.domain: entry.version for entry in model[1].opset_import}
+    assert versions == {"": 21, "com.microsoft": 1}
