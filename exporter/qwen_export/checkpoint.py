@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.
 _WRAPPED, _PLAIN = "model.language_model.", "model."
+# Its other models: vision tower, multi-token prediction.
+_IGNORED = ("model.visual.", "mtp.")
 _BFLOAT16_EXPONENT = 0x7F80
 
 
@@ -70,13 +73,14 @@ class Checkpoint:
 
         Raises:
             UserError: no such folder or hub id, not a supported model, or a shard missing, truncated, listed
-                outside the folder, or of an unsupported dtype.
+                outside the folder, linked to from it, or of an unsupported dtype.
         """
         local = Path(source)
         if local.is_dir():
             root, commit = local.resolve(), None
         else:
             root, commit = _download(source, revision)
+        _refuse_links_out(root)
         return cls(root, source, commit, load_config(root), dict(_tensors(root)))
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -106,14 +110,14 @@ class Checkpoint:
         row_bytes = info.nbytes // info.shape[0]
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.offset + start * row_bytes)
-            wanted = memoryview(rows.reshape(-1).view(np.uint8))
+            wanted = rows.reshape(-1).view(np.uint8).data
             while len(wanted) and (count := file.readinto(wanted)):
                 wanted = wanted[count:]
         if len(wanted):
             raise UserError(f"shard {info.file.name} ends inside tensor {name}: download it again")
         if not _all_finite(rows):
             raise UserError(
-                f"tensor {name} in {info.file.name} holds NaN or Inf: the checkpoint is damaged, download it again"
+                f"tensor {name} in {info.file.name} holds NaN or Inf: download the checkpoint again"
             )
         return rows
 
@@ -127,46 +131,66 @@ def _all_finite(rows: np.ndarray) -> bool:
 
 def _download(source: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     looks_local = source.startswith((".", "~", "/")) or source.count("/") != 1 or "\\" in source
     if looks_local:
-        raise UserError(f"no folder {source}: give a checkpoint folder, or a hub id such as Qwen/Qwen3.5-0.8B")
+        raise UserError(f"no folder {source}: give a checkpoint folder or a hub id like Qwen/Qwen3.5-0.8B")
     try:
-        root = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        root = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES)).resolve()
+    except Exception as error:  # the library's own errors, and those of whichever HTTP client it uses
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"no folder {source}, and the hub did not give it either ({reason}): check the name and the network"
+            f"no folder {source}, nor from the hub ({reason}): check the name and the network"
         ) from error
     return root, root.name  # a snapshot's folder is named after its commit
 
 
+def _refuse_links_out(root: Path) -> None:
+    """No link brings a file from elsewhere into an artifact; a hub snapshot links into its own cache."""
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for pattern in _HUB_FILES:
+        for path in root.glob(pattern):
+            target = path.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise UserError(f"{path.name} is a link out of {root}: put the file itself there")
+
+
 def _tensors(root: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Every tensor of every shard, canonical name first."""
+    """Every tensor of the text model, by its canonical name."""
     owner: dict[str, str] = {}
     for shard, listed in _shards(root).items():
-        header = dict(_header(root / shard))
-        for name in listed or header:
-            if name not in header:
-                raise UserError(f"{_INDEX} says that {shard} holds {name}, but it does not: download both again")
-        for name, info in header.items():
+        entries, data = _header(root / shard)
+        for name in listed:
+            if name not in entries:
+                raise UserError(f"{_INDEX} puts {name} in {shard}, which lacks it: download both again")
+        for stored_name, entry in entries.items():
+            if stored_name.startswith(_IGNORED):
+                continue
+            name = stored_name
+            if name.startswith(_WRAPPED):
+                name = _PLAIN + name.removeprefix(_WRAPPED)
             if name in owner:
-                raise UserError(f"tensor {name} is in both {owner[name]} and {shard}: remove the one that is wrong")
+                raise UserError(f"tensor {name} is in both {owner[name]} and {shard}: remove the wrong one")
+            if entry["dtype"] not in _DTYPES:
+                raise UserError(
+                    f"tensor {name} is {entry['dtype']}, which is not supported yet: give a "
+                    f"{', '.join(_DTYPES)} checkpoint"
+                )
             owner[name] = shard
-            yield (name.replace(_WRAPPED, _PLAIN, 1) if name.startswith(_WRAPPED) else name), info
+            offset = data + entry["data_offsets"][0]
+            yield name, TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), root / shard, offset)
 
 
 def _shards(root: Path) -> dict[str, list[str]]:
     """Shard file name -> the tensors that the index expects in it ([] where there is no index)."""
     index = root / _INDEX
+    if (root / _SINGLE).is_file():  # comes first in transformers too
+        return {_SINGLE: []}
     if not index.is_file():
-        if (root / _SINGLE).is_file():
-            return {_SINGLE: []}
         if any(root.glob("*.gguf")):
             raise UserError(f"{root} holds GGUF, which is not supported yet: give the safetensors checkpoint")
         if any(root.glob("*.bin")):
-            raise UserError(f"{root} holds pickled weights, which are never loaded: convert them to safetensors")
+            raise UserError(f"{root} holds pickled weights, which are never loaded: convert to safetensors")
         raise UserError(f"{root} has neither {_SINGLE} nor {_INDEX}: is the download complete?")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -178,14 +202,14 @@ def _shards(root: Path) -> dict[str, list[str]]:
     for shard in shards:
         # A plain file name; files of a hub snapshot may be links, which is the hub cache's own layout.
         if Path(shard).name != shard or "\\" in shard or shard in (".", ".."):
-            raise UserError(f"{_INDEX} names a file outside the folder: {shard}")
+            raise UserError(f"{_INDEX} names a file outside the folder ({shard}): download it again")
         if not (root / shard).is_file():
             raise UserError(f"shard {shard} is missing: download it into {root}")
     return shards
 
 
-def _header(path: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """The tensors of one safetensors file: 8 bytes of header length, a JSON header, the data."""
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Entries by tensor name, and where the data begins: after 8 bytes of length and a JSON header."""
     try:
         with safe_open(path, framework="numpy"):  # refuses whatever is malformed or truncated
             pass
@@ -193,14 +217,6 @@ def _header(path: Path) -> Iterator[tuple[str, TensorInfo]]:
         raise UserError(f"shard {path.name} is truncated or damaged ({error}): download it again") from error
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(
-                f"tensor {name} is {entry['dtype']}, which is not supported yet: give a "
-                f"{', '.join(_DTYPES)} checkpoint"
-            )
-        begin = entry["data_offsets"][0]
-        yield name, TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + begin)
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length

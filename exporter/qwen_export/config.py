@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from qwen_profiles.errors import UserError
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -21,7 +30,8 @@ class RopeParameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    rope_type: Literal["default"] = "default"
+    # Older configurations say `type`.
+    rope_type: Literal["default"] = Field("default", validation_alias=AliasChoices("rope_type", "type"))
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = Field(default=0.25, gt=0, le=1)
     mrope_section: tuple[int, int, int] = (11, 11, 10)
@@ -50,24 +60,33 @@ class TextConfig(BaseModel):
     linear_value_head_dim: int = Field(default=128, gt=0)
     linear_num_key_heads: int = Field(default=16, gt=0)
     linear_num_value_heads: int = Field(default=32, gt=0)
-    layer_types: tuple[LayerType, ...]
-    rope_parameters: RopeParameters = RopeParameters()
+    full_attention_interval: int = Field(default=4, gt=0)
+    layer_types: tuple[LayerType, ...] = Field(default=(), validate_default=True)
+    rope_parameters: RopeParameters = Field(default_factory=RopeParameters)
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    @field_validator("layer_types", mode="before")
+    @classmethod
+    def _from_interval(cls, types: object, info: ValidationInfo) -> object:
+        if types or not info.data.keys() >= {"num_hidden_layers", "full_attention_interval"}:
+            return types
+        interval = info.data["full_attention_interval"]
+        return tuple(
+            "linear_attention" if (layer + 1) % interval else "full_attention"
+            for layer in range(info.data["num_hidden_layers"])
+        )
+
     @model_validator(mode="before")
     @classmethod
-    def _layer_types_from_interval(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("layer_types") is None:
-            interval = values.get("full_attention_interval", 4)
-            count = values.get("num_hidden_layers", cls.model_fields["num_hidden_layers"].default)
-            types = [
-                "full_attention" if layer % interval == interval - 1 else "linear_attention"
-                for layer in range(count)
-            ]
-            values = {**values, "layer_types": types}
-        return values
+    def _one_place_for_rope(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Gather what older configurations say elsewhere, in the same order as transformers."""
+        rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            return values
+        top = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
+        return {**values, "rope_parameters": {**top, **rope}}
 
     @model_validator(mode="after")
     def _consistent(self) -> TextConfig:
@@ -120,28 +139,30 @@ def load_config(folder: Path) -> TextConfig:
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        model_type = content["model_type"]
+        model_type = str(content["model_type"])
+        section = _TEXT_CONFIG.get(model_type)
+        values = dict(content[section] if section else content)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path.name} is not a model configuration ({error!r}): download it again"
-        ) from error
+        raise UserError(f"{path} is not a model configuration ({error!r}): download it again") from error
     if model_type in _NOT_YET:
         raise UserError(f"model type '{model_type}' is not supported yet: dense Qwen3.5 text models are")
     if model_type not in _TEXT_CONFIG:
-        raise UserError(
-            f"model type '{model_type}' is not Qwen3.5: supported are {', '.join(_TEXT_CONFIG)}"
-        )
-    section = _TEXT_CONFIG[model_type]
-    values = dict(content[section] if section else content)
-    if section and "tie_word_embeddings" in content:
-        values.setdefault("tie_word_embeddings", content["tie_word_embeddings"])
+        raise UserError(f"model type '{model_type}' is not Qwen3.5: supported are {', '.join(_TEXT_CONFIG)}")
+    if "tie_word_embeddings" in content:  # the outer model owns lm_head
+        values["tie_word_embeddings"] = content["tie_word_embeddings"]
     try:
         return TextConfig(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"config.json: {field + ': ' if field else ''}{message}") from error
+        raise UserError(f"{path}: {_in_words(error)}") from error
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "literal_error":
+        return f"{field} {first['input']!r} is not supported yet, only {first['ctx']['expected']}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field}: {message}" if field else message
 
 
 def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from qwen_export.weights import Rows, StoredTensor, Weight
 Stored = tuple[Weight, list[StoredTensor]]
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
-_SYNC_BYTES = 256 * 1024 * 1024
+_SYNC_BYTES = 32 * 1024 * 1024
 _WORKERS = os.cpu_count() or 1
 
 
@@ -174,7 +174,8 @@ def _stored_form(weight: Weight, rows: np.ndarray) -> list[np.ndarray]:
         return [np.ascontiguousarray(part) for part in parts if part is not None]
     if weight.transform is not None:
         rows = weight.transform(rows.astype(np.float32))
-    converted = rows.astype(weight.storage)
+    with np.errstate(over="ignore"):  # reported below
+        converted = rows.astype(weight.storage)
     if weight.storage == np.float16 and not np.isfinite(converted).all():
         largest = float(np.abs(rows.astype(np.float32)).max())
         raise UserError(

@@ -1,0 +1,136 @@
+"""Checkpoints of the real Qwen3.5 geometries with random weights: the right sizes, no download.
+
+Weights are slices of one random block, written without ever holding a tensor in memory, so that a
+checkpoint of several GB takes as long as the disk does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+from qwen_export.config import expected_shapes, load_config
+
+_FAMILY: dict[str, Any] = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+}
+_COLUMNS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "tie_word_embeddings",
+)
+# 0.8B and 27B as published in public training scripts; the others filled in to agree with their names.
+_ROWS = {
+    "0.8B": (1024, 24, 8, 2, 3584, 16, 16, True),
+    "2B": (2048, 24, 8, 2, 6144, 16, 16, True),
+    "4B": (2560, 32, 16, 4, 9216, 16, 32, True),
+    "9B": (4096, 32, 16, 4, 12288, 16, 32, False),
+    "27B": (5120, 64, 24, 4, 17408, 16, 48, False),
+}
+GEOMETRIES = {size: {**_FAMILY, **dict(zip(_COLUMNS, row, strict=True))} for size, row in _ROWS.items()}
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BLOCK = 8 * 1024 * 1024 + 1  # elements; odd, so that rows of a tensor are not copies of one another
+_SHARD_BYTES = 2 * 1024**3
+# Near 1 in a trained model; every other weight is spread around 0.
+_AROUND_ONE = "linear_attn.norm.weight"
+
+
+def write_checkpoint(folder: Path, text_config: Mapping[str, Any], seed: int = 0) -> Path:
+    """Write a bfloat16 checkpoint of a dense `text_config`, in shards of 2 GiB; returns `folder`.
+
+    Weights are N(0, 0.02), repeating every 8 M values. About 100 MB of memory, whatever the model's size.
+
+    Raises:
+        ValueError: a mixture of experts.
+    """
+    if "num_experts" in text_config:
+        raise ValueError("only dense geometries so far")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "dtype": "bfloat16",
+        "eos_token_id": 248044,
+        **text_config,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    rng = np.random.default_rng(seed)
+    block = (0.02 * rng.standard_normal(_BLOCK, dtype=np.float32)).astype(_BFLOAT16)
+    shards = list(_shards(expected_shapes(load_config(folder))))
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shapes, name)
+        with (folder / name).open("wb") as file:
+            file.write(_header(shapes))
+            for tensor, shape in shapes.items():
+                _write_tensor(file, tensor, _size(shape), block, rng)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Split `shapes`, in their order, into parts of at most `_SHARD_BYTES` (or one larger tensor)."""
+    part: dict[str, tuple[int, ...]] = {}
+    part_bytes = 0
+    for name, shape in shapes.items():
+        nbytes = _size(shape) * _BFLOAT16.itemsize
+        if part and part_bytes + nbytes > _SHARD_BYTES:
+            yield part
+            part, part_bytes = {}, 0
+        part[name] = shape
+        part_bytes += nbytes
+    yield part
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """A safetensors header: 8 bytes of length, JSON padded to 8 bytes (huggingface.co/docs/safetensors)."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + _size(shape) * _BFLOAT16.itemsize
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    content = json.dumps(entries).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _write_tensor(file: BinaryIO, name: str, size: int, block: np.ndarray, rng: np.random.Generator) -> None:
+    """Write `size` elements: the block from a random place on, then again from its beginning."""
+    start = int(rng.integers(len(block)))
+    while size:
+        part = block[start : start + size]
+        if name.endswith(_AROUND_ONE):
+            part = (part.astype(np.float32) + 1).astype(_BFLOAT16)
+        file.write(part.view(np.uint8).data)
+        size -= len(part)
+        start = 0
