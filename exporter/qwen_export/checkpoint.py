@@ -140,7 +140,7 @@ def _download(source: str, revision: str | None) -> tuple[Path, str]:
     except Exception as error:  # the library's own errors, and those of whichever HTTP client it uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"no folder {source}, nor from the hub ({reason}): check the name and the network"
+            f"no folder {source}, and the hub did not give it ({reason}): check name and network"
         ) from error
     return root, root.name  # a snapshot's folder is named after its commit
 
@@ -162,7 +162,7 @@ def _tensors(root: Path) -> Iterator[tuple[str, TensorInfo]]:
         entries, data = _header(root / shard)
         for name in listed:
             if name not in entries:
-                raise UserError(f"{_INDEX} puts {name} in {shard}, which lacks it: download both again")
+                raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
         for stored_name, entry in entries.items():
             if stored_name.startswith(_IGNORED):
                 continue
@@ -202,7 +202,7 @@ def _shards(root: Path) -> dict[str, list[str]]:
     for shard in shards:
         # A plain file name; files of a hub snapshot may be links, which is the hub cache's own layout.
         if Path(shard).name != shard or "\\" in shard or shard in (".", ".."):
-            raise UserError(f"{_INDEX} names a file outside the folder ({shard}): download it again")
+            raise UserError(f"{_INDEX} names a file outside the folder: {shard}")
         if not (root / shard).is_file():
             raise UserError(f"shard {shard} is missing: download it into {root}")
     return shards

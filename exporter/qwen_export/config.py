@@ -62,7 +62,7 @@ class TextConfig(BaseModel):
     linear_num_value_heads: int = Field(default=32, gt=0)
     full_attention_interval: int = Field(default=4, gt=0)
     layer_types: tuple[LayerType, ...] = Field(default=(), validate_default=True)
-    rope_parameters: RopeParameters = Field(default_factory=RopeParameters)
+    rope_parameters: RopeParameters = Field(default=RopeParameters.model_validate({}))
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -159,9 +159,9 @@ def load_config(folder: Path) -> TextConfig:
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
-    if first["type"] == "literal_error":
-        return f"{field} {first['input']!r} is not supported yet, only {first['ctx']['expected']}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "literal_error":
+        message += f" ({first['input']!r} is not supported yet)"
     return f"{field}: {message}" if field else message
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from qwen_profiles.errors import UserError
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.provider import PROVIDERS, Choice, choose
 from qwen_runtime.stop import StopFilter
+from qwen_runtime.template import render
 
 Message = Mapping[str, str]
 
@@ -148,15 +148,7 @@ class Model:
 
     def apply_chat_template(self, messages: Sequence[Message], thinking: bool = False) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
-        # The template engine takes no variables of the caller's, but it runs what stands before the template.
-        setting = "{%- set enable_thinking = " + ("true" if thinking else "false") + " %}"
-        return str(
-            self._tokenizer.apply_chat_template(
-                json.dumps(list(messages)),
-                template_str=setting + self._artifact.chat_template,
-                add_generation_prompt=True,
-            )
-        )
+        return render(self._artifact.chat_template, messages, enable_thinking=thinking)
 
     def generate(
         self,

@@ -1,0 +1,51 @@
+"""Chat templates, rendered as transformers renders them.
+
+ONNX Runtime GenAI has an engine of its own, which gets some templates wrong in silence: in 0.18 a substring
+test such as `'</think>' in message.content` is always false, so that old thoughts stay in the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from qwen_profiles.errors import UserError
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """The prompt for the assistant's next turn.
+
+    The template comes with the checkpoint, so it runs in jinja2's sandbox. Environment and functions are
+    those of transformers' `apply_chat_template`.
+
+    Raises:
+        UserError: the template refuses the messages, or is not valid.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        compiled = environment.from_string(template)
+        return compiled.render(messages=messages, add_generation_prompt=True, **variables)
+    except TemplateError as error:
+        raise UserError(f"the chat template does not take these messages: {error}") from error
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """Without jinja2's own escaping of HTML, which would change what the model reads."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
