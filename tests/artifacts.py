@@ -32,7 +32,10 @@ def float_profile(lowering: str, dtype: str = "float32", prefill_chunk: int = 64
     """A profile that quantises nothing, for one lowering."""
     base = load_profile({"fused": "cpu", "portable": "strix-halo"}[lowering])
     update = {
-        "weights": FLOAT, "activation_dtype": dtype, "accuracy_level": 0, "prefill_chunk": prefill_chunk
+        "weights": FLOAT,
+        "activation_dtype": dtype,
+        "accuracy_level": 0,
+        "prefill_chunk": prefill_chunk,
     }
     return base.model_copy(update=update)
 
@@ -84,9 +87,7 @@ class Session:
         }
         results = dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
         logits = results.pop("logits")
-        self.state = {
-            name.replace("present.", "past_key_values."): value for name, value in results.items()
-        }
+        self.state = {name.replace("present.", "past_key_values."): value for name, value in results.items()}
         return logits
 
 

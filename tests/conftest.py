@@ -7,10 +7,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import pytest  # noqa: E402 - the environment comes first
-from artifacts import make_artifact  # noqa: E402
-from qwen_profiles.schema import load_profile  # noqa: E402
-from random_checkpoints import TINY  # noqa: E402
+import pytest
+from qwen_profiles.schema import load_profile
+from random_checkpoints import TINY
+
+from artifacts import make_artifact
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Greedy tokens of an artifact, as JSON; run by the tests in environments that have only the runtime.
 
-    python generate_tokens.py ARTIFACT COUNT < prompt_ids.json
+python generate_tokens.py ARTIFACT COUNT < prompt_ids.json
 """
 
 import json

@@ -72,7 +72,9 @@ def write_random_checkpoint(
         del tensors["lm_head.weight"]
     config = model.config.to_dict()
     if wrap:
-        tensors = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
+        tensors = {
+            name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()
+        }
         tied = config.pop("tie_word_embeddings")
         config = {"model_type": "qwen3_5", "text_config": config, "tie_word_embeddings": tied}
     folder.mkdir(parents=True, exist_ok=True)

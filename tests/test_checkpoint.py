@@ -13,13 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from artifacts import Quiet
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import expected_shapes, load_config
 from qwen_export.export import export
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import load_profile
 from random_checkpoints import load_tensors, save_shards, write_random_checkpoint
+
+from artifacts import Quiet
 
 NORM = "model.layers.2.input_layernorm.weight"
 
@@ -143,7 +144,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "tensor in two shards": (duplicate, "is in both"),
     "tensor missing": (edit_tensors(lambda tensors: tensors.pop(NORM)), f"has no tensor {NORM}"),
-    "another shape": (edit_config(intermediate_size=100), "has shape (96, 64) where config.json says (100, 64)"),
+    "another shape": (
+        edit_config(intermediate_size=100),
+        "has shape (96, 64) where config.json says (100, 64)",
+    ),
     "unsupported dtype": (
         edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)})),
         f"tensor {NORM} is F8_E4M3, which is not supported yet",

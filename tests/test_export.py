@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from artifacts import Quiet, float_profile, make_artifact
-from benchmarks.geometry import write_checkpoint
 from click.testing import CliRunner
 from filelock import FileLock
 from qwen_export.checkpoint import Checkpoint
@@ -26,6 +24,9 @@ from qwen_profiles.errors import UserError
 from qwen_profiles.schema import load_profile, parse_profile, profile_names
 from qwen_runtime.artifact import Artifact
 from random_checkpoints import TINY, load_tensors, save_shards, write_random_checkpoint
+
+from artifacts import Quiet, float_profile, make_artifact
+from benchmarks.geometry import write_checkpoint
 
 MEDIUM = {
     "vocab_size": 60_000,
@@ -139,7 +140,9 @@ def test_unfinished_export_of_something_else(tmp_path: Path) -> None:
     progress = Quiet()
     export(Checkpoint.open(str(TINY)), load_profile("cpu"), tmp_path / "out", progress)
     assert progress.notes == ["an earlier export of something else did not finish: starting over"]
-    assert hashes(tmp_path / "out") == hashes(make_artifact(TINY, load_profile("cpu"), tmp_path / "again", False))
+    assert hashes(tmp_path / "out") == hashes(
+        make_artifact(TINY, load_profile("cpu"), tmp_path / "again", False)
+    )
 
 
 def kill_after(arguments: list[str], seconds: float) -> bool:

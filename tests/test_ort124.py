@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from artifacts import float_profile, make_artifact
 from qwen_profiles.schema import load_profile
 from random_checkpoints import TINY, write_random_checkpoint
+
+from artifacts import float_profile, make_artifact
 
 OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
 pytestmark = [

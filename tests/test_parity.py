@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artifacts import Session, cosine, float_profile, make_artifact
 from random_checkpoints import TINY, random_model, write_random_checkpoint
 from transformers import Qwen3_5ForCausalLM
 from transformers.cache_utils import DynamicCache
+
+from artifacts import Session, cosine, float_profile, make_artifact
 
 LOWERINGS = ("fused", "portable")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -23,10 +24,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide values, odd kernel": {"linear_value_head_dim": 24, "linear_conv_kernel_dim": 3},
     "one query head for each key head": {"num_attention_heads": 2},
     "Gated DeltaNets at the end": {"num_hidden_layers": 6},
-    "one attention in two layers": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "one attention in two layers": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "only attention": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
     "attention first": {"num_hidden_layers": 3, "layer_types": ["full_attention", *["linear_attention"] * 2]},
-    "every second layer": {"num_hidden_layers": 5, "layer_types": (["linear_attention", "full_attention"] * 3)[:5]},
+    "every second layer": {
+        "num_hidden_layers": 5,
+        "layer_types": (["linear_attention", "full_attention"] * 3)[:5],
+    },
     "whole heads rotated": {
         "rope_parameters": {
             "rope_type": "default",
@@ -62,7 +69,9 @@ def tokens(model: Qwen3_5ForCausalLM, count: int, seed: int = 1) -> np.ndarray:
 
 def reference(model: Qwen3_5ForCausalLM, ids: np.ndarray, cache: DynamicCache | None = None) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor(np.atleast_2d(ids)), past_key_values=cache, use_cache=cache is not None).logits.numpy()
+        return model(
+            torch.tensor(np.atleast_2d(ids)), past_key_values=cache, use_cache=cache is not None
+        ).logits.numpy()
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
@@ -174,7 +183,9 @@ def test_height_and_width_positions(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.tensor(ids)[None], position_ids=torch.tensor(positions)).logits.numpy()
     for lowering in LOWERINGS:
-        session = Session(make_artifact(tmp_path / "checkpoint", float_profile(lowering), tmp_path / lowering))
+        session = Session(
+            make_artifact(tmp_path / "checkpoint", float_profile(lowering), tmp_path / lowering)
+        )
         assert_same(session.run(ids, positions), expected)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
-from artifacts import make_artifact
 from qwen_profiles.schema import load_profile
 from random_checkpoints import TINY, write_random_checkpoint
+
+from artifacts import make_artifact
 
 FLOAT = {"tensor(float)", "tensor(float16)"}
 INTEGERS = {f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -33,7 +34,9 @@ KERNELS = {
 
 
 @pytest.fixture(scope="module", params=["trained", "random"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, onnx.ModelProto]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, onnx.ModelProto]:
     folder = tmp_path_factory.mktemp("portable")
     checkpoint = TINY if request.param == "trained" else write_random_checkpoint(folder / "c", hidden_size=72)
     artifact = make_artifact(checkpoint, load_profile("strix-halo"), folder / "artifact", all_logits=False)

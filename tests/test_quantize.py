@@ -36,7 +36,9 @@ def round_to_nearest(weight: np.ndarray, form: Quantization) -> np.ndarray:
     levels = 2**form.bits - 1
     if form.symmetric:
         scale = np.abs(blocks).max(1, keepdims=True) / (levels // 2)
-        return (np.clip(np.rint(blocks / scale), -(levels // 2) - 1, levels // 2) * scale).reshape(weight.shape)
+        return (np.clip(np.rint(blocks / scale), -(levels // 2) - 1, levels // 2) * scale).reshape(
+            weight.shape
+        )
     low, high = np.minimum(blocks.min(1, keepdims=True), 0), np.maximum(blocks.max(1, keepdims=True), 0)
     scale = (high - low) / levels
     zero = np.rint(-low / scale)
@@ -101,7 +103,9 @@ def test_what_lies_on_a_grid_comes_back_exactly(bits: int, symmetric: bool) -> N
     np.testing.assert_array_equal(dequantize(quantize(weight, form), 128, form), weight)
 
 
-def matmul_nbits(x: np.ndarray, stored: Quantized, n: int, k: int, form: Quantization, level: int) -> np.ndarray:
+def matmul_nbits(
+    x: np.ndarray, stored: Quantized, n: int, k: int, form: Quantization, level: int
+) -> np.ndarray:
     tensors = {"B": stored.packed, "scales": stored.scales}
     if stored.zero_points is not None:
         tensors["zero_points"] = stored.zero_points

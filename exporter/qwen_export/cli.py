@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.table import Table
 
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.export import default_output, export
 from qwen_export.export import Progress as ExportProgress
+from qwen_export.export import default_output, export
 
 _EPILOG = """\b
 Examples:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +68,7 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> 
     target = TARGETS[profile.lowering]
     dtype = np.dtype(profile.activation_dtype)
     g = GraphBuilder(target, dtype)
-    recipe = Recipe(dict(profile.weights), target, dtype, profile.accuracy_level)
+    recipe = Recipe(profile.weights, target, dtype, profile.accuracy_level)
     decoder(g, checkpoint.config, recipe, GraphOptions(profile.prefill_chunk, all_logits))
     return Plan(target, g.model("qwen3_5"), g.stored, g.end)
 
@@ -210,5 +209,3 @@ def _put_in_place(staged: Path, output: Path) -> None:
 def default_output(checkpoint: Checkpoint, profile: Profile) -> Path:
     """artifacts/<model>-<profile> in the current folder."""
     return Path("artifacts") / f"{Path(package.model_name(checkpoint)).name}-{profile.name}"
-
-

@@ -55,7 +55,7 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
     end = generation.get("eos_token_id", config.eos_token_id)
     pad = generation.get("pad_token_id", config.pad_token_id)
     first_end = end[0] if isinstance(end, list) else end
-    provider_options = [] if profile.provider == "cpu" else [{profile.provider: {}}]
+    provider_options: list[dict[str, Any]] = [] if profile.provider == "cpu" else [{profile.provider: {}}]
     return {
         "model": {
             "type": "qwen3_5_text",

@@ -90,7 +90,7 @@ def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:
 
 def _blocks_as_columns(weight: np.ndarray, form: Quantization) -> np.ndarray:
     """float32 [block_size, blocks]: one block a column, so that sums over a block run along long rows."""
-    n, k = weight.shape
+    k = weight.shape[1]
     if k % form.block_size:
         weight = np.pad(weight, ((0, 0), (0, -k % form.block_size)))
     columns = weight.reshape(-1, form.block_size).T

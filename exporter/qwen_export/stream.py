@@ -44,7 +44,8 @@ def source_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
     """Bytes of the checkpoint that `weight` is made from."""
     row = int(np.prod(weight.row_shape, dtype=np.int64))
     return sum(
-        (part.stop - part.start) * row * checkpoint.tensors[part.tensor].dtype.itemsize for part in weight.rows
+        (part.stop - part.start) * row * checkpoint.tensors[part.tensor].dtype.itemsize
+        for part in weight.rows
     )
 
 

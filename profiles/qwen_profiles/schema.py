@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROLES = ("mlp", "attention", "linear_attention", "gate", "embedding", "lm_head")
+Role = Literal["mlp", "attention", "linear_attention", "gate", "embedding", "lm_head"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class _Frozen(BaseModel):
@@ -27,7 +28,8 @@ class WeightFormat(_Frozen):
     """How the projections of one role are stored.
 
     Attributes:
-        precision: `int4` and `int8` are block-wise along the input features; `float` is the activations' dtype.
+        precision: `int4` and `int8` are block-wise along the input features, `float` is the activations'
+            dtype.
         block_size: input features that share one scale.
         symmetric: one fixed zero point in the middle of the codes, instead of one stored for each block.
     """
@@ -59,7 +61,7 @@ class Profile(_Frozen):
     provider: Literal["cpu", "cuda", "dml", "webgpu"]
     lowering: Literal["fused", "portable"]
     activation_dtype: Literal["float32", "float16"]
-    weights: dict[Literal["mlp", "attention", "linear_attention", "gate", "embedding", "lm_head"], WeightFormat]
+    weights: dict[Role, WeightFormat]
     accuracy_level: int = Field(default=0, ge=0, le=4)
     prefill_chunk: Literal[16, 32, 64, 128, 256, 512, 1024, 2048]
     context_length: int = Field(gt=0)
@@ -67,7 +69,8 @@ class Profile(_Frozen):
 
 def profile_names() -> list[str]:
     """Names of the shipped profiles, sorted."""
-    return sorted(entry.name[: -len(".toml")] for entry in _shipped() if entry.name.endswith(".toml"))
+    names = [entry.name for entry in files("qwen_profiles").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def load_profile(name: str) -> Profile:
@@ -103,7 +106,3 @@ def parse_profile(name: str, text: str) -> Profile:
     if missing:
         raise UserError(f"profile '{name}' says no weight format for: {', '.join(missing)}")
     return profile
-
-
-def _shipped():  # type: ignore[no-untyped-def]
-    return list(files("qwen_profiles").iterdir())

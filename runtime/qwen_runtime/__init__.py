@@ -1,10 +1,10 @@
 """artifact -> tokens: the runtime. Imports no torch, transformers or onnx.
 
-    from qwen_runtime import Model
+from qwen_runtime import Model
 
-    with Model.load("artifacts/Qwen3.5-0.8B-cpu") as model:
-        for piece in model.generate([{"role": "user", "content": "Hello"}]):
-            print(piece, end="", flush=True)
+with Model.load("artifacts/Qwen3.5-0.8B-cpu") as model:
+    for piece in model.generate([{"role": "user", "content": "Hello"}]):
+        print(piece, end="", flush=True)
 """
 
 from qwen_runtime.model import Generation, Model, ModelInfo, Sampling

@@ -182,7 +182,8 @@ class Model:
             raise UserError("the prompt is empty")
         if room < 1:
             raise UserError(
-                f"the prompt has {len(tokens)} tokens, and the context is {self.info.context_length}: shorten it"
+                f"the prompt has {len(tokens)} tokens, and the context is {self.info.context_length}: "
+                "shorten it"
             )
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
@@ -234,7 +235,9 @@ class Generation:
         """Free what the generation holds; what it would still have yielded is lost."""
         self._pieces.close()
 
-    def _run(self, model: Model, prompt: list[int], options: dict[str, Any], stop: StopFilter) -> Generator[str]:
+    def _run(
+        self, model: Model, prompt: list[int], options: dict[str, Any], stop: StopFilter
+    ) -> Generator[str]:
         og = model._og
         parameters = og.GeneratorParams(model._model)
         parameters.set_search_options(**options)

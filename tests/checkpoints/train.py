@@ -3,9 +3,9 @@
     python tests/checkpoints/train.py --variant dense -o tests/checkpoints/tiny-dense
 
 The text is Python's own language reference (`pydoc_data.topics`) and the docstrings of its standard library.
-A part of the reference is held out; it goes to eval.txt and is never trained on. About 15 minutes
-on two cores. The result is a small language model that writes recognisable English about Python: too small to be
-of use, but really trained, so that quality figures mean something.
+A part of the reference is held out; it goes to eval.txt and is never trained on. About 15 minutes on two
+quiet cores. The result is a small language model that writes recognisable English about Python: too small
+to be of use, but really trained, so that quality figures mean something.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from pydoc_data.topics import topics
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -222,7 +222,9 @@ def save_model(model: Qwen3_5ForCausalLM, tokenizer: Tokenizer, folder: Path) ->
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     tensors = {
-        name: value.detach().to(torch.float32 if name.endswith(FLOAT32_TENSORS) else torch.bfloat16).contiguous()
+        name: value.detach()
+        .to(torch.float32 if name.endswith(FLOAT32_TENSORS) else torch.bfloat16)
+        .contiguous()
         for name, value in model.state_dict().items()
         if name != "lm_head.weight"
     }
@@ -230,7 +232,9 @@ def save_model(model: Qwen3_5ForCausalLM, tokenizer: Tokenizer, folder: Path) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", choices=VARIANTS, default="dense")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=640)

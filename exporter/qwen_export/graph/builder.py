@@ -107,7 +107,7 @@ class GraphBuilder:
         array = np.asarray(value, dtype=dtype if dtype is not None else self.dtype)
         key = (str(array.dtype), array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = _initializer(ir.tensor(array, name=f"constant.{len(self._constants)}"))
+            self._constants[key] = _initializer(ir.Tensor(array, name=f"constant.{len(self._constants)}"))
         return self._constants[key]
 
     def ints(self, *values: int) -> ir.Value:
@@ -156,7 +156,7 @@ def _typed(name: str, dtype: np.dtype, shape: Sequence[int | str]) -> ir.Value:
     )
 
 
-def _initializer(tensor: ir.TensorProtocol) -> ir.Value:
+def _initializer(tensor: ir.Tensor[Any] | ir.ExternalTensor) -> ir.Value:
     return ir.Value(
         name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
     )

@@ -129,7 +129,11 @@ def _causal_conv(
     channels, kernel = config.conv_dim, config.linear_conv_kernel_dim
     (weight,) = g.weight(
         Weight(
-            f"{name}.conv1d.weight", "conv", (Rows(f"{name}.conv1d.weight", 0, channels),), (1, kernel), g.dtype
+            f"{name}.conv1d.weight",
+            "conv",
+            (Rows(f"{name}.conv1d.weight", 0, channels),),
+            (1, kernel),
+            g.dtype,
         )
     )
     mixed = g.op("Transpose", mixed, perm=[0, 2, 1])
@@ -184,9 +188,7 @@ def _linear_attention(
     masks: Triangles | None,
 ) -> tuple[ir.Value, ir.Value]:
     key_heads, key_size = config.linear_num_key_heads, config.linear_key_head_dim
-    query_key, value = g.ops(
-        "Split", mixed, g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1
-    )
+    query_key, value = g.ops("Split", mixed, g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1)
     normed = g.reshape(_l2_norm(g, query_key, 2 * key_heads, key_size, g.dtype), 0, 0, 2 * config.key_dim)
     query, key = g.ops("Split", normed, outputs=2, axis=-1, num_outputs=2)
     output, present = g.ops(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from qwen_profiles.schema import Role
 
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.recipe import Recipe
@@ -10,7 +11,7 @@ from qwen_export.quantize import Quantization
 from qwen_export.weights import Rows, Weight
 
 
-def projection(recipe: Recipe, name: str, role: str, in_features: int, *rows: Rows) -> Weight:
+def projection(recipe: Recipe, name: str, role: Role, in_features: int, *rows: Rows) -> Weight:
     """The weight of one projection: rows of one or several checkpoint tensors, stored by the recipe."""
     return Weight(name, role, rows, (in_features,), recipe.storage(role, in_features))
 

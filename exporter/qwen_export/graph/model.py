@@ -18,6 +18,8 @@ from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
 from qwen_export.weights import Rows, Weight
 
+Shape = tuple[int | str, ...]
+
 
 @dataclass(frozen=True)
 class GraphOptions:
@@ -39,43 +41,27 @@ class State:
     past: str
     present: str
     dtype: np.dtype
-    past_shape: tuple[int | str, ...]
-    present_shape: tuple[int | str, ...]
+    past_shape: Shape
+    present_shape: Shape
 
 
 def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, State]:
     """Key and value cache of a full-attention layer, conv and recurrent state of a Gated DeltaNet."""
+
+    def state(kind: str, dtype: np.dtype, past: Shape, present: Shape) -> State:
+        return State(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", dtype, past, present)
+
     if config.layer_types[layer] == "full_attention":
-        kinds = ("key", "value")
-        shape = ("batch_size", config.num_key_value_heads, "{}_sequence_length", config.head_dim)
-        shapes, dtypes = (shape, shape), (dtype, dtype)
-    else:
-        kinds = ("conv_state", "recurrent_state")
-        shapes = (
-            ("batch_size", config.conv_dim, config.linear_conv_kernel_dim - 1),
-            (
-                "batch_size",
-                config.linear_num_value_heads,
-                config.linear_key_head_dim,
-                config.linear_value_head_dim,
-            ),
-        )
-        dtypes = (dtype, np.dtype(np.float32))
-
-    def state(kind: str, shape: tuple[int | str, ...], dtype: np.dtype) -> State:
-        def lengths(which: str) -> tuple[int | str, ...]:
-            return tuple(axis.format(which) if isinstance(axis, str) else axis for axis in shape)
-
-        return State(
-            f"past_key_values.{layer}.{kind}",
-            f"present.{layer}.{kind}",
-            dtype,
-            lengths("past"),
-            lengths("total"),
-        )
-
-    first, second = (state(*each) for each in zip(kinds, shapes, dtypes, strict=True))
-    return first, second
+        past: Shape = ("batch_size", config.num_key_value_heads, "past_sequence_length", config.head_dim)
+        present: Shape = (*past[:2], "total_sequence_length", config.head_dim)
+        return state("key", dtype, past, present), state("value", dtype, past, present)
+    conv: Shape = ("batch_size", config.conv_dim, config.linear_conv_kernel_dim - 1)
+    heads = config.linear_num_value_heads
+    recurrent: Shape = ("batch_size", heads, config.linear_key_head_dim, config.linear_value_head_dim)
+    return (
+        state("conv_state", dtype, conv, conv),
+        state("recurrent_state", np.dtype(np.float32), recurrent, recurrent),
+    )
 
 
 def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphOptions) -> None:
@@ -90,9 +76,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     attention_mask = g.input("attention_mask", int64, ("batch_size", "total_sequence_length"))
     position_ids = g.input("position_ids", int64, (3, "batch_size", "sequence_length"))
     carried = [states(config, layer, g.dtype) for layer in range(config.num_hidden_layers)]
-    past = [
-        tuple(g.input(state.past, state.dtype, state.past_shape) for state in pair) for pair in carried
-    ]
+    past = [tuple(g.input(state.past, state.dtype, state.past_shape) for state in pair) for pair in carried]
 
     lm_head, embedding = _vocabulary(config, recipe)
     table = rotation(g, config, position_ids)

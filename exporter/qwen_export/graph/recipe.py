@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from qwen_profiles.schema import WeightFormat
+from qwen_profiles.schema import Role, WeightFormat
 
 from qwen_export.graph.targets import Target
 from qwen_export.quantize import Quantization
@@ -22,12 +22,12 @@ class Recipe:
     `accuracy_level` is MatMulNBits' attribute: 4 lets the CPU kernel quantise activations to int8.
     """
 
-    formats: dict[str, WeightFormat]
+    formats: dict[Role, WeightFormat]
     target: Target
     dtype: np.dtype
     accuracy_level: int = 0
 
-    def storage(self, role: str, in_features: int) -> Storage:
+    def storage(self, role: Role, in_features: int) -> Storage:
         """How a projection of `role` with rows of `in_features` is stored.
 
         Where the target wants exact blocks the block size is halved until it fits; a row that no block
@@ -37,7 +37,7 @@ class Recipe:
         if form.precision == "float":
             return self.dtype
         bits = _BITS[form.precision]
-        block = form.block_size
+        block: int = form.block_size
         if self.target.exact_blocks:
             while block >= _SMALLEST_BLOCK and not _exact(in_features, block, bits):
                 block //= 2

@@ -33,7 +33,9 @@ def rotation(g: GraphBuilder, config: TextConfig, position_ids: ir.Value) -> Rot
     """
     half = config.rotary_dim // 2
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
-    inverse_frequencies = (1.0 / np.float32(config.rope_parameters.rope_theta) ** exponents).astype(np.float32)
+    inverse_frequencies = (1.0 / np.float32(config.rope_parameters.rope_theta) ** exponents).astype(
+        np.float32
+    )
     axis = np.zeros(half, dtype=np.int64)
     for offset in (1, 2):
         axis[offset : config.rope_parameters.mrope_section[offset] * 3 : 3] = offset
@@ -54,7 +56,9 @@ def rotation(g: GraphBuilder, config: TextConfig, position_ids: ir.Value) -> Rot
     return Rotation(cos, sin, rows)
 
 
-def rotate(g: GraphBuilder, x: ir.Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int) -> ir.Value:
+def rotate(
+    g: GraphBuilder, x: ir.Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int
+) -> ir.Value:
     """Turn the first `rotary_dim` of each head of x [batch, sequence, heads, head_dim]; the rest passes.
 
     Returns [batch, sequence, heads * head_dim].
