@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,19 +56,20 @@ class Session:
             artifact / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
         self.outputs = [output.name for output in self._session.get_outputs()]
+        self._artifact = artifact
         self._batch = batch
         self.reset()
 
     def reset(self) -> None:
         self._length = 0
         self.state = {}
+        genai_config = json.loads((self._artifact / "genai_config.json").read_text())
+        head_size = genai_config["model"]["decoder"]["head_size"]
+        sizes = {"batch_size": self._batch, "past_sequence_length": 0, "kv_cache_dim": head_size}
         for value in self._session.get_inputs():
-            if value.name.startswith("past_"):
+            if value.name.startswith("past"):
                 dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
-                shape = [
-                    self._batch if axis == "batch_size" else 0 if isinstance(axis, str) else axis
-                    for axis in value.shape
-                ]
+                shape = [sizes.get(axis, axis) for axis in value.shape]
                 self.state[value.name] = np.zeros(shape, dtype)
 
     def run(self, ids: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
@@ -87,7 +89,9 @@ class Session:
         }
         results = dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
         logits = results.pop("logits")
-        self.state = {name.replace("present.", "past_key_values."): value for name, value in results.items()}
+        # `past_key_values.3.key` or `past.3.conv`, and `present.3.key`: the same but for the first word.
+        present = {name.split(".", 1)[1]: value for name, value in results.items()}
+        self.state = {name: present[name.split(".", 1)[1]] for name in self.state}
         return logits
 
 
