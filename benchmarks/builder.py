@@ -21,7 +21,7 @@ _VISION = {
 
 
 def wrap(checkpoint: Path, folder: Path) -> Path:
-    """The checkpoint as the builder takes it: inside a vision-language model, here with a tiny vision tower."""
+    """The checkpoint as the builder takes it: inside a vision-language model, with a tiny vision tower."""
     folder.mkdir(parents=True)
     text = AutoConfig.from_pretrained(checkpoint).to_dict()
     config = Qwen3_5Config(

@@ -1,6 +1,6 @@
 """How much of the trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's model builder.
 
-    python benchmarks/quality.py [--tokens 8192] [--json quality.json]
+    python -m benchmarks.quality [--tokens 8192] [--json quality.json]
 
 Every artifact reads the held-out text in windows, and each next-token distribution is compared with that of
 transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity.
@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM
 
-sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in (".", "tests")]
-from artifacts import Session, float_profile, make_artifact
-from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
-from random_checkpoints import TINY
-
 from benchmarks.builder import build, wrap
+from tests.artifacts import Session, float_profile, make_artifact
+from tests.random_checkpoints import TINY
 
 EVALUATION = TINY.parent / "eval.txt"
 WINDOW = 512

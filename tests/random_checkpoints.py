@@ -80,10 +80,13 @@ def write_random_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_shards(folder, tensors, shards)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (TINY / name).exists():
-            shutil.copy(TINY / name, folder / name)
+    copy_tokenizer(TINY, folder)
     return folder
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder / name)
 
 
 def save_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
