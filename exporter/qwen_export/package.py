@@ -66,7 +66,8 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
             "pad_token_id": pad if pad is not None else first_end,
             "decoder": {
                 "filename": MODEL_FILE,
-                "session_options": {"provider_options": provider_options},
+                # 0: ONNX Runtime's own choice, every physical core. Without it GenAI takes half of them.
+                "session_options": {"intra_op_num_threads": 0, "provider_options": provider_options},
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_attention_heads,

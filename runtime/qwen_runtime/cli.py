@@ -27,7 +27,7 @@ Examples:
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
 @click.option("--system", help="System message of the conversation.")
-@click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: what the context holds]")
+@click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: 4096]")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token.")
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens up to this probability.")
 @click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")

@@ -19,6 +19,8 @@ from qwen_runtime.template import render
 
 Message = Mapping[str, str]
 
+_DEFAULT_MAX_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -162,7 +164,8 @@ class Model:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
         Args:
-            max_tokens: most tokens to generate; None fills the context.
+            max_tokens: most tokens to generate; None is 4096, or as many as the context still holds. The
+                KV cache is allocated for all of them beforehand.
             stop: text at which to stop; it is not part of the result.
             thinking: for messages, whether the model is asked to think first.
 
@@ -188,7 +191,7 @@ class Model:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
         options = (sampling or Sampling()).search_options()
-        options["max_length"] = len(tokens) + min(room, max_tokens or room)
+        options["max_length"] = len(tokens) + min(room, max_tokens or _DEFAULT_MAX_TOKENS)
         return Generation(self, tokens, options, [stop] if isinstance(stop, str) else list(stop))
 
 
