@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+)
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny-dense"
 
@@ -34,16 +40,22 @@ GEOMETRY: dict[str, Any] = {
         "mrope_section": [2, 1, 1],
         "mrope_interleaved": True,
     },
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts_per_tok": 2,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
 
 
-def random_model(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM:
+def random_model(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM | Qwen3_5MoeForCausalLM:
     """A float32 model in which no weight keeps its trivial initial value."""
     torch.manual_seed(seed)
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**GEOMETRY, **overrides})).eval()
+    if "num_experts" in overrides:
+        model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**GEOMETRY, **overrides})).eval()
+    else:
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**GEOMETRY, **overrides})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("linear_attn.norm.weight"):
@@ -76,7 +88,8 @@ def write_random_checkpoint(
             name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()
         }
         tied = config.pop("tie_word_embeddings")
-        config = {"model_type": "qwen3_5", "text_config": config, "tie_word_embeddings": tied}
+        outer = config["model_type"].removesuffix("_text")
+        config = {"model_type": outer, "text_config": config, "tie_word_embeddings": tied}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_shards(folder, tensors, shards)
@@ -107,3 +120,14 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def save_tensors(
+    folder: Path, model: torch.nn.Module, change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None
+) -> None:
+    """Replace the weights in `folder` with those of `model`, after `change`."""
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    change(tensors)
+    save_shards(folder, tensors, 1)

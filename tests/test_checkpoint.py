@@ -114,7 +114,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "config.json is not a model configuration",
     ),
     "another model": (edit_config(model_type="llama"), "model type 'llama' is not Qwen3.5"),
-    "mixture of experts": (edit_config(model_type="qwen3_5_moe"), "'qwen3_5_moe' is not supported yet"),
+    "weights of a dense model": (
+        edit_config(model_type="qwen3_5_moe_text"),
+        "has no tensor model.layers.0.mlp",
+    ),
     "bad head count": (edit_config(num_key_value_heads=3), "num_key_value_heads must divide"),
     "negative size": (edit_config(hidden_size=-1), "config.json: hidden_size: "),
     "scaled rotary embedding": (

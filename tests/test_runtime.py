@@ -316,8 +316,11 @@ def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
 def test_interrupted_command(cpu_artifact: Path) -> None:
     process = subprocess.Popen(
         [*RUN, str(cpu_artifact), "--raw", "The", "--temperature", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     assert process.stdout is not None
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)
@@ -326,12 +329,18 @@ def test_interrupted_command(cpu_artifact: Path) -> None:
     assert errors.endswith("interrupted\n")
 
 
+def heed_interrupts() -> None:
+    """A background job's children ignore Ctrl-C unless told otherwise; the tests may run in one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program on a pseudo-terminal of its own."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.pid, self._file = pty.fork()
         if self.pid == 0:
+            heed_interrupts()
             os.environ["TERM"] = "dumb"
             os.execv(arguments[0], arguments)
         self.seen = ""

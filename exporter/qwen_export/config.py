@@ -18,11 +18,16 @@ from pydantic import (
 )
 from qwen_profiles.errors import UserError
 
+_DEFAULT_EXPERTS = 256  # transformers' Qwen3_5MoeTextConfig
 LayerType = Literal["linear_attention", "full_attention"]
 
 # model_type -> where the text model's configuration lies; None is the top level.
-_TEXT_CONFIG = {"qwen3_5_text": None, "qwen3_5": "text_config"}
-_NOT_YET = ("qwen3_5_moe", "qwen3_5_moe_text")
+_TEXT_CONFIG = {
+    "qwen3_5_text": None,
+    "qwen3_5": "text_config",
+    "qwen3_5_moe_text": None,
+    "qwen3_5_moe": "text_config",
+}
 
 
 class RopeParameters(BaseModel):
@@ -39,7 +44,10 @@ class RopeParameters(BaseModel):
 
 
 class TextConfig(BaseModel):
-    """Geometry of a dense Qwen3.5 text model; names and defaults as in transformers' Qwen3_5TextConfig."""
+    """Geometry of a Qwen3.5 text model; names and defaults as in transformers' Qwen3_5TextConfig.
+
+    A mixture of experts has `num_experts` and no `intermediate_size` (Qwen3_5MoeTextConfig).
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -63,6 +71,10 @@ class TextConfig(BaseModel):
     full_attention_interval: int = Field(default=4, gt=0)
     layer_types: tuple[LayerType, ...] = Field(default=(), validate_default=True)
     rope_parameters: RopeParameters = Field(default=RopeParameters.model_validate({}))
+    num_experts: int | None = Field(default=None, gt=0)
+    num_experts_per_tok: int = Field(default=8, gt=0)
+    moe_intermediate_size: int = Field(default=512, gt=0)
+    shared_expert_intermediate_size: int = Field(default=512, gt=0)
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -110,6 +122,11 @@ class TextConfig(BaseModel):
         return self
 
     @property
+    def model_type(self) -> str:
+        """The text model's type, in transformers and in ONNX Runtime GenAI."""
+        return "qwen3_5_moe_text" if self.num_experts else "qwen3_5_text"
+
+    @property
     def rotary_dim(self) -> int:
         """Leading elements of each attention head that are rotated."""
         return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
@@ -144,10 +161,10 @@ def load_config(folder: Path) -> TextConfig:
         values = dict(content[section] if section else content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a model configuration ({error!r}): download it again") from error
-    if model_type in _NOT_YET:
-        raise UserError(f"model type '{model_type}' is not supported yet: dense Qwen3.5 text models are")
     if model_type not in _TEXT_CONFIG:
         raise UserError(f"model type '{model_type}' is not Qwen3.5: supported are {', '.join(_TEXT_CONFIG)}")
+    if "_moe" in model_type:
+        values.setdefault("num_experts", _DEFAULT_EXPERTS)
     if "tie_word_embeddings" in content:  # the outer model owns lm_head
         values["tie_word_embeddings"] = content["tie_word_embeddings"]
     try:
@@ -175,13 +192,25 @@ def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     }
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    block = {
+    block: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
     }
+    if config.num_experts:
+        experts, expert, shared = (
+            config.num_experts,
+            config.moe_intermediate_size,
+            config.shared_expert_intermediate_size,
+        )
+        block |= {
+            "mlp.gate.weight": (experts, hidden),
+            "mlp.experts.gate_up_proj": (experts, 2 * expert, hidden),
+            "mlp.experts.down_proj": (experts, hidden, expert),
+            "mlp.shared_expert_gate.weight": (1, hidden),
+            **_mlp_shapes("mlp.shared_expert", hidden, shared),
+        }
+    else:
+        block |= _mlp_shapes("mlp", hidden, inner)
     value_heads = config.linear_num_value_heads
     mixers = {
         "full_attention": {
@@ -208,3 +237,11 @@ def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
         for name, shape in {**block, **mixers[layer_type]}.items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     return shapes
+
+
+def _mlp_shapes(name: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.gate_proj.weight": (inner, hidden),
+        f"{name}.up_proj.weight": (inner, hidden),
+        f"{name}.down_proj.weight": (hidden, inner),
+    }

@@ -58,7 +58,7 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
     provider_options: list[dict[str, Any]] = [] if profile.provider == "cpu" else [{profile.provider: {}}]
     return {
         "model": {
-            "type": "qwen3_5_text",
+            "type": config.model_type,
             "vocab_size": config.vocab_size,
             "context_length": context,
             "bos_token_id": generation.get("bos_token_id") or config.bos_token_id or first_end,
@@ -102,7 +102,7 @@ def manifest(
     return {
         "format_version": FORMAT_VERSION,
         "qwen_edge": version("qwen-edge"),
-        "model": {"name": model_name(checkpoint), "model_type": "qwen3_5_text"},
+        "model": {"name": model_name(checkpoint), "model_type": checkpoint.config.model_type},
         "source": {"checkpoint": model_name(checkpoint), "revision": checkpoint.revision},
         "profile": profile.name,
         "backend": profile.backend,

@@ -169,12 +169,12 @@ def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: thread
 
 def _stored_form(weight: Weight, rows: np.ndarray) -> list[np.ndarray]:
     """`rows` as the arrays that `weight.layout()` names, contiguous."""
+    if weight.transform is not None:
+        rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):
-        quantized = quantize(rows, weight.storage)
+        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage)
         parts = [quantized.packed, quantized.scales, quantized.zero_points]
         return [np.ascontiguousarray(part) for part in parts if part is not None]
-    if weight.transform is not None:
-        rows = weight.transform(rows.astype(np.float32))
     with np.errstate(over="ignore"):  # reported below
         converted = rows.astype(weight.storage)
     if weight.storage == np.float16 and not np.isfinite(converted).all():

@@ -49,9 +49,10 @@ class Weight:
         name: initializer name; a quantised weight adds `.scales` and `.zero_points` to it.
         role: the recipe's role (`mlp`, `attention`, ...), for reports of size by role.
         rows: runs of rows, in the order in which they are stacked.
-        row_shape: shape of one row; `(in_features,)` for a projection, `()` for a vector.
-        storage: a float dtype, or a `Quantization` (needs a one-axis row).
-        transform: elementwise, float32 in, float32 out; None keeps the values.
+        row_shape: shape of one row; `(in_features,)` for a projection, `()` for a vector,
+            `(out_features, in_features)` for fused experts, of which each is a row.
+        storage: a float dtype, or a `Quantization` of the last axis.
+        transform: what is done to rows before they are stored; keeps their shape. None: nothing.
         reshaped: the shape it is stored in, where that is not rows by row; same number of elements.
     """
 
@@ -75,23 +76,32 @@ class Weight:
         """(initializer name, dtype, shape) of each tensor that this weight is stored as, in file order."""
         if not isinstance(self.storage, Quantization):
             return [(self.name, self.storage, self.shape)]
-        n, k = self.shape
+        *experts, n, k = self.shape
         form = self.storage
         uint8 = np.dtype(np.uint8)
+        packed: tuple[int, ...] = form.packed_shape(n, k)
+        if experts:  # com.microsoft::QMoE has no axis of blocks
+            packed = (n, packed[1] * packed[2])
         tensors = [
-            (self.name, uint8, form.packed_shape(n, k)),
-            (f"{self.name}.scales", form.scale_dtype, form.scales_shape(n, k)),
+            (self.name, uint8, (*experts, *packed)),
+            (f"{self.name}.scales", form.scale_dtype, (*experts, *form.scales_shape(n, k))),
         ]
         if not form.symmetric:
-            tensors.append((f"{self.name}.zero_points", uint8, form.zero_points_shape(n, k)))
+            tensors.append((f"{self.name}.zero_points", uint8, (*experts, *form.zero_points_shape(n, k))))
         return tensors
 
 
 def one_plus(weight: np.ndarray) -> np.ndarray:
     """Qwen3.5's RMSNorm multiplies by 1 + weight; the operators multiply by what they are given."""
-    return 1.0 + weight
+    return 1.0 + weight.astype(np.float32)
 
 
 def negative_exp(weight: np.ndarray) -> np.ndarray:
     """A_log -> -exp(A_log), the decay's scale (LinearAttentionGate's `decay_scale`)."""
-    return -np.exp(weight)
+    return -np.exp(weight.astype(np.float32))
+
+
+def interleave_gate_up(experts: np.ndarray) -> np.ndarray:
+    """[E, 2 I, K] with I gate rows before I up rows -> gate and up in turn, as QMoE's swiglu wants them."""
+    count, rows, k = experts.shape
+    return experts.reshape(count, 2, rows // 2, k).swapaxes(1, 2).reshape(count, rows, k)

@@ -16,7 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Role = Literal["mlp", "attention", "linear_attention", "gate", "embedding", "lm_head"]
+Role = Literal[
+    "mlp", "experts", "shared_expert", "attention", "linear_attention", "gate", "embedding", "lm_head"
+]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -49,7 +51,7 @@ class Profile(_Frozen):
         provider: ONNX Runtime execution provider that the runtime tries first.
         lowering: `fused` uses the newest fused operators, `portable` only what DirectML has a kernel for.
         activation_dtype: dtype of activations, scales and KV cache.
-        weights: format by role. A tied embedding follows `lm_head`.
+        weights: format by role. A tied embedding follows `lm_head`; the router is always float.
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU quantise activations to int8.
         prefill_chunk: tokens of a prompt that are processed in one run, a power of two.
         context_length: tokens of prompt and answer together; at most the checkpoint's own limit.

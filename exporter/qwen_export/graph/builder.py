@@ -31,6 +31,8 @@ _CONTRIB_OPERATORS = frozenset(
         "LinearAttention",
         "LinearAttentionGate",
         "MatMulNBits",
+        "MoE",
+        "QMoE",
         "QuickGelu",
         "RotaryEmbedding",
         "SkipSimplifiedLayerNormalization",

@@ -13,6 +13,7 @@ from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
 from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.mlp import mlp
+from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
@@ -104,7 +105,12 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
                 g.output(value, state.present, state.dtype, state.present_shape)
             x, residual = _next_norm(g, config, f"{name}.post_attention_layernorm", update, residual)
             with g.scope("mlp"):
-                update = mlp(g, config, recipe, f"{name}.mlp", x)
+                if config.num_experts:
+                    update = mixture_of_experts(g, config, recipe, f"{name}.mlp", x)
+                else:
+                    update = mlp(
+                        g, recipe, f"{name}.mlp", "mlp", x, config.hidden_size, config.intermediate_size
+                    )
 
     x, _ = _next_norm(g, config, "model.norm", update, residual)
     if not options.all_logits:

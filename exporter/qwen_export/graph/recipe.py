@@ -27,19 +27,19 @@ class Recipe:
     dtype: np.dtype
     accuracy_level: int = 0
 
-    def storage(self, role: Role, in_features: int) -> Storage:
+    def storage(self, role: Role, in_features: int, whole_blocks: bool = False) -> Storage:
         """How a projection of `role` with rows of `in_features` is stored.
 
-        Where the target wants exact blocks the block size is halved until it fits; a row that no block
-        fits stays in the activations' dtype.
+        Where the operator wants `whole_blocks`, or the target exact ones, the block size is halved until it
+        fits; a row that no block fits stays in the activations' dtype.
         """
         form = self.formats[role]
         if form.precision == "float":
             return self.dtype
         bits = _BITS[form.precision]
         block: int = form.block_size
-        if self.target.exact_blocks:
-            while block >= _SMALLEST_BLOCK and not _exact(in_features, block, bits):
+        if whole_blocks or self.target.exact_blocks:
+            while block >= _SMALLEST_BLOCK and not self._fits(in_features, block, bits):
                 block //= 2
             if block < _SMALLEST_BLOCK:
                 return self.dtype
@@ -50,6 +50,6 @@ class Recipe:
             scale_dtype=self.dtype,
         )
 
-
-def _exact(in_features: int, block: int, bits: int) -> bool:
-    return in_features % block == 0 and (in_features // block * bits) % 8 == 0
+    def _fits(self, in_features: int, block: int, bits: int) -> bool:
+        whole_bytes = not self.target.exact_blocks or in_features // block * bits % 8 == 0
+        return in_features % block == 0 and whole_bytes

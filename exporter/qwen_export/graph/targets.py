@@ -46,6 +46,7 @@ FUSED = Target(
         "GroupQueryAttention",
         "LinearAttention",
         "LinearAttentionGate",
+        "QMoE",
         "RotaryEmbedding",
     },
 )

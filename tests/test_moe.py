@@ -1,0 +1,153 @@
+"""Mixtures of experts against transformers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import torch
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import plan
+from qwen_profiles.errors import UserError
+from qwen_profiles.schema import WeightFormat, load_profile
+from random_checkpoints import random_model, save_tensors, write_random_checkpoint
+
+from artifacts import Session, cosine, float_profile, make_artifact
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "two of eight": {"num_experts": 8},
+    "all of four": {"num_experts": 4, "num_experts_per_tok": 4},
+    "one of five, untied": {"num_experts": 5, "num_experts_per_tok": 1, "tie_word_embeddings": False},
+    "experts wider than the model": {"num_experts": 8, "moe_intermediate_size": 160},
+}
+
+
+@pytest.fixture(params=SHAPES)
+def case(request: pytest.FixtureRequest, tmp_path: Path):
+    shape = SHAPES[request.param]
+    return write_random_checkpoint(tmp_path / "checkpoint", **shape), random_model(**shape)
+
+
+def assert_same(session: Session, model, length: int = 80) -> None:
+    """Logits at once and in pieces, then 64 greedy tokens."""
+    ids = np.random.default_rng(1).integers(2, 512, length)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits.numpy()
+        answer = model.generate(
+            torch.tensor(ids)[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, length:].tolist()
+    found = np.concatenate([session.run(part) for part in np.split(ids, [30, 31])], axis=1)
+    assert cosine(found, expected).min() > 0.99999
+    session.reset()
+    logits, tokens = session.run(ids), []
+    assert cosine(logits, expected).min() > 0.99999
+    for _ in range(64):
+        tokens.append(int(logits[0, -1].argmax()))
+        logits = session.run(tokens[-1:])
+    assert tokens == answer
+
+
+def test_float_experts(case, tmp_path: Path) -> None:
+    checkpoint, model = case
+    assert_same(Session(make_artifact(checkpoint, float_profile("fused"), tmp_path / "out")), model)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_experts_that_lie_on_a_grid(case, symmetric: bool, tmp_path: Path) -> None:
+    """Experts whose weights INT4 holds exactly: the quantised operator must then agree to float32."""
+    checkpoint, model = case
+    snap(model)
+    save_tensors(checkpoint, model)
+    profile = float_profile("fused")
+    experts = WeightFormat(precision="int4", block_size=32, symmetric=symmetric)
+    profile = profile.model_copy(update={"weights": profile.weights | {"experts": experts}})
+    artifact = make_artifact(checkpoint, profile, tmp_path / "out")
+    assert_same(Session(artifact), model)
+
+
+def snap(model) -> None:
+    """Round the experts to 16 levels, both ends used in each block of 32, so that the grid is determined."""
+    generator = np.random.default_rng(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                codes = generator.integers(0, 16, tuple(parameter.shape))
+                codes[..., ::32], codes[..., 1::32] = 0, 15
+                parameter.copy_(torch.tensor((codes - 8) * 0.03125))
+
+
+@pytest.mark.parametrize("wrap,shards,dtype", [(False, 1, torch.bfloat16), (True, 3, torch.bfloat16)])
+def test_shipped_recipe(wrap: bool, shards: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(
+        tmp_path / "checkpoint", num_experts=8, wrap=wrap, shards=shards, dtype=dtype
+    )
+    artifact = make_artifact(checkpoint, load_profile("cpu"), tmp_path / "out")
+    model = random_model(num_experts=8)
+    ids = np.random.default_rng(1).integers(2, 512, 60)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits.numpy()
+    assert cosine(Session(artifact).run(ids), expected).mean() > 0.8  # INT4 moves some choices of experts
+
+
+def test_through_onnxruntime_genai(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8, vocab_size=2048)
+    artifact = make_artifact(checkpoint, float_profile("fused"), tmp_path / "out", all_logits=False)
+    model = random_model(num_experts=8, vocab_size=2048)
+    ids = np.random.default_rng(1).integers(2, 2048, 100)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(ids)[None], max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, 100:].tolist()
+    config = og.Config(str(artifact))
+    loaded = og.Model(config)
+    assert loaded.type == "qwen3_5_moe_text"
+    parameters = og.GeneratorParams(loaded)
+    parameters.set_search_options(do_sample=False, max_length=132)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(ids.astype(np.int32))
+    found = []
+    while len(found) < 32 and not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    assert found == expected[: len(found)]
+    assert len(found) == 32 or found[-1] == 1
+
+
+def test_router_and_gates_stay_float(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
+    planned = plan(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
+    storage = {weight.name: weight.storage for weight, _ in planned.stored}
+    routers = [name for name in storage if name.endswith((".gate.weight", "shared_expert_gate.weight"))]
+    assert len(routers) == 8 and all(storage[name] == np.float32 for name in routers)
+
+
+def damaged_experts(tensors: dict) -> None:
+    tensors["model.layers.1.mlp.experts.down_proj"][3, 2, 1] = float("nan")
+
+
+def missing_router(tensors: dict) -> None:
+    del tensors["model.layers.1.mlp.gate.weight"]
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (damaged_experts, "tensor model.layers.1.mlp.experts.down_proj in .* holds NaN"),
+        (missing_router, "has no tensor model.layers.1.mlp.gate.weight"),
+    ],
+)
+def test_damage_is_named(damage: Callable[[dict], None], message: str, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
+    save_tensors(checkpoint, random_model(num_experts=8), damage)
+    with pytest.raises(UserError, match=message):
+        make_artifact(checkpoint, load_profile("cpu"), tmp_path / "out")
+
+
+def test_portable_says_that_it_cannot_yet(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
+    with pytest.raises(UserError, match="does not run mixtures of experts yet: choose a profile"):
+        make_artifact(checkpoint, load_profile("strix-halo"), tmp_path / "out")
