@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -164,9 +165,10 @@ def _begin(work: Path, fingerprint: str, progress: Progress) -> Journal:
 
 
 def _fingerprint(checkpoint: Checkpoint, profile: Profile, planned: Plan) -> str:
-    """Changes when any byte of the data file could: the shards, the profile, or the layout."""
+    """Changes when any byte of the data file could: the shards, the profile, the layout, or our code."""
     shards = sorted({info.file for info in checkpoint.tensors.values()})
     identity = {
+        "qwen_edge": version("qwen-edge"),
         "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],
         "profile": profile.model_dump(),
         "layout": [repr(entry) for _, tensors in planned.stored for entry in tensors],

@@ -95,11 +95,16 @@ def write_weights(
             unsynced.append(weight.name)
             unsynced_bytes += source_bytes(checkpoint, weight)
             if unsynced_bytes >= _SYNC_BYTES:
-                os.fsync(file.fileno())
+                _sync(file)
                 journal.add(unsynced)
                 unsynced, unsynced_bytes = [], 0
-        os.fsync(file.fileno())
+        _sync(file)
         journal.add(unsynced)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _remaining(
