@@ -136,7 +136,12 @@ def test_two_exports_to_one_place(tmp_path: Path) -> None:
 
 def test_unfinished_export_of_something_else(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", MEDIUM)
-    kill_after(command(checkpoint, tmp_path / "out"), 1.2)
+    process = subprocess.Popen(command(checkpoint, tmp_path / "out"))
+    while not (tmp_path / ".out.partial" / "artifact" / "model.onnx.data").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     progress = Quiet()
     export(Checkpoint.open(str(TINY)), load_profile("cpu"), tmp_path / "out", progress)
     assert progress.notes == ["an earlier export of something else did not finish: starting over"]
