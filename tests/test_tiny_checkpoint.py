@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
+from checkpoints.train import HELD_OUT
 from random_checkpoints import TINY, load_tensors
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,8 +37,15 @@ def test_every_weight_was_trained() -> None:
         assert tensor.float().std() > 1e-3, name
 
 
+def test_held_out_text_is_in_no_other_topic() -> None:
+    """Some topics of the reference contain others word for word."""
+    trained = "\n\n".join(text for name, text in topics.items() if name not in HELD_OUT)
+    paragraphs = (TINY.parent / "eval.txt").read_text(encoding="utf-8").split("\n\n")
+    assert [part for part in paragraphs if part.strip() in trained] == []
+
+
 def test_it_learned_the_text() -> None:
-    """Perplexity on held-out text; an untrained model's is the size of the vocabulary, 2048."""
+    """Perplexity on held-out text; token frequencies alone give 620, an untrained model 2100."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     text = (TINY.parent / "eval.txt").read_text(encoding="utf-8")
@@ -45,7 +53,7 @@ def test_it_learned_the_text() -> None:
     batch = torch.from_numpy(ids)
     with torch.no_grad():
         loss = model(input_ids=batch, labels=batch).loss.item()
-    assert math.exp(loss) < 60
+    assert math.exp(loss) < 80
 
 
 def test_it_answers_in_english() -> None:
