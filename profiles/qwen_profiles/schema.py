@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import sys
+import tomllib
 from importlib.resources import files
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwen_profiles.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Role = Literal[
     "mlp", "experts", "shared_expert", "attention", "linear_attention", "gate", "embedding", "lm_head"
