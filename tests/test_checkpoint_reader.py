@@ -268,5 +268,7 @@ def test_geometry_checkpoint_is_one_that_transformers_reads(
             np.testing.assert_array_equal(found.view(np.int16), value.view(torch.int16).numpy())
     again = geometry.write_checkpoint(tmp_path / "again", GEOMETRY)
     assert all(path.read_bytes() == (again / path.name).read_bytes() for path in folder.iterdir())
-    with pytest.raises(ValueError, match="dense"):
-        geometry.write_checkpoint(tmp_path / "experts", {**GEOMETRY, "num_experts": 8})
+    experts = {**GEOMETRY, "model_type": "qwen3_5_moe_text", "num_experts": 4}
+    mixture = Checkpoint.open(str(geometry.write_checkpoint(tmp_path / "mixture", experts)))
+    mixture.check(expected_shapes(mixture.config))
+    assert mixture.config.num_experts == 4
