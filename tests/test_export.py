@@ -61,6 +61,9 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
     assert manifest["files"]["model.onnx.data"]["size"] == planned.data_bytes
     assert sum(manifest["bytes_by_role"].values()) <= planned.data_bytes
     assert not list(tmp_path.glob(".*"))
+    session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    expected = {"cpu": [], "strix-halo": [{"dml": {"enable_graph_capture": "0"}}]}
+    assert session["provider_options"] == expected[profile]
 
 
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import pty
@@ -12,11 +14,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import onnxruntime_genai as og
 import pytest
+import qwen_profiles
+import qwen_runtime
 import torch
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import load_profile
@@ -31,6 +37,7 @@ from artifacts import float_profile, make_artifact
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)
+OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
 RUN = [sys.executable, "-c", "from qwen_runtime.cli import main; main()"]
 
 
@@ -113,6 +120,23 @@ def test_stop_strings_never_show(model: Model) -> None:
     assert generation.finish_reason == "stop"
 
 
+def test_characters_of_several_tokens_come_whole(model: Model) -> None:
+    """To this small vocabulary they are bytes. They are put in the model's mouth."""
+    text = "a🙂b é 中文 ünï"
+    said = iter(model.encode(text))
+    assert len(model.encode(text)) > len(text)
+
+    class Puppet(og.Generator):
+        def get_next_tokens(self) -> np.ndarray:
+            return np.array([next(said)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxruntime_genai.Generator", Puppet)
+        pieces = list(model.generate("The", max_tokens=len(model.encode(text)), sampling=GREEDY))
+    assert "".join(pieces) == text
+    assert "🙂" in pieces and "中" in pieces and "�" not in "".join(pieces)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_stop_filter_holds_back_only_what_it_must(size: int) -> None:
     text = "abcabxabcabcabd"
@@ -155,6 +179,21 @@ def test_a_closed_generation_yields_nothing_more(model: Model) -> None:
     assert list(generation) == []
 
 
+def test_a_dropped_generation_is_freed_at_once(model: Model) -> None:
+    gc.disable()
+    try:
+        generation = model.generate("The", max_tokens=100)
+        next(generation)
+        running = weakref.ref(generation._pieces)
+        del generation
+        assert running() is None
+    finally:
+        gc.enable()
+    with model.generate("The", max_tokens=100) as generation:
+        first = next(generation)
+    assert list(generation) == [] and generation.text == first
+
+
 def test_prompt_longer_than_one_run_of_the_graph(tmp_path: Path) -> None:
     artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
     with Model.load(artifact) as model:
@@ -162,6 +201,46 @@ def test_prompt_longer_than_one_run_of_the_graph(tmp_path: Path) -> None:
         assert len("".join(generation)) and generation.prompt_tokens > 300
         assert model.info.provider == "cpu"
         assert model.info.reason == ("CPU: DirectML is not in this install (onnxruntime-genai-winml has it)")
+
+
+class OneAppendGenerator(og.Generator):
+    """Stands for a generator on DirectML, where ONNX Runtime GenAI refuses a second append."""
+
+    def append_tokens(self, tokens: np.ndarray) -> None:
+        if self.token_count():
+            raise RuntimeError("Continuous decoding is not supported on the selected device type (DirectML)")
+        super().append_tokens(tokens)
+
+
+def test_directml_takes_the_prompt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
+    with Model.load(artifact) as model:
+        prompt = "The statement. " * 100
+        expected = "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY))
+        monkeypatch.setattr("onnxruntime_genai.Generator", OneAppendGenerator)
+        model.info = dataclasses.replace(model.info, provider="dml")
+        assert "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY)) == expected
+
+
+def test_directml_runs_without_graph_capture(cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured graphs want inputs of one size. This install has no DirectML, so loading ends in an error."""
+    asked = []
+
+    class RecordingConfig(og.Config):
+        def set_provider_option(self, *option: str) -> None:
+            asked.append(option)
+            super().set_provider_option(*option)
+
+    monkeypatch.setattr("onnxruntime_genai.Config", RecordingConfig)
+    monkeypatch.setattr("onnxruntime_genai.is_dml_available", lambda: True)
+    with pytest.raises(UserError, match="DirectML could not load"):
+        Model.load(cpu_artifact, provider="dml")
+    assert asked == [("dml", "enable_graph_capture", "0")]
+
+
+def test_more_top_k_than_there_are_tokens(model: Model) -> None:
+    sampling = Sampling(temperature=1.0, top_k=2**40, seed=3)
+    assert "".join(model.generate("The", max_tokens=5, sampling=sampling))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +264,12 @@ def test_prompts_that_do_not_fit(model: Model) -> None:
         model.generate("")
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and the context is 8192"):
         model.generate("word " * 9000)
+    with pytest.raises(UserError, match="has a NUL character"):
+        model.generate("seen\0not seen")
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        model.generate("half a pair: \ud83d")
+    with pytest.raises(UserError, match="does not take these messages"):
+        model.generate([{"role": "user", "content": None}])  # type: ignore[dict-item]
     with pytest.raises(UserError, match="a list of prompts is not supported"):
         model.generate(["one", "two"])  # type: ignore[list-item]
 
@@ -195,6 +280,20 @@ def test_answers_end_where_the_context_does(cpu_artifact: Path) -> None:
         generation = model.generate(prompt, sampling=GREEDY, max_tokens=100)
         list(generation)
         assert generation.prompt_tokens + len(generation.tokens) <= 8192
+
+
+@pytest.mark.ort124
+@pytest.mark.skipif(not OLD_PYTHON, reason="QWEN_EDGE_ORT124_PYTHON does not name an interpreter")
+def test_onnxruntime_that_is_too_old(cpu_artifact: Path) -> None:
+    assert OLD_PYTHON is not None
+    roots = [str(Path(module.__file__).parents[1]) for module in (qwen_runtime, qwen_profiles)]
+    code = (
+        f"import sys\nsys.path[:0] = {roots}\nfrom qwen_runtime import Model\n"
+        f"from qwen_profiles.errors import UserError\ntry: Model.load({str(cpu_artifact)!r})\n"
+        "except UserError as error: print(error)"
+    )
+    found = subprocess.run([OLD_PYTHON, "-c", code], capture_output=True, text=True)
+    assert "needs onnxruntime >=1.30: install it, or export with a profile for older ones" in found.stdout
 
 
 def edit(name: str, change: bytes | None):
@@ -224,6 +323,14 @@ def rewrite_manifest(old: str, new: str):
     return damage
 
 
+def replace_by_link(name: str):
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
@@ -234,6 +341,12 @@ def rewrite_manifest(old: str, new: str):
         (flip("model.onnx.data", 1000), "model.onnx.data changed since the export"),
         (flip("model.onnx", 1000), "model.onnx changed since the export"),
         (rewrite_manifest('"format_version": 1', '"format_version": 2'), "has artifact format 2"),
+        (edit("manifest.json", b'{"format_version": 1}'), "manifest.json has no valid 'model'"),
+        (rewrite_manifest('"files"', '"file"'), "manifest.json has no valid 'files'"),
+        (rewrite_manifest('"size"', '"bytes"'), "has no size and sha256 of chat_template.jinja"),
+        (rewrite_manifest('"genai_config.json"', '"merges.txt"'), "does not list genai_config.json"),
+        (rewrite_manifest('"provider": "cpu"', '"provider": "tpu"'), "was made for 'tpu'"),
+        (replace_by_link("model.onnx.data"), "names a file outside the folder: model.onnx.data"),
         (
             rewrite_manifest('"model.onnx"', '"../model.onnx"'),
             "names a file outside the folder: ../model.onnx",
@@ -302,11 +415,56 @@ def test_command_streams_an_answer(cpu_artifact: Path, model: Model) -> None:
     assert result["provider"] == "cpu"
 
 
+def test_command_passes_its_options_on(cpu_artifact: Path, model: Model) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    sampling = Sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1, seed=7)
+    whole = "".join(model.generate(messages, max_tokens=40, sampling=sampling, thinking=True))
+    stop = whole[len(whole) // 2 :][:5]
+    found = run(
+        str(cpu_artifact), "What is assert?", "--system", "Be brief.", "--think", "--verify",
+        "--stop", "never", "--stop", stop, "--temperature", "0.9", "--top-p", "0.9", "--top-k", "30",
+        "--repetition-penalty", "1.1", "--seed", "7", "--max-tokens", "40", "--json",
+    )  # fmt: skip
+    assert found.returncode == 0
+    result = json.loads(found.stdout)
+    assert result["text"] == whole[: whole.index(stop)]
+    assert result["finish_reason"] == "stop"
+
+
+def test_command_speaks_utf8_whatever_the_code_page(copied: Path, model: Model) -> None:
+    """As in a pipe on Windows."""
+    rewrite_manifest('"name": "tiny-dense"', '"name": "小🙂"')(copied)
+    found = subprocess.run(
+        [*RUN, str(copied), "-", "--raw", "--json", "--max-tokens", "1"],
+        input="中文".encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    result = json.loads(found.stdout)
+    assert result["model"] == "小🙂"
+    assert result["usage"]["prompt_tokens"] == len(model.encode("中文"))
+
+
+def test_reader_that_leaves_early(cpu_artifact: Path) -> None:
+    process = subprocess.Popen(
+        [*RUN, str(cpu_artifact), "--raw", "The", "--max-tokens", "2000", "--seed", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"CPU: the artifact was made for it\n"
+    assert process.wait() == 0
+
+
 def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([str(tmp_path / "nothing"), "Hi"], "make an artifact with qwen-export first"),
         ([str(cpu_artifact), "Hi", "--provider", "dml"], "install onnxruntime-genai-winml"),
         ([str(cpu_artifact), "Hi", "--top-k", "0"], "top_k is 0"),
+        ([str(cpu_artifact), "\udcff"], "not valid UTF-8"),
+        ([str(cpu_artifact), "--json"], "need a PROMPT"),
     ]:
         failed = run(*arguments)
         assert failed.returncode == 2
@@ -343,33 +501,66 @@ class Terminal:
             heed_interrupts()
             os.environ["TERM"] = "dumb"
             os.execv(arguments[0], arguments)
-        self.seen = ""
+        self._seen = ""  # since the last match
 
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 30) -> None:
-        start, deadline = len(self.seen), time.monotonic() + seconds
-        while not re.search(pattern, self.seen[start:]):
-            assert time.monotonic() < deadline, f"no {pattern!r} after {self.seen[start:]!r}"
-            if select.select([self._file], [], [], 0.1)[0]:
-                self.seen += os.read(self._file, 4096).decode(errors="replace")
+    def wait_for(self, pattern: str, every_second: str = "") -> None:
+        """Wait until `pattern` shows, typing `every_second` meanwhile."""
+        seconds = 0
+        while not (match := re.search(pattern, self._seen)):
+            if select.select([self._file], [], [], 1)[0]:
+                self._seen += os.read(self._file, 4096).decode(errors="replace")
+            else:
+                seconds += 1
+                assert seconds < 30, f"no {pattern!r} in {self._seen!r}"
+                self.type(every_second)
+        self._seen = self._seen[match.end() :]
 
 
 def test_chat_in_a_terminal(cpu_artifact: Path) -> None:
-    terminal = Terminal([*RUN, str(cpu_artifact), "--temperature", "1", "--repetition-penalty", "1.1"])
+    # Hot enough that every token is as likely as the end, so an answer is about a thousand tokens long.
+    hot = ["--temperature", "1000", "--top-k", "2048", "--top-p", "1", "--seed", "1"]
+    terminal = Terminal([*RUN, str(cpu_artifact), *hot])
     terminal.wait_for("> ")
+    # Python takes notice of one that comes between its prompt and the reading of a line at the next.
     terminal.type("\x03")
-    terminal.wait_for("Ctrl-D or /exit leaves")
+    terminal.wait_for("/clear forgets", every_second="\x03")
+    terminal.wait_for("> ")
     terminal.type("What is assert?\n")
-    terminal.wait_for(r"assert\?\r\n.*\w{3}")
-    terminal.type("\x03")  # stops the answer, or finds it already ended
+    terminal.wait_for(r"assert\?\r\n[\s\S]{30}")
+    terminal.type("\x03")
+    terminal.wait_for(r"\(stopped\)")
     terminal.wait_for("> ")
     terminal.type("/clear\n")
     terminal.wait_for("> ")
     terminal.type("\x04")
     _, status = os.waitpid(terminal.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_chat_remembers(cpu_artifact: Path, model: Model) -> None:
+    """The second answer is that to the whole conversation; after /clear it is forgotten."""
+    first = "".join(model.generate(QUESTION, max_tokens=12, sampling=GREEDY))
+    history = [*QUESTION, {"role": "assistant", "content": first}, {"role": "user", "content": "Why?"}]
+    second = "".join(model.generate(history, max_tokens=12, sampling=GREEDY))
+    alone = "".join(model.generate(history[-1:], max_tokens=12, sampling=GREEDY))
+    assert second != alone
+    typed = "What is assert?\nWhy?\n\n/clear\nWhy?\n/exit\nnever read\n"
+    found = run(str(cpu_artifact), "--temperature", "0", "--max-tokens", "12", stdin=typed)
+    assert found.returncode == 0
+    assert found.stdout.split("leaves.\n")[1] == f"> {first}\n> {second}\n> > > {alone}\n> "
+
+
+def test_chat_goes_on_when_the_context_is_full(cpu_artifact: Path) -> None:
+    typed = f"What is assert?\n{'word ' * 9000}\nWhy?\n"
+    found = run(str(cpu_artifact), "--temperature", "0", "--max-tokens", "4", stdin=typed)
+    assert found.returncode == 0
+    assert "and the context is 8192: shorten it; /clear forgets" in found.stdout.replace("\n", " ")
+    assert found.stdout.count("> ") == 4
+    alone = run(str(cpu_artifact), "--max-tokens", "4", stdin=f"{'word ' * 9000}\n")
+    assert alone.returncode == 2
 
 
 def test_import_is_light() -> None:

@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 GENAI_CONFIG = "genai_config.json"
 MODEL_FILE = "model.onnx"
 
+# GenAI captures the graph on DirectML unless told not to, and that wants states of one size.
+_OPTIONS = {"dml": {"enable_graph_capture": "0"}}
 _HASH_BLOCK = 1024 * 1024
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -55,7 +57,9 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
     end = generation.get("eos_token_id", config.eos_token_id)
     pad = generation.get("pad_token_id", config.pad_token_id)
     first_end = end[0] if isinstance(end, list) else end
-    provider_options: list[dict[str, Any]] = [] if profile.provider == "cpu" else [{profile.provider: {}}]
+    provider_options = (
+        [] if profile.provider == "cpu" else [{profile.provider: _OPTIONS.get(profile.provider, {})}]
+    )
     return {
         "model": {
             "type": config.model_type,

@@ -13,8 +13,10 @@ from qwen_profiles.errors import UserError
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
+_GENAI_CONFIG = "genai_config.json"
 _ALWAYS_HASHED = 16 * 1024 * 1024  # bytes; larger files are compared by size unless asked
 _HASH_BLOCK = 1024 * 1024
+_FIELDS = {"model": dict, "profile": str, "provider": str, "onnxruntime": str, "files": dict}
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,16 @@ class Artifact:
                 f"{root} has artifact format {manifest.get('format_version')}, this qwen-edge reads "
                 f"{FORMAT_VERSION}: install the qwen-edge that exported it, or export it again"
             )
+        for name, kind in _FIELDS.items():
+            if not isinstance(manifest.get(name), kind):
+                raise UserError(
+                    f"{root / _MANIFEST} has no valid '{name}': copy the artifact again, or export it again"
+                )
+        if _GENAI_CONFIG not in manifest["files"]:
+            raise UserError(f"{root / _MANIFEST} does not list {_GENAI_CONFIG}: export the artifact again")
         for name, entry in manifest["files"].items():
             _check_file(root, name, entry, verify)
-        return cls(root, manifest, _read_json(root / "genai_config.json"))
+        return cls(root, manifest, _read_json(root / _GENAI_CONFIG))
 
     @property
     def context_length(self) -> int:
@@ -64,6 +73,10 @@ class Artifact:
     def chunk_size(self) -> int:
         """Most tokens that one run of the graph may take."""
         return int(self.genai_config["search"]["chunk_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.genai_config["model"]["vocab_size"])
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -79,8 +92,10 @@ class Artifact:
         return path.read_text(encoding="utf-8")
 
 
-def _check_file(root: Path, name: str, entry: Mapping[str, Any], verify: bool) -> None:
+def _check_file(root: Path, name: str, entry: Any, verify: bool) -> None:
     path = root / name
+    if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+        raise UserError(f"{_MANIFEST} of {root} has no size and sha256 of {name}: export the artifact again")
     if Path(name).name != name or "\\" in name or path.is_symlink():
         raise UserError(f"{_MANIFEST} of {root} names a file outside the folder: {name}")
     if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen_profiles.errors import UserError
 from rich.console import Console
 
 from qwen_runtime.model import Message, Model
@@ -36,8 +37,16 @@ def chat(model: Model, system: str | None, options: dict[str, Any]) -> None:
         if text == "/clear":
             messages = list(opening)
         elif text:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _answer(model, messages, options, console)})
+            question: Message = {"role": "user", "content": text}
+            try:
+                answer = _answer(model, [*messages, question], options, console)
+            except UserError as error:
+                if messages == opening:
+                    raise
+                # Most likely the context is full. What was said so far is not lost.
+                console.print(f"{error}; /clear forgets the conversation", style="dim", markup=False)
+            else:
+                messages += [question, {"role": "assistant", "content": answer}]
 
 
 def _answer(model: Model, messages: list[Message], options: dict[str, Any], console: Console) -> str:

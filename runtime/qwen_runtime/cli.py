@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import click
 from qwen_profiles.errors import reported
 
-from qwen_runtime.model import Model, Sampling
+from qwen_runtime.model import Generation, Model, Sampling
 from qwen_runtime.provider import PROVIDERS
 
 _EPILOG = """\b
@@ -64,6 +66,9 @@ def main(
 
     Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
     """
+    if prompt is None and (raw or as_json):
+        raise click.UsageError("--raw and --json need a PROMPT.")
+    _speak_utf8()
     with reported(debug):
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
@@ -82,6 +87,13 @@ def main(
             _answer(model, text if raw else _messages(system, text), options, as_json)
 
 
+def _speak_utf8() -> None:
+    """Pipes and files are UTF-8, also on Windows, whose code pages lack most of what a model writes."""
+    for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "replace"):
+        if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
 def _messages(system: str | None, text: str) -> list[dict[str, str]]:
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": text}]
@@ -89,12 +101,11 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 
 def _answer(model: Model, prompt: str | list[dict[str, str]], options: dict[str, Any], as_json: bool) -> None:
     generation = model.generate(prompt, **options)
-    for piece in generation:
-        if not as_json:
-            click.echo(piece, nl=False)
     if not as_json:
-        click.echo()
+        _stream(generation)
         return
+    for _ in generation:
+        pass
     result = {
         "text": generation.text,
         "finish_reason": generation.finish_reason,
@@ -103,3 +114,13 @@ def _answer(model: Model, prompt: str | list[dict[str, str]], options: dict[str,
         "provider": model.info.provider,
     }
     click.echo(json.dumps(result, ensure_ascii=False))
+
+
+def _stream(generation: Generation) -> None:
+    try:
+        for piece in generation:
+            click.echo(piece, nl=False)
+        click.echo()
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted. Nothing more can be flushed to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

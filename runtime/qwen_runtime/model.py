@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from qwen_runtime.template import render
 Message = Mapping[str, str]
 
 _DEFAULT_MAX_TOKENS = 4096
+_UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Model:
             verify: compare every file's SHA-256 with the manifest, not only the small ones'.
 
         Raises:
-            UserError: not an artifact, changed since its export, or the provider is not in this install.
+            UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
+                provider is not in this install.
         """
         artifact = Artifact.open(path, verify)
         import onnxruntime_genai as og
@@ -110,15 +112,15 @@ class Model:
         og.disable_telemetry_events()
         choice = choose(provider, artifact.manifest["provider"], og)
         try:
-            model = _open(og, artifact.root, choice)
+            model = _open(og, artifact, choice)
         except Exception as error:
             title = PROVIDERS[choice.name].title
             if choice.name == "cpu":
                 raise
             if provider != "auto":
-                raise UserError(f"{title} could not load {artifact.root}: {error}") from error
-            choice = Choice("cpu", f"CPU: {title} did not start ({error})")
-            model = _open(og, artifact.root, choice)
+                raise UserError(f"{title} could not load {artifact.root}: {_one_line(error)}") from error
+            choice = Choice("cpu", f"CPU: {title} did not start ({_one_line(error)})")
+            model = _open(og, artifact, choice)
         info = ModelInfo(
             name=artifact.manifest["model"]["name"],
             path=artifact.root,
@@ -142,7 +144,17 @@ class Model:
         self.close()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised."""
+        """Token ids of `text`; special tokens written in it are recognised.
+
+        Raises:
+            UserError: a NUL character or half of a surrogate pair is in it.
+        """
+        if "\0" in text:  # where ONNX Runtime GenAI's tokenizer would stop reading, and say nothing
+            raise UserError("the text has a NUL character: remove it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("the text is not valid UTF-8: convert it first") from error
         return [int(token) for token in self._tokenizer.encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -191,40 +203,76 @@ class Model:
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
         options = (sampling or Sampling()).search_options()
+        if "top_k" in options:
+            options["top_k"] = min(options["top_k"], self._artifact.vocab_size)
         options["max_length"] = len(tokens) + min(room, max_tokens or _DEFAULT_MAX_TOKENS)
         return Generation(self, tokens, options, [stop] if isinstance(stop, str) else list(stop))
 
 
-def _open(og: Any, root: Path, choice: Choice) -> Any:
-    config = og.Config(str(root))
+def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
+    config = og.Config(str(artifact.root))
     config.clear_providers()
-    name = PROVIDERS[choice.name].genai_name
-    if name is not None:
-        config.append_provider(name)
-    return og.Model(config)
+    provider = PROVIDERS[choice.name]
+    if provider.genai_name is not None:
+        config.append_provider(provider.genai_name)
+        for name, value in provider.options:
+            config.set_provider_option(provider.genai_name, name, value)
+    try:
+        return og.Model(config)
+    except Exception as error:
+        if _UNKNOWN_OPERATOR not in str(error):
+            raise
+        raise UserError(
+            f"{artifact.root} needs onnxruntime {artifact.manifest['onnxruntime']}: install it, or export "
+            "with a profile for older ones"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@dataclass
+class _Progress:
+    """What a running answer tells.
+
+    Apart from `Generation`, so that no reference cycle keeps the KV cache of a dropped answer until Python
+    next collects garbage.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class Generation:
-    """One answer as it grows: iterate it for pieces of text.
+    """One answer as it grows: iterate it for pieces of text. A context manager, or call `close`; one that is
+    dropped frees what it holds too.
 
     Attributes:
-        tokens: ids generated so far, without the one that ended the answer.
         text: the pieces yielded so far.
-        finish_reason: "stop" at an end token or stop string, "length", "cancelled"; None while it runs.
         prompt_tokens: number of tokens of the prompt.
     """
 
     def __init__(self, model: Model, prompt: list[int], options: dict[str, Any], stop: list[str]) -> None:
-        self.tokens: list[int] = []
         self.text = ""
-        self.finish_reason: str | None = None
         self.prompt_tokens = len(prompt)
-        self._cancelled = threading.Event()
-        self._pieces = self._run(model, prompt, options, StopFilter(stop))
+        self._progress = _Progress()
+        self._pieces = _run(model, prompt, options, StopFilter(stop), self._progress)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids generated so far, without the one that ended the answer."""
+        return self._progress.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop" at an end token or stop string, "length", "cancelled"; None while it runs."""
+        return self._progress.finish_reason
 
     def cancel(self) -> None:
         """Stop before the next token. Safe to call from another thread."""
-        self._cancelled.set()
+        self._progress.cancelled.set()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -238,38 +286,47 @@ class Generation:
         """Free what the generation holds; what it would still have yielded is lost."""
         self._pieces.close()
 
-    def _run(
-        self, model: Model, prompt: list[int], options: dict[str, Any], stop: StopFilter
-    ) -> Generator[str]:
-        og = model._og
-        parameters = og.GeneratorParams(model._model)
-        parameters.set_search_options(**options)
-        generator = og.Generator(model._model, parameters)
-        decoder = model._tokenizer.create_stream()
-        step = model._artifact.chunk_size
-        # In pieces, so that cancelling works in a long prompt too.
-        for start in range(0, len(prompt), step):
-            if self._cancelled.is_set():
-                self.finish_reason = "cancelled"
-                return
-            generator.append_tokens(np.asarray(prompt[start : start + step], np.int32))
-        while True:
-            if self._cancelled.is_set():
-                self.finish_reason = "cancelled"
-                break
-            generator.generate_next_token()
-            token = int(generator.get_next_tokens()[0])
-            if token in model._artifact.end_tokens:
-                self.finish_reason = "stop"
-                break
-            self.tokens.append(token)
-            if piece := stop.feed(decoder.decode(token)):
-                yield piece
-            if stop.stopped:
-                self.finish_reason = "stop"
-                return
-            if generator.is_done():
-                self.finish_reason = "length"
-                break
-        if rest := stop.flush():
-            yield rest
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _run(
+    model: Model, prompt: list[int], options: dict[str, Any], stop: StopFilter, progress: _Progress
+) -> Generator[str]:
+    og = model._og
+    parameters = og.GeneratorParams(model._model)
+    parameters.set_search_options(**options)
+    generator = og.Generator(model._model, parameters)
+    decoder = model._tokenizer.create_stream()
+    # In pieces, so that cancelling works in a long prompt too; else ONNX Runtime GenAI cuts it by itself.
+    step = model._artifact.chunk_size if PROVIDERS[model.info.provider].appends else len(prompt)
+    for start in range(0, len(prompt), step):
+        if progress.cancelled.is_set():
+            progress.finish_reason = "cancelled"
+            return
+        generator.append_tokens(np.asarray(prompt[start : start + step], np.int32))
+    while True:
+        if progress.cancelled.is_set():
+            progress.finish_reason = "cancelled"
+            break
+        generator.generate_next_token()
+        token = int(generator.get_next_tokens()[0])
+        if token in model._artifact.end_tokens:
+            progress.finish_reason = "stop"
+            break
+        progress.tokens.append(token)
+        if piece := stop.feed(decoder.decode(token)):
+            yield piece
+        if stop.stopped:
+            progress.finish_reason = "stop"
+            return
+        if generator.is_done():
+            progress.finish_reason = "length"
+            break
+    if rest := stop.flush():
+        yield rest

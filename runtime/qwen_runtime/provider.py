@@ -17,18 +17,31 @@ class Provider:
         genai_name: what Config.append_provider calls it; None runs on the CPU.
         probe: function of onnxruntime_genai that says whether this install has it; None: always.
         package: what to install to get it.
+        options: provider options that every artifact needs there.
+        appends: whether a generator takes its prompt in several pieces.
     """
 
     title: str
     genai_name: str | None
     probe: str | None
     package: str
+    options: tuple[tuple[str, str], ...] = ()
+    appends: bool = True
 
 
+# On DirectML, ONNX Runtime GenAI refuses a second append to a generator, and captures the graph unless told
+# not to, which asks for inputs of one size: an attention mask of max_length, and a KV cache that never grows.
 PROVIDERS = {
     "cpu": Provider("CPU", None, None, "onnxruntime-genai"),
     "cuda": Provider("CUDA", "cuda", "is_cuda_available", "onnxruntime-genai-cuda"),
-    "dml": Provider("DirectML", "dml", "is_dml_available", "onnxruntime-genai-winml"),
+    "dml": Provider(
+        "DirectML",
+        "dml",
+        "is_dml_available",
+        "onnxruntime-genai-winml",
+        options=(("enable_graph_capture", "0"),),
+        appends=False,
+    ),
     "openvino": Provider("OpenVINO", "OpenVINO", "is_openvino_available", "onnxruntime-ep-openvino"),
     "webgpu": Provider("WebGPU", "webgpu", "is_webgpu_available", "onnxruntime-ep-webgpu"),
 }
@@ -53,6 +66,11 @@ def choose(wanted: str, artifact_provider: str, og: Any) -> Choice:
         UserError: no such provider, or one that was asked for by name is not in this install.
     """
     if wanted == "auto":
+        if artifact_provider not in PROVIDERS:
+            raise UserError(
+                f"the artifact was made for '{artifact_provider}', which this qwen-edge does not know: "
+                "install a newer one, or choose another provider"
+            )
         provider = PROVIDERS[artifact_provider]
         if is_available(provider, og):
             return Choice(artifact_provider, f"{provider.title}: the artifact was made for it")

@@ -36,13 +36,13 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     try:
         compiled = environment.from_string(template)
         return compiled.render(messages=messages, add_generation_prompt=True, **variables)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: content that is not text, mostly
         raise UserError(f"the chat template does not take these messages: {error}") from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """Without jinja2's own escaping of HTML, which would change what the model reads."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _refuse(message: str) -> NoReturn:
