@@ -35,7 +35,8 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "do_sample": "do_sample"}
+# Called the same in generation_config.json and in GenAI.
+_SAMPLING = ("temperature", "top_k", "top_p", "do_sample")
 
 
 def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
             },
         },
         "search": {
-            **{ours: generation[theirs] for theirs, ours in _SAMPLING.items() if theirs in generation},
+            **{name: generation[name] for name in _SAMPLING if name in generation},
             "max_length": context,
             "chunk_size": profile.prefill_chunk,
             # Only GroupQueryAttention writes into the past it was given.

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 # Elements worked on at a time: few enough for a core's cache, enough that two threads seldom wait for
+# each other.
 _TILE_ELEMENTS = 256 * 1024
 # Candidate scales, as divisors of the block's extreme value (symmetric) and factors of its range
 # (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.

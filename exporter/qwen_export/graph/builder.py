@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.graph.targets import Target
+from qwen_export.graph.targets import CONTRIB_OPERATORS, Target
 from qwen_export.weights import StoredTensor, Weight
 
 OPSET = 21
@@ -22,22 +22,6 @@ _LARGE_ALIGNMENT = 64 * 1024
 _LARGE = 1024 * 1024
 
 _CONTRIB = "com.microsoft"
-_CONTRIB_OPERATORS = frozenset(
-    {
-        "CausalConvWithState",
-        "FusedMatMul",
-        "GatedRMSNorm",
-        "GroupQueryAttention",
-        "LinearAttention",
-        "LinearAttentionGate",
-        "MatMulNBits",
-        "MoE",
-        "QMoE",
-        "QuickGelu",
-        "RotaryEmbedding",
-        "SkipSimplifiedLayerNormalization",
-    }
-)
 
 
 class GraphBuilder:
@@ -95,7 +79,7 @@ class GraphBuilder:
         self._names[name] += 1
         if self._names[name] > 1:
             name = f"{name}_{self._names[name]}"
-        domain = _CONTRIB if op_type in _CONTRIB_OPERATORS else ""
+        domain = _CONTRIB if op_type in CONTRIB_OPERATORS else ""
         node = ir.node(
             op_type, list(inputs), attributes=attributes, domain=domain, name=name, num_outputs=outputs
         )

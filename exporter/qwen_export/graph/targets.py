@@ -46,6 +46,7 @@ FUSED = Target(
         "GroupQueryAttention",
         "LinearAttention",
         "LinearAttentionGate",
+        "MoE",
         "QMoE",
         "RotaryEmbedding",
     },
@@ -62,3 +63,4 @@ PORTABLE = Target(
 )
 
 TARGETS = {target.name: target for target in (FUSED, PORTABLE)}
+CONTRIB_OPERATORS: frozenset[str] = frozenset().union(*(target.operators for target in TARGETS.values()))
