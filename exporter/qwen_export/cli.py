@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click_default_group import DefaultGroup
 from qwen_profiles.errors import reported
 from qwen_profiles.schema import load_profile, profile_names
 from rich.console import Console
@@ -67,7 +68,18 @@ def _progress(show: bool) -> Iterator[ExportProgress]:
         yield _Bar(console, bar)
 
 
-@click.command(epilog=_EPILOG)
+@click.group(cls=DefaultGroup, default="export", epilog=_EPILOG)
+@click.version_option(package_name="qwen-edge")
+def main() -> None:
+    """Turn a Qwen3.5 checkpoint into an artifact for one class of hardware.
+
+    Without the name of a command: export.
+
+    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
+    """
+
+
+@main.command("export", epilog=_EPILOG)
 @click.argument("checkpoint")
 @click.option(
     "--profile",
@@ -88,8 +100,7 @@ def _progress(show: bool) -> Iterator[ExportProgress]:
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on stderr.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-@click.version_option(package_name="qwen-edge")
-def main(
+def export_command(
     checkpoint: str,
     profile_name: str,
     output: Path | None,
@@ -103,8 +114,6 @@ def main(
     """Turn a Qwen3.5 CHECKPOINT (a local folder or a hub id) into an artifact for one class of hardware.
 
     An export that was stopped goes on where it was when the same command is run again.
-
-    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
     """
     with reported(debug):
         profile = load_profile(profile_name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click_default_group import DefaultGroup
 from qwen_profiles.errors import reported
 
 from qwen_runtime.model import Generation, Model, Sampling
@@ -24,7 +25,18 @@ Examples:
 """
 
 
-@click.command(epilog=_EPILOG)
+@click.group(cls=DefaultGroup, default="answer", epilog=_EPILOG)
+@click.version_option(package_name="qwen-edge")
+def main() -> None:
+    """Run an artifact that qwen-export made.
+
+    Without the name of a command: answer.
+
+    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
+    """
+
+
+@main.command(epilog=_EPILOG)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
@@ -43,8 +55,7 @@ Examples:
 @click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-@click.version_option(package_name="qwen-edge")
-def main(
+def answer(
     artifact: Path,
     prompt: str | None,
     raw: bool,
@@ -62,10 +73,7 @@ def main(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Answer PROMPT from ARTIFACT, or chat when there is no PROMPT. PROMPT "-" is read from stdin.
-
-    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
-    """
+    """Answer PROMPT from ARTIFACT, or chat when there is no PROMPT. PROMPT "-" is read from stdin."""
     if prompt is None and (raw or as_json):
         raise click.UsageError("--raw and --json need a PROMPT.")
     _speak_utf8()
