@@ -77,6 +77,12 @@ class Session:
 
         `positions` [3, batch, tokens] stands for the tokens' places in the sequence.
         """
+        return self.run_all(ids, positions)["logits"]
+
+    def run_all(
+        self, ids: Sequence[int] | np.ndarray, positions: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The same; returns every output."""
         ids = np.atleast_2d(np.asarray(ids, np.int64))
         start, self._length = self._length, self._length + ids.shape[1]
         if positions is None:
@@ -88,11 +94,9 @@ class Session:
             **self.state,
         }
         results = dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
-        logits = results.pop("logits")
         # `past_key_values.3.key` or `past.3.conv`, and `present.3.key`: the same but for the first word.
-        present = {name.split(".", 1)[1]: value for name, value in results.items()}
-        self.state = {name: present[name.split(".", 1)[1]] for name in self.state}
-        return logits
+        self.state = {name: results["present." + name.split(".", 1)[1]] for name in self.state}
+        return results
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime_genai as og
 import pytest
 import torch
@@ -18,6 +19,7 @@ from random_checkpoints import random_model, save_tensors, write_random_checkpoi
 
 from artifacts import Session, cosine, float_profile, make_artifact
 
+LOWERINGS = ("fused", "portable")
 SHAPES: dict[str, dict[str, Any]] = {
     "two of eight": {"num_experts": 8},
     "all of four": {"num_experts": 4, "num_experts_per_tok": 4},
@@ -51,18 +53,20 @@ def assert_same(session: Session, model, length: int = 80) -> None:
     assert tokens == answer
 
 
-def test_float_experts(case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_float_experts(case, lowering: str, tmp_path: Path) -> None:
     checkpoint, model = case
-    assert_same(Session(make_artifact(checkpoint, float_profile("fused"), tmp_path / "out")), model)
+    profile = float_profile(lowering, prefill_chunk=128)
+    assert_same(Session(make_artifact(checkpoint, profile, tmp_path / "out")), model)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_int4_experts_that_lie_on_a_grid(case, symmetric: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lowering,symmetric", [("fused", True), ("fused", False), ("portable", False)])
+def test_int4_experts_that_lie_on_a_grid(case, lowering: str, symmetric: bool, tmp_path: Path) -> None:
     """Experts whose weights INT4 holds exactly: the quantised operator must then agree to float32."""
     checkpoint, model = case
     snap(model)
     save_tensors(checkpoint, model)
-    profile = float_profile("fused")
+    profile = float_profile(lowering, prefill_chunk=128)
     experts = WeightFormat(precision="int4", block_size=32, symmetric=symmetric)
     profile = profile.model_copy(update={"weights": profile.weights | {"experts": experts}})
     artifact = make_artifact(checkpoint, profile, tmp_path / "out")
@@ -70,14 +74,62 @@ def test_int4_experts_that_lie_on_a_grid(case, symmetric: bool, tmp_path: Path) 
 
 
 def snap(model) -> None:
-    """Round the experts to 16 levels, both ends used in each block of 32, so that the grid is determined."""
+    """Round the experts to 16 levels, both ends used in each block, so that the grid is determined."""
     generator = np.random.default_rng(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 codes = generator.integers(0, 16, tuple(parameter.shape))
-                codes[..., ::32], codes[..., 1::32] = 0, 15
+                codes[..., ::16], codes[..., 1::16] = 0, 15
                 parameter.copy_(torch.tensor((codes - 8) * 0.03125))
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_choices_of_experts(lowering: str, tmp_path: Path) -> None:
+    """Every layer's router sends every token where transformers does."""
+    model = random_model(num_experts=8)
+    artifact = make_artifact(
+        write_random_checkpoint(tmp_path / "checkpoint", num_experts=8),
+        float_profile(lowering),
+        tmp_path / "out",
+    )
+    expected: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda *call: expected.append(call[2][2]))
+    ids = np.random.default_rng(1).integers(2, 512, 60)
+    with torch.no_grad():
+        model(torch.tensor(ids)[None])
+    graph = onnx.load(artifact / "model.onnx")
+    product = {node.name: node for node in graph.graph.node}
+    logits = [product[f"model.layers.{layer}.mlp.FusedMatMul"].output[0] for layer in range(4)]
+    for name in logits:
+        graph.graph.output.add().name = name
+    onnx.save(graph, artifact / "model.onnx", save_as_external_data=False)
+    session = Session(artifact)
+    session.outputs = [output.name for output in session._session.get_outputs()]
+    found = session.run_all(ids)
+    for name, choice in zip(logits, expected, strict=True):
+        best = np.argsort(-found[name].reshape(60, 8), axis=-1)[:, :2]
+        assert (np.sort(best) == np.sort(choice.numpy())).all()
+
+
+def test_portable_decode_reads_only_the_chosen_experts(tmp_path: Path) -> None:
+    """Experts that a token does not choose overflow: alone it does not notice, in a run it does."""
+    model = random_model(num_experts=8)
+    chosen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda *call: chosen.append(call[2][2]))
+    with torch.no_grad():
+        expected = model(torch.tensor([[7]])).logits.numpy()
+        for layer, choices in zip(model.model.layers, chosen, strict=True):
+            others = [expert for expert in range(8) if expert not in choices]
+            layer.mlp.experts.gate_up_proj[others] *= 1e30
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
+    save_tensors(checkpoint, model)
+    session = Session(make_artifact(checkpoint, float_profile("portable"), tmp_path / "out"))
+    assert cosine(session.run([7]), expected).min() > 0.99999
+    session.reset()
+    assert np.isnan(session.run([7, 7])[0, 1]).all()
 
 
 @pytest.mark.parametrize("wrap,shards,dtype", [(False, 1, torch.bfloat16), (True, 3, torch.bfloat16)])
@@ -145,9 +197,3 @@ def test_damage_is_named(damage: Callable[[dict], None], message: str, tmp_path:
     save_tensors(checkpoint, random_model(num_experts=8), damage)
     with pytest.raises(UserError, match=message):
         make_artifact(checkpoint, load_profile("cpu"), tmp_path / "out")
-
-
-def test_portable_says_that_it_cannot_yet(tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
-    with pytest.raises(UserError, match="does not run mixtures of experts yet: choose a profile"):
-        make_artifact(checkpoint, load_profile("strix-halo"), tmp_path / "out")

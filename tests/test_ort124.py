@@ -38,10 +38,13 @@ def greedy(python: str, artifact: Path, prompt: list[int], count: int = 64) -> d
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["trained, as shipped", "trained, float32", "random, float32"])
+@pytest.mark.parametrize(
+    "kind", ["trained, as shipped", "trained, float32", "random, float32", "experts, as shipped"]
+)
 def test_same_tokens_on_1_24(kind: str, tmp_path: Path) -> None:
-    random = kind.startswith("random")
-    checkpoint = write_random_checkpoint(tmp_path / "c", vocab_size=2048) if random else TINY
+    shapes: dict[str, dict[str, int]] = {"random": {}, "experts": {"num_experts": 8}}
+    shape = shapes.get(kind.partition(",")[0])
+    checkpoint = TINY if shape is None else write_random_checkpoint(tmp_path / "c", vocab_size=2048, **shape)
     profile = load_profile("strix-halo") if kind.endswith("shipped") else float_profile("portable")
     artifact = make_artifact(checkpoint, profile, tmp_path / "artifact", all_logits=False)
     prompt = np.random.default_rng(5).integers(0, 2000, 150).tolist()

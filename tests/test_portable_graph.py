@@ -19,11 +19,12 @@ ANY = NUMBERS | {"tensor(bool)", "tensor(double)"}
 # From the DirectML section of ONNX Runtime's docs/OperatorKernels.md: the types of T, the main input.
 KERNELS = {
     "": {
-        **dict.fromkeys(["Add", "Sub", "Mul", "Greater"], NUMBERS),
+        **dict.fromkeys(["Add", "Sub", "Mul", "Greater", "TopK"], NUMBERS),
         **dict.fromkeys(["Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Split", "Squeeze"], ANY),
-        **dict.fromkeys(["Tile", "Transpose", "Unsqueeze"], ANY),
-        **dict.fromkeys(["Conv", "Cos", "Exp", "Floor", "MatMul", "Sigmoid", "Sin", "Softmax"], FLOAT),
+        **dict.fromkeys(["ScatterElements", "Tile", "Transpose", "Unsqueeze"], ANY),
+        **dict.fromkeys(["Conv", "Cos", "Div", "Exp", "Floor", "MatMul", "Sigmoid", "Sin", "Softmax"], FLOAT),
         **dict.fromkeys(["Softplus", "SimplifiedLayerNormalization"], FLOAT),
+        "ReduceSum": FLOAT,
         "CumSum": FLOAT | {"tensor(int32)", "tensor(int64)"},
         "Range": {"tensor(float)", "tensor(int16)", "tensor(int32)", "tensor(int64)"},
     },
@@ -33,12 +34,14 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module", params=["trained", "random"])
+@pytest.fixture(scope="module", params=["trained", "random", "experts"])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, onnx.ModelProto]:
     folder = tmp_path_factory.mktemp("portable")
-    checkpoint = TINY if request.param == "trained" else write_random_checkpoint(folder / "c", hidden_size=72)
+    shapes: dict[str, dict[str, int]] = {"random": {"hidden_size": 72}, "experts": {"num_experts": 8}}
+    shape = shapes.get(request.param)
+    checkpoint = TINY if shape is None else write_random_checkpoint(folder / "c", **shape)
     artifact = make_artifact(checkpoint, load_profile("strix-halo"), folder / "artifact", all_logits=False)
     return artifact, onnx.load(artifact / "model.onnx", load_external_data=False)
 
@@ -83,7 +86,12 @@ def test_there_is_no_control_flow(model: tuple[Path, onnx.ModelProto]) -> None:
 def test_quantised_products_are_as_directml_reads_them(model: tuple[Path, onnx.ModelProto]) -> None:
     """Zero points present, blocks that divide K, and whole bytes of zero points in each row."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model[1].graph.initializer}
-    products = [node for node in model[1].graph.node if node.op_type == "MatMulNBits"]
+    # Experts gathered for one token come from the initializers of a product over all of them.
+    products = [
+        node
+        for node in model[1].graph.node
+        if node.op_type == "MatMulNBits" and all(name in shapes for name in node.input[1:])
+    ]
     assert products
     for node in products:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}

@@ -166,9 +166,15 @@ def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: thread
     for tensor, part in zip(piece.tensors, _stored_form(piece.weight, rows), strict=True):
         row_bytes = tensor.nbytes // piece.weight.row_count
         assert part.nbytes == count * row_bytes
+        stripes = part.reshape(1, -1)
+        if piece.weight.side_by_side:  # one line of each of the piece's matrices at a time
+            lines = piece.weight.row_shape[0]
+            stripes = np.ascontiguousarray(part.reshape(count, lines, -1).swapaxes(0, 1)).reshape(lines, -1)
+            row_bytes //= lines
         with lock:
-            file.seek(tensor.offset + piece.first_row * row_bytes)
-            file.write(part.data)
+            for line, stripe in enumerate(stripes):
+                file.seek(tensor.offset + (line * piece.weight.row_count + piece.first_row) * row_bytes)
+                file.write(stripe.data)
     return rows.nbytes
 
 

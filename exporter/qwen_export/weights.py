@@ -54,6 +54,7 @@ class Weight:
         storage: a float dtype, or a `Quantization` of the last axis.
         transform: what is done to rows before they are stored; keeps their shape. None: nothing.
         reshaped: the shape it is stored in, where that is not rows by row; same number of elements.
+        side_by_side: rows that are matrices [N, K] are put beside each other, as one [N, rows * K].
     """
 
     name: str
@@ -63,6 +64,7 @@ class Weight:
     storage: Storage
     transform: Transform | None = None
     reshaped: tuple[int, ...] | None = None
+    side_by_side: bool = False
 
     @property
     def row_count(self) -> int:
@@ -70,6 +72,9 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.side_by_side:
+            n, k = self.row_shape
+            return n, self.row_count * k
         return self.reshaped or (self.row_count, *self.row_shape)
 
     def layout(self) -> list[tuple[str, np.dtype, tuple[int, ...]]]:

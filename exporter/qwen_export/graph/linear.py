@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from qwen_profiles.schema import Role
 
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.recipe import Recipe
 from qwen_export.quantize import Quantization
-from qwen_export.weights import Rows, Weight
+from qwen_export.weights import Rows, Storage, Weight
 
 
 def projection(recipe: Recipe, name: str, role: Role, in_features: int, *rows: Rows) -> Weight:
@@ -18,18 +20,30 @@ def projection(recipe: Recipe, name: str, role: Role, in_features: int, *rows: R
 
 def linear(g: GraphBuilder, recipe: Recipe, x: ir.Value, weight: Weight) -> ir.Value:
     """x [..., K] times the transpose of `weight` [N, K] -> [..., N]."""
-    tensors = g.weight(weight)
-    if not isinstance(weight.storage, Quantization):
-        return g.op("FusedMatMul", x, *tensors, transB=1)
     n, k = weight.shape
+    return product(g, recipe, x, g.weight(weight), weight.storage, n, k)
+
+
+def product(
+    g: GraphBuilder,
+    recipe: Recipe,
+    x: ir.Value,
+    tensors: Sequence[ir.Value],
+    storage: Storage,
+    n: int,
+    k: int,
+) -> ir.Value:
+    """x [..., K] times the transpose of the [N, K] that `tensors` hold in the form `storage` -> [..., N]."""
+    if not isinstance(storage, Quantization):
+        return g.op("FusedMatMul", x, *tensors, transB=1)
     return g.op(
         "MatMulNBits",
         x,
         *tensors,
         N=n,
         K=k,
-        bits=weight.storage.bits,
-        block_size=weight.storage.block_size,
+        bits=storage.bits,
+        block_size=storage.block_size,
         accuracy_level=recipe.accuracy_level,
     )
 

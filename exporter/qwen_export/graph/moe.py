@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
-from qwen_profiles.errors import UserError
 
 from qwen_export.config import TextConfig
 from qwen_export.graph.builder import GraphBuilder
-from qwen_export.graph.linear import linear
+from qwen_export.graph.linear import linear, product
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.recipe import Recipe
 from qwen_export.quantize import Quantization
@@ -19,17 +20,11 @@ from qwen_export.weights import Rows, Weight, interleave_gate_up
 def mixture_of_experts(
     g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value
 ) -> ir.Value:
-    """x [batch, sequence, hidden] -> the same shape. Source: transformers' Qwen3_5MoeSparseMoeBlock.
-
-    Raises:
-        UserError: the target has no operator for routed experts.
-    """
-    if not g.target.has("QMoE"):
-        raise UserError(
-            f"the {g.target.name} lowering does not run mixtures of experts yet: choose a profile with the "
-            "fused one, such as cpu"
-        )
-    routed = _routed_experts(g, config, recipe, name, x)
+    """x [batch, sequence, hidden] -> the same shape. Source: transformers' Qwen3_5MoeSparseMoeBlock."""
+    assert config.num_experts is not None
+    logits = linear(g, recipe, x, _router(g, config, f"{name}.gate", config.num_experts))
+    routed_experts = _fused_experts if g.target.has("QMoE") else _portable_experts
+    routed = routed_experts(g, config, recipe, f"{name}.experts", x, logits)
     with g.scope("shared_expert"):
         hidden, inner = config.hidden_size, config.shared_expert_intermediate_size
         shared = mlp(g, recipe, f"{name}.shared_expert", "shared_expert", x, hidden, inner)
@@ -44,27 +39,27 @@ def _router(g: GraphBuilder, config: TextConfig, name: str, rows: int) -> Weight
     )
 
 
-def _routed_experts(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
-    """The sum of the chosen experts' MLPs, weighted by the router's probabilities among the chosen."""
+def _fused_experts(
+    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
+) -> ir.Value:
+    """The chosen experts' MLPs, weighted by the router's probabilities among the chosen, as one operator.
+
+    logits [batch, sequence, experts].
+    """
     assert config.num_experts is not None
     experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    logits = linear(g, recipe, x, _router(g, config, f"{name}.gate", experts))
     # QMoE has one block size, which must divide the rows of both projections.
     storage = recipe.storage("experts", math.gcd(hidden, inner), whole_blocks=True)
     gate_up = Weight(
-        f"{name}.experts.gate_up_proj",
+        f"{name}.gate_up_proj",
         "experts",
-        (Rows(f"{name}.experts.gate_up_proj", 0, experts),),
+        (Rows(f"{name}.gate_up_proj", 0, experts),),
         (2 * inner, hidden),
         storage,
         interleave_gate_up,
     )
     down = Weight(
-        f"{name}.experts.down_proj",
-        "experts",
-        (Rows(f"{name}.experts.down_proj", 0, experts),),
-        (hidden, inner),
-        storage,
+        f"{name}.down_proj", "experts", (Rows(f"{name}.down_proj", 0, experts),), (hidden, inner), storage
     )
     # swiglu(gate, up) = gate * sigmoid(alpha * gate) * (up + beta), with the two in turn along the rows.
     common = {
@@ -90,3 +85,82 @@ def _routed_experts(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: s
         block_size=storage.block_size,
         accuracy_level=recipe.accuracy_level,
     )
+
+
+def _portable_experts(
+    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
+) -> ir.Value:
+    """The same without an operator for it: all experts are one wide MLP, in which a token's unchosen ones
+    weigh nothing.
+
+    The first token of a run goes through the chosen experts' part of that MLP, gathered; the others go
+    through all of it, which for many tokens is quicker than gathering for each. While decoding there are no
+    others, and no kernel runs for tensors without elements, so only the chosen experts' weights are read.
+    """
+    assert config.num_experts is not None
+    experts, chosen = config.num_experts, config.num_experts_per_tok
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    gate_up = Weight(
+        f"{name}.gate_up_proj",
+        "experts",
+        (Rows(f"{name}.gate_up_proj", 0, experts),),
+        (2 * inner, hidden),
+        recipe.storage("experts", hidden),
+        reshaped=(experts * 2 * inner, hidden),
+    )
+    down = Weight(
+        f"{name}.down_proj",
+        "experts",
+        (Rows(f"{name}.down_proj", 0, experts),),
+        (hidden, inner),
+        recipe.storage("experts", inner),
+        side_by_side=True,
+    )
+    rows, columns = g.weight(gate_up), g.weight(down)
+
+    def wide_mlp(
+        tokens: ir.Value, weights: ir.Value, rows: Sequence[ir.Value], columns: Sequence[ir.Value], count: int
+    ) -> ir.Value:
+        """tokens [n, hidden], weights [n, count] of `count` experts -> [n, hidden]."""
+        both = product(g, recipe, tokens, rows, gate_up.storage, count * 2 * inner, hidden)
+        gate, up = g.ops("Split", g.reshape(both, -1, count, 2 * inner), outputs=2, axis=-1, num_outputs=2)
+        inside = g.op("Mul", g.op("QuickGelu", gate, alpha=1.0), up)
+        inside = g.op("Mul", inside, g.op("Unsqueeze", weights, g.ints(-1)))
+        inside = g.reshape(inside, -1, count * inner)
+        return product(g, recipe, inside, columns, down.storage, hidden, count * inner)
+
+    probabilities = g.op("Softmax", g.reshape(g.cast(logits, np.float32), -1, experts), axis=-1)
+    weights, choices = g.ops("TopK", probabilities, g.ints(chosen), outputs=2, axis=-1)
+    weights = g.op("Div", weights, g.op("ReduceSum", weights, g.ints(-1), keepdims=1))
+    nothing = g.op("Mul", probabilities, g.constant(0, np.float32))
+    everywhere = g.op("ScatterElements", nothing, choices, weights, axis=-1)
+
+    tokens = g.reshape(x, -1, hidden)
+    first_choices = g.reshape(_first(g, choices), chosen, 1)
+    first = wide_mlp(
+        _first(g, tokens),
+        g.cast(_first(g, weights), g.dtype),
+        [_gather(g, tensor, first_choices, experts, axis=0) for tensor in rows],
+        [_gather(g, tensor, first_choices, experts, axis=1) for tensor in columns],
+        chosen,
+    )
+    others = wide_mlp(_others(g, tokens), g.cast(_others(g, everywhere), g.dtype), rows, columns, experts)
+    return g.op("Reshape", g.op("Concat", first, others, axis=0), g.op("Shape", x))
+
+
+def _gather(g: GraphBuilder, tensor: ir.Value, choices: ir.Value, experts: int, axis: int) -> ir.Value:
+    """The parts of `tensor` that belong to the experts `choices` [chosen, 1], each as wide along `axis`."""
+    assert tensor.shape is not None
+    width = tensor.shape[axis]
+    assert isinstance(width, int)
+    width //= experts
+    places = g.op("Add", g.op("Mul", choices, g.ints(width)), g.ints(*range(width)))
+    return g.op("Gather", tensor, g.reshape(places, -1), axis=axis)
+
+
+def _first(g: GraphBuilder, value: ir.Value) -> ir.Value:
+    return g.op("Slice", value, g.ints(0), g.ints(1), g.ints(0))
+
+
+def _others(g: GraphBuilder, value: ir.Value) -> ir.Value:
+    return g.op("Slice", value, g.ints(1), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(0))
