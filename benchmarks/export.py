@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=GEOMETRIES, default=["0.8B", "4B"])
     parser.add_argument("--builder", nargs="*", choices=GEOMETRIES, default=["0.8B"])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--hollow-experts", action="store_true", help="routed experts take no disk and are 0")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -123,7 +124,9 @@ def main() -> None:
     for size in dict.fromkeys([*arguments.sizes, *arguments.builder]):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[size])
+            checkpoint = write_checkpoint(
+                folder / "checkpoint", GEOMETRIES[size], hollow_experts=arguments.hollow_experts
+            )
             copy_tokenizer(TINY, checkpoint)
             if size in arguments.sizes:
                 results[f"qwen-export {size}"] = measure(checkpoint, folder / "artifact", arguments.runs)

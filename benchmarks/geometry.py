@@ -7,6 +7,7 @@ checkpoint of several GB takes as long as the disk does.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +69,18 @@ GEOMETRIES["35B-A3B"] = {
     "tie_word_embeddings": False,
 }
 GEOMETRIES["35B-A3B, 2 layers"] = {**GEOMETRIES["35B-A3B"], "num_hidden_layers": 2}
+# Filled in to agree with its name.
+GEOMETRIES["122B-A10B"] = {
+    **GEOMETRIES["35B-A3B"],
+    "hidden_size": 3072,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "moe_intermediate_size": 1024,
+    "shared_expert_intermediate_size": 1024,
+    "linear_num_value_heads": 64,
+}
+GEOMETRIES["122B-A10B, 4 layers"] = {**GEOMETRIES["122B-A10B"], "num_hidden_layers": 4}
+GEOMETRIES["122B-A10B, 8 layers"] = {**GEOMETRIES["122B-A10B"], "num_hidden_layers": 8}
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _BLOCK = 8 * 1024 * 1024 + 1  # elements; odd, so that rows of a tensor are not copies of one another
@@ -76,10 +89,13 @@ _SHARD_BYTES = 2 * 1024**3
 _AROUND_ONE = "linear_attn.norm.weight"
 
 
-def write_checkpoint(folder: Path, text_config: Mapping[str, Any], seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path, text_config: Mapping[str, Any], seed: int = 0, hollow_experts: bool = False
+) -> Path:
     """Write a bfloat16 checkpoint of `text_config`, in shards of 2 GiB; returns `folder`.
 
     Weights are N(0, 0.02), repeating every 8 M values. About 100 MB of memory, whatever the model's size.
+    With `hollow_experts` those of the routed experts are zeros, as holes that take no place on the disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -100,7 +116,11 @@ def write_checkpoint(folder: Path, text_config: Mapping[str, Any], seed: int = 0
         with (folder / name).open("wb") as file:
             file.write(_header(shapes))
             for tensor, shape in shapes.items():
-                _write_tensor(file, tensor, _size(shape), block, rng)
+                if hollow_experts and ".experts." in tensor:
+                    file.seek(_size(shape) * _BFLOAT16.itemsize, os.SEEK_CUR)
+                else:
+                    _write_tensor(file, tensor, _size(shape), block, rng)
+            file.truncate()
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return folder
