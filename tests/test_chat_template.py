@@ -21,6 +21,14 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 THOUGHTFUL = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA statement."}
 CALLER = {"role": "assistant", "content": "", "tool_calls": [call("look", word="with", limit=3)]}
 TALKER = {"role": "assistant", "content": "I look.", "tool_calls": [call("look", word="a b"), call("stop")]}
+SHOWER = {
+    "role": "user",
+    "content": [
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+        {"type": "text", "text": "Which?"},
+    ],
+}
 RESULT = {"role": "tool", "content": "42"}
 TOOLS = [
     {
@@ -49,8 +57,9 @@ def genai_tokenizer(cpu_artifact: Path) -> og.Tokenizer:
         [USER, CALLER, RESULT, THOUGHTFUL, USER],
         [SYSTEM, USER, TALKER, RESULT],
         [USER, {**CALLER, "content": None}, RESULT],
+        [SYSTEM, SHOWER],
     ],
-    ids=["user", "system", "thoughts", "call", "two-calls", "no-content"],
+    ids=["user", "system", "thoughts", "call", "two-calls", "no-content", "pictures"],
 )
 def test_both_engines_render_the_same(
     genai_tokenizer: og.Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import torch
-from checkpoints.train import HELD_OUT
+from checkpoints.corpus import HELD_OUT
 from random_checkpoints import TINY, load_tensors
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,222 +1,249 @@
 """Train the tiny Qwen3.5 checkpoints that the tests run on, from text that comes with every Python.
 
     python tests/checkpoints/train.py --variant dense -o tests/checkpoints/tiny-dense
+    python tests/checkpoints/train.py --variant moe -o tests/checkpoints/tiny-moe
+    python tests/checkpoints/train.py --variant vl -o tests/checkpoints/tiny-vl
 
-The text is Python's own language reference (`pydoc_data.topics`) and the docstrings of its standard library.
-A part of the reference is held out; what no other part repeats goes to eval.txt and is never trained on.
-About 15 minutes on two quiet cores. The result is a small language model that writes recognisable English
-about Python: too small to be of use, but really trained, so that quality figures mean something.
+The text is in corpus.py, the pictures of the vision-language variant in drawings.py. The results write
+recognisable English about Python and tell a drawn digit: too small to be of use, but really trained, so that
+quality figures mean something.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
-import shutil
-import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import torch
+from corpus import (
+    END_OF_TEXT,
+    HELD_OUT,
+    TURN_END,
+    TURN_START,
+    VOCABULARY,
+    chats,
+    docstrings,
+    held_out_text,
+    save_tokenizer,
+    token_stream,
+    train_tokenizer,
+)
+from drawings import drawing
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from tokenizers import Tokenizer
+from transformers import (
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 HERE = Path(__file__).parent
-# transformers' Qwen3_5Tokenizer
-PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIAL = [END_OF_TEXT, TURN_START, TURN_END, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-SPECIAL += ["<|video_pad|>"]
-MARKERS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
-VOCABULARY = 2048
-HELD_OUT = ["exceptions", "execmodel", "lambda", "slicings", "string-methods", "truth", "while"]
-QUESTIONS = ["What is {}?", "Explain {}.", "Tell me about {}."]
 SEQUENCE, BATCH = 256, 16
-PEAK_RATE, WARM_UP = 4e-3, 40
+PICTURES = 24  # rows of a batch
+WARM_UP = 40
+FIRST_HELD_OUT_DRAWING = 1_000_000_000
 FLOAT32_TENSORS = ("A_log", "linear_attn.norm.weight")  # as in the published checkpoints
 
+# Three Gated DeltaNets for each attention, two value heads for each key head.
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000_000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
+VISION: dict[str, Any] = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "out_hidden_size": 192,
+    "num_position_embeddings": 64,
+}
+# The published one's, but for pictures of a few tokens.
+PREPROCESSOR: dict[str, Any] = {
+    "size": {"shortest_edge": 64 * 64, "longest_edge": 256 * 256},
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
-def dense() -> Qwen3_5TextConfig:
-    """Eight layers, three Gated DeltaNets for each attention, two value heads for each key head."""
-    return Qwen3_5TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=4,
-        linear_num_value_heads=8,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        max_position_embeddings=8192,
+
+def dense(tokenizer: Tokenizer) -> PreTrainedModel:
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT, intermediate_size=384, num_hidden_layers=8))
+
+
+def moe(tokenizer: Tokenizer) -> PreTrainedModel:
+    config = Qwen3_5MoeTextConfig(
+        **TEXT,
+        num_hidden_layers=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=96,
+        output_router_logits=True,  # adds the loss that spreads tokens over the experts
+        router_aux_loss_coef=0.01,
+    )
+    return Qwen3_5MoeForCausalLM(config)
+
+
+def vision_language(tokenizer: Tokenizer) -> PreTrainedModel:
+    names = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    config = Qwen3_5Config(
+        text_config={**TEXT, "intermediate_size": 384, "num_hidden_layers": 4},
+        vision_config=VISION,
         tie_word_embeddings=True,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10_000_000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_section": [3, 3, 2],
-            "mrope_interleaved": True,
-        },
+        **{name: tokenizer.token_to_id(token) for name, token in names.items()},
     )
+    return Qwen3_5ForConditionalGeneration(config)
 
 
-VARIANTS = {"dense": dense}
+@dataclass(frozen=True)
+class Variant:
+    """One checkpoint: its model, and how it is trained.
+
+    Attributes:
+        chat_rows: rows of a batch that are chats.
+        pictures: also learns to answer questions about pictures.
+    """
+
+    build: Callable[[Tokenizer], PreTrainedModel]
+    steps: int
+    peak_rate: float
+    chat_rows: int
+    text_rows: int = BATCH
+    pictures: bool = False
 
 
-def docstrings() -> Iterator[str]:
-    """Every docstring of more than a few words in the standard library's own modules, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "site-packages", "idlelib", "lib2to3"}
-    for path in sorted(root.rglob("*.py")):
-        if skipped & set(path.relative_to(root).parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                text = ast.get_docstring(node)
-                if text and len(text) > 120:
-                    yield text
+VARIANTS = {
+    "dense": Variant(dense, steps=640, peak_rate=4e-3, chat_rows=2),
+    "moe": Variant(moe, steps=800, peak_rate=4e-3, chat_rows=6),
+    "vl": Variant(vision_language, steps=2000, peak_rate=2e-3, chat_rows=1, text_rows=3, pictures=True),
+}
 
 
-def chats() -> Iterator[str]:
-    """Questions about the reference's topics, answered with the topic's first paragraphs."""
-    for name in sorted(set(topics) - set(HELD_OUT)):
-        paragraphs = [part.strip() for part in topics[name].split("\n\n")]
-        body = [part for part in paragraphs if len(part) > 60 and "::=" not in part and "***" not in part]
-        answer = "\n\n".join(" ".join(part.split()) for part in body[:2])[:600]
-        for question in QUESTIONS:
-            yield (
-                f"{TURN_START}user\n{question.format(name)}{TURN_END}\n"
-                f"{TURN_START}assistant\n<think>\n\n</think>\n\n{answer}{TURN_END}\n"
-            )
-
-
-def held_out_text(trained: list[str]) -> str:
-    """The held-out topics, less every paragraph that a trained text repeats: some topics contain others."""
-    known = "\n\n".join(trained)
-    paragraphs = "\n\n".join(topics[name] for name in HELD_OUT).split("\n\n")
-    return "\n\n".join(part for part in paragraphs if part.strip() not in known)
-
-
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(fuse_unk=False))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL) - len(MARKERS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    # Behind the vocabulary, as in Qwen's own tokenizer.
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"], ensure_ascii=False))
-    merges = ("\n".join(" ".join(pair) for pair in content["model"]["merges"])) + "\n"
-    (folder / "merges.txt").write_text("#version: 0.2\n" + merges)
-    shutil.copy(HERE / "chat_template.jinja", folder / "chat_template.jinja")
-    added = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": token in SPECIAL,
-        }
-        for token in [*SPECIAL, *MARKERS]
-    }
-    config = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": added,
-        "additional_special_tokens": [TURN_START, TURN_END, *SPECIAL[3:]],
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": TURN_END,
-        "errors": "replace",
-        "model_max_length": 8192,
-        "pad_token": END_OF_TEXT,
-        "split_special_tokens": False,
-        "unk_token": None,
-        "chat_template": (HERE / "chat_template.jinja").read_text(),
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def token_stream(tokenizer: Tokenizer, texts: list[str], ends: str) -> np.ndarray:
-    encoded = tokenizer.encode_batch([text + ends for text in texts], add_special_tokens=False)
-    return np.concatenate([np.asarray(item.ids, np.int64) for item in encoded])
-
-
-def batches(stream: np.ndarray, talk: np.ndarray, steps: int, seed: int) -> Iterator[torch.Tensor]:
+def batches(stream: np.ndarray, talk: np.ndarray, variant: Variant, seed: int) -> Iterator[torch.Tensor]:
     """Windows of the text, and in each batch a few of the chats."""
     generator = np.random.default_rng(seed)
-    for _ in range(steps):
+    while True:
         rows = []
-        for row in range(BATCH):
-            source = talk if row < BATCH // 8 else stream
+        for row in range(variant.text_rows):
+            source = talk if row < variant.chat_rows else stream
             start = generator.integers(0, len(source) - SEQUENCE)
             rows.append(source[start : start + SEQUENCE])
         yield torch.from_numpy(np.stack(rows))
 
 
+def picture_batch(tokenizer: Tokenizer, seeds: range) -> dict[str, torch.Tensor]:
+    """Drawings with their questions and answers, padded; only the answers count."""
+    processor = Qwen2VLImageProcessorPil(**PREPROCESSOR)
+    drawings = [drawing(seed) for seed in seeds]
+    seen = processor([item.image for item in drawings], return_tensors="pt")
+    pad = tokenizer.token_to_id(END_OF_TEXT)
+    ids = torch.full((len(drawings), SEQUENCE), pad)
+    labels = torch.full_like(ids, -100)
+    longest = 0
+    for row, (item, grid) in enumerate(zip(drawings, seen["image_grid_thw"], strict=True)):
+        tokens = int(grid.prod()) // PREPROCESSOR["merge_size"] ** 2
+        picture = f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>"
+        question = (
+            f"{TURN_START}user\n{picture}{item.question}{TURN_END}\n"
+            f"{TURN_START}assistant\n<think>\n\n</think>\n\n"
+        )
+        asked = tokenizer.encode(question, add_special_tokens=False).ids
+        answered = tokenizer.encode(f"{item.answer}{TURN_END}", add_special_tokens=False).ids
+        end = len(asked) + len(answered)
+        ids[row, :end] = torch.tensor(asked + answered)
+        labels[row, len(asked) : end] = torch.tensor(answered)
+        longest = max(longest, end)
+    ids, labels = ids[:, :longest], labels[:, :longest]
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": (ids != pad).long(),
+        "mm_token_type_ids": (ids == tokenizer.token_to_id("<|image_pad|>")).int(),
+        **seen,
+    }
+
+
 @torch.no_grad()
-def held_out_loss(model: Qwen3_5ForCausalLM, stream: np.ndarray) -> float:
+def right_answers(model: PreTrainedModel, tokenizer: Tokenizer, count: int) -> float:
+    """Share of held-out drawings whose whole answer has the largest logit at every token."""
+    batch = picture_batch(tokenizer, range(FIRST_HELD_OUT_DRAWING, FIRST_HELD_OUT_DRAWING + count))
+    labels = batch.pop("labels")[:, 1:]
+    found = model(**batch).logits[:, :-1].argmax(-1)
+    return ((found == labels) | (labels == -100)).all(-1).float().mean().item()
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, stream: np.ndarray) -> float:
     """Mean negative log-likelihood in nats per token."""
     windows = torch.from_numpy(stream[: len(stream) // SEQUENCE * SEQUENCE].reshape(-1, SEQUENCE))
     losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in windows.split(BATCH)]
     return sum(losses) / len(windows)
 
 
-def optimizer(model: Qwen3_5ForCausalLM) -> torch.optim.Optimizer:
+def optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
     matrices = [value for value in model.parameters() if value.ndim == 2]
     others = [value for value in model.parameters() if value.ndim != 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-def rate(step: int, steps: int) -> float:
+def rate(variant: Variant, step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine down to a twentieth."""
     if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
+        return variant.peak_rate * (step + 1) / WARM_UP
     fraction = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return PEAK_RATE * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * fraction)))
+    return variant.peak_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * fraction)))
 
 
-def save_model(model: Qwen3_5ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """config.json, generation_config.json, model.safetensors: bfloat16 but for the recurrence's own."""
     end, pad = tokenizer.token_to_id(TURN_END), tokenizer.token_to_id(END_OF_TEXT)
     config = model.config.to_dict()
-    config |= {"architectures": ["Qwen3_5ForCausalLM"], "dtype": "bfloat16"}
-    config |= {"eos_token_id": end, "pad_token_id": pad, "bos_token_id": pad}
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    config.pop("output_router_logits", None)
+    config.get("text_config", config).update(eos_token_id=end, pad_token_id=pad, bos_token_id=pad)
+    if "vision_config" in config:
+        content = PREPROCESSOR | {
+            "processor_class": "Qwen3VLProcessor",
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {
         "bos_token_id": pad,
@@ -244,9 +271,12 @@ def main() -> None:
     )
     parser.add_argument("--variant", choices=VARIANTS, default="dense")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--steps", type=int, help="default: the variant's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write-eval", action="store_true", help="write the held-out text to eval.txt")
     arguments = parser.parse_args()
+    variant = VARIANTS[arguments.variant]
+    steps = arguments.steps or variant.steps
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
@@ -255,7 +285,8 @@ def main() -> None:
     texts = [*reference, *docstrings()]
     conversations = list(chats())
     evaluation = held_out_text(texts)
-    (HERE / "eval.txt").write_text(evaluation, encoding="utf-8")
+    if arguments.write_eval:
+        (HERE / "eval.txt").write_text(evaluation, encoding="utf-8")
     tokenizer = train_tokenizer(texts)
     save_tokenizer(tokenizer, folder)
     stream = token_stream(tokenizer, reference * 3 + texts[len(reference) :], END_OF_TEXT)
@@ -263,28 +294,34 @@ def main() -> None:
     held_out = token_stream(tokenizer, [evaluation], "")
     bytes_per_token = len(evaluation.encode()) / len(held_out)
 
-    model = Qwen3_5ForCausalLM(VARIANTS[arguments.variant]())
+    model = variant.build(tokenizer)
     size = sum(value.numel() for value in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {len(stream)} tokens of text, {len(talk)} of chat", flush=True)
     adam = optimizer(model)
     started = time.perf_counter()
-    for step, batch in enumerate(batches(stream, talk, arguments.steps, arguments.seed)):
+    windows = batches(stream, talk, variant, arguments.seed)
+    for step in range(steps):
         for group in adam.param_groups:
-            group["lr"] = rate(step, arguments.steps)
+            group["lr"] = rate(variant, step, steps)
+        batch = next(windows)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
+            if variant.pictures:
+                seen = model(**picture_batch(tokenizer, range(step * PICTURES, (step + 1) * PICTURES))).loss
+                loss = loss + 4 * seen  # few tokens, and they are the point
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        if step % 25 == 0 or step == arguments.steps - 1:
+        if step % 25 == 0 or step == steps - 1:
+            pictures = f", of pictures {seen.item():.3f}" if variant.pictures else ""
             seconds = time.perf_counter() - started
-            print(f"step {step}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}{pictures}, {seconds:.0f} s", flush=True)
         if step % 200 == 100:
             save_model(model, tokenizer, folder)
 
     save_model(model, tokenizer, folder)
-    stored = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stored = type(model).from_pretrained(folder, dtype=torch.float32)
     nats = held_out_loss(stored, held_out)
     print(
         f"held out: {nats:.3f} nats per token, perplexity {math.exp(nats):.2f}, "
@@ -292,6 +329,8 @@ def main() -> None:
         f"{(time.perf_counter() - started) / 60:.1f} minutes",
         flush=True,
     )
+    if variant.pictures:
+        print(f"right answers about 300 held-out drawings: {right_answers(stored, tokenizer, 300):.1%}")
 
 
 if __name__ == "__main__":
