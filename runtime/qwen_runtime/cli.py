@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 from click_default_group import DefaultGroup
-from qwen_profiles.errors import reported
+from qwen_profiles.errors import UserError, reported
 
 from qwen_runtime.model import Generation, Model, Sampling
 from qwen_runtime.provider import PROVIDERS
@@ -22,6 +22,13 @@ Examples:
   qwen-run artifacts/Qwen3.5-0.8B-cpu                      (a chat)
   cat letter.txt | qwen-run artifacts/Qwen3.5-0.8B-cpu - --system "Summarise."
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Name a colour" --temperature 0 --json
+"""
+
+_SERVE_EPILOG = """\b
+Examples:
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
+  QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
 """
 
 
@@ -93,6 +100,46 @@ def answer(
                 return
             text = sys.stdin.read() if prompt == "-" else prompt
             _answer(model, text if raw else _messages(system, text), options, as_json)
+
+
+@main.command(epilog=_SERVE_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
+@click.option("--api-key", envvar="QWEN_EDGE_API_KEY", help="Demand this key; also from QWEN_EDGE_API_KEY.")
+@click.option(
+    "--parallel", default=1, show_default=True, type=click.IntRange(1), help="Answers made at a time."
+)
+@click.option(
+    "--queue", default=16, show_default=True, type=click.IntRange(0), help="Requests that may wait."
+)
+@click.option(
+    "--think/--no-think",
+    "thinking",
+    default=False,
+    help="Let the model think first where a request does not say.",
+)
+@click.option(
+    "--grace",
+    default=30,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seconds that running answers may take when the server is told to end.",
+)
+@click.option(
+    "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
+)
+@click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def serve(artifact: Path, provider: str, verify: bool, debug: bool, **options: Any) -> None:
+    """Serve ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
+    with reported(debug):
+        try:
+            from qwen_runtime.serve.run import serve as run
+            from qwen_runtime.serve.worker import Source
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is missing: pip install 'qwen-edge[serve]'") from error
+        run(Source(artifact, provider, verify), **options)
 
 
 def _speak_utf8() -> None:

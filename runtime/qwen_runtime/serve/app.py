@@ -1,0 +1,139 @@
+"""The routes, and who may use them."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qwen_runtime.serve.chat import chat_completions
+from qwen_runtime.serve.completions import completions
+from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
+from qwen_runtime.serve.http import ClientGone
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_CLOSED_REQUEST = 499  # nginx's number; nobody reads it
+
+
+def make_app(
+    engine: Engine, *, hosts: list[str] | None = None, api_key: str | None = None, thinking: bool = False
+) -> Starlette:
+    """The web application.
+
+    Args:
+        hosts: host names that requests may be addressed to; None allows every one. Without the check a web
+            site could point its own name at this machine and read the answers.
+        api_key: what requests to `/v1` and `/metrics` must carry as a bearer token.
+        thinking: whether the model thinks first where a request does not say.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        running = asyncio.create_task(engine.run())
+        yield
+        running.cancel()
+        await asyncio.wait([running])
+
+    routes = [
+        Route("/health", health),
+        Mount(
+            "/v1",
+            routes=[
+                Route("/models", models),
+                Route("/models/{name:path}", model),
+                Route("/chat/completions", chat_completions, methods=["POST"]),
+                Route("/completions", completions, methods=["POST"]),
+            ],
+        ),
+        Mount("/", StaticFiles(directory=Path(__file__).parent / "page", html=True)),
+    ]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)]
+    if api_key is not None:
+        middleware.append(Middleware(_KeyCheck, api_key=api_key))
+    app = Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={
+            ApiError: on_api_error,
+            ClientGone: _on_client_gone,
+            HTTPException: on_http_error,
+            Exception: on_crash,
+        },
+        lifespan=lifespan,
+    )
+    app.state.engine = engine
+    app.state.thinking = thinking
+    return app
+
+
+class _KeyCheck:
+    """Lets only requests with the key through to what runs the model or tells of it."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = ApiError(
+                    401,
+                    "no valid API key: send it as 'Authorization: Bearer KEY'",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=_CLOSED_REQUEST)
+
+
+async def health(request: Request) -> Response:
+    engine: Engine = request.app.state.engine
+    body = {
+        "status": "ok" if engine.alive else "loading",
+        "model": engine.info.name,
+        "provider": engine.info.provider,
+        "running": engine.running,
+        "waiting": engine.waiting,
+    }
+    return JSONResponse(body, 200 if engine.alive else 503)
+
+
+async def models(request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_model(request)]})
+
+
+async def model(request: Request) -> Response:
+    found = _model(request)
+    if request.path_params["name"] != found["id"]:
+        raise ApiError(404, f"this server has the model '{found['id']}' only", code="model_not_found")
+    return JSONResponse(found)
+
+
+def _model(request: Request) -> dict[str, object]:
+    info = request.app.state.engine.info
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": int(request.app.state.engine.loaded),
+        "owned_by": "qwen-edge",
+        "context_length": info.context_length,
+    }

@@ -1,0 +1,41 @@
+"""What the kinds of completions share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_runtime.model import Sampling
+from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.schema import SharedRequest
+
+
+def check_model(name: str | None, engine: Engine) -> None:
+    """Raises:
+    ApiError: another model was asked for.
+    """
+    if name is not None and name != engine.info.name:
+        raise ApiError(
+            404,
+            f"no model '{name}': this server has '{engine.info.name}'",
+            code="model_not_found",
+            parameter="model",
+        )
+
+
+def sampling(asked: SharedRequest) -> Sampling:
+    return Sampling(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        repetition_penalty=asked.repetition_penalty,
+        seed=None if asked.seed is None else asked.seed % 2**31,  # any integer is OpenAI's range
+    )
+
+
+def usage_of(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+    }

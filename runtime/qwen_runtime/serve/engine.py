@@ -1,0 +1,269 @@
+"""The server's side of the worker process: a queue with a limit, and answers as they grow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import multiprocessing
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from qwen_profiles.errors import UserError
+
+from qwen_runtime.model import ModelInfo
+from qwen_runtime.serve import worker
+from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.worker import Cancel, Done, Event, Failed, Job, Piece, Ready, Source, Started
+
+_log = logging.getLogger(__name__)
+
+_RESTART_PAUSE = 1.0  # seconds, doubled with every failure in a row
+_LONGEST_PAUSE = 60.0
+_FIRST_GUESS = 5.0  # seconds that an answer takes, before any was made
+_MEMORY = 0.2  # weight of the newest answer in that
+
+
+class Answer:
+    """One answer as it grows. Iterate it for pieces of text, and close it whatever happens.
+
+    Attributes:
+        prompt_tokens: number of tokens of the prompt.
+        completion_tokens: number of tokens of the answer, once it has ended.
+        finish_reason: "stop" or "length", once it has ended.
+    """
+
+    def __init__(self, engine: Engine, job_id: int) -> None:
+        self.id = job_id
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.finish_reason = ""
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.ended = False  # the worker has nothing more to say about it
+        self.begun = time.monotonic()
+        self._engine = engine
+
+    async def start(self) -> None:
+        """Wait until the worker has accepted the prompt.
+
+        Raises:
+            ApiError: the prompt or an option is at fault, or the worker failed.
+        """
+        event = await self._next()
+        assert isinstance(event, Started)
+        self.prompt_tokens = event.prompt_tokens
+
+    def __aiter__(self) -> AsyncIterator[Piece]:
+        return self
+
+    async def __anext__(self) -> Piece:
+        event = await self._next()
+        if isinstance(event, Piece):
+            return event
+        assert isinstance(event, Done)
+        self.completion_tokens = event.completion_tokens
+        self.finish_reason = event.finish_reason
+        raise StopAsyncIteration
+
+    async def _next(self) -> Event:
+        event = await self.events.get()
+        if isinstance(event, Failed):
+            raise ApiError(400 if event.mendable else 500, event.message)
+        return event
+
+    def close(self) -> None:
+        """Stop the work, if there is any left."""
+        if not self.ended:
+            self._engine.cancel(self.id)
+
+
+class Engine:
+    """The worker process and the requests that wait for it.
+
+    Args:
+        parallel: most answers that are made at the same time.
+        waiting: most requests that wait for their turn.
+    """
+
+    def __init__(self, source: Source, parallel: int = 1, waiting: int = 16) -> None:
+        self.parallel = parallel
+        self.alive = False
+        self._source = source
+        self._limit = waiting
+        self._waiting = 0
+        self._slots = asyncio.Semaphore(parallel)
+        self._ids = itertools.count()
+        self._answers: dict[int, Answer] = {}
+        self._seconds = _FIRST_GUESS  # that an answer takes, lately
+        self._info: ModelInfo | None = None
+        self.loaded = 0.0  # seconds since 1970
+
+    @property
+    def info(self) -> ModelInfo:
+        assert self._info is not None, "load the model first"
+        return self._info
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def running(self) -> int:
+        return len(self._answers)
+
+    def load(self) -> None:
+        """Start the worker process and wait until it has the model.
+
+        Raises:
+            UserError: the artifact cannot be loaded.
+        """
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads is not safe
+        self._connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=worker.main, args=(self._source, theirs), name="qwen-run model", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            message = self._connection.recv()
+        except EOFError:
+            raise RuntimeError(f"the model's process ended with {self._exit_code()} while loading") from None
+        if isinstance(message, Failed):
+            raise UserError(message.message) if message.mendable else RuntimeError(message.message)
+        assert isinstance(message, Ready)
+        self._info = message.info
+        self.alive = True
+        self.loaded = time.time()
+
+    async def run(self) -> None:
+        """Pass events on until cancelled, and start the worker again when it dies."""
+        loop = asyncio.get_running_loop()
+        pause = _RESTART_PAUSE
+        try:
+            while True:
+                if self.alive:
+                    started = time.monotonic()
+                    self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+                    writer = threading.Thread(
+                        target=_write, args=(self._connection, self._outbox), daemon=True
+                    )
+                    writer.start()
+                    dead = asyncio.Event()
+                    reader = threading.Thread(
+                        target=_read, args=(self._connection, loop, self._dispatch, dead), daemon=True
+                    )
+                    reader.start()
+                    await dead.wait()
+                    self._outbox.put(_CLOSE)
+                    self._forget("the model's process ended: try again")
+                    _log.error("the model's process ended with %s; starting it again", self._exit_code())
+                    if time.monotonic() - started > _LONGEST_PAUSE:
+                        pause = _RESTART_PAUSE
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                try:
+                    await asyncio.to_thread(self.load)
+                except Exception as error:
+                    _log.error("the model did not load again: %s", error)
+        finally:
+            self._stop()
+
+    async def submit(self, prompt: str | Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
+        """Wait for a place, and start an answer. The caller must close it.
+
+        Raises:
+            ApiError: too many requests wait, the worker is gone, or the request is at fault.
+        """
+        if not self.alive:
+            raise ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
+        if self._waiting >= self._limit and self._slots.locked():
+            wait = math.ceil(self._seconds * (1 + self._waiting / self.parallel))
+            raise ApiError(
+                429,
+                f"{self._waiting} requests are waiting already: try again later",
+                code="queue_full",
+                headers={"Retry-After": str(wait)},
+            )
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        if not self.alive:
+            self._slots.release()
+            raise ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
+        answer = Answer(self, next(self._ids))
+        self._answers[answer.id] = answer
+        self._outbox.put(Job(answer.id, prompt, options))
+        try:
+            await answer.start()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def cancel(self, job_id: int) -> None:
+        self._outbox.put(Cancel(job_id))
+
+    def _dispatch(self, event: Event) -> None:
+        assert event.id is not None
+        answer = self._answers[event.id]
+        answer.events.put_nowait(event)
+        if isinstance(event, Done | Failed):
+            self._end(answer)
+
+    def _end(self, answer: Answer) -> None:
+        """Only now, not when the client left, is the place free: the worker really stopped."""
+        answer.ended = True
+        self._seconds += _MEMORY * (time.monotonic() - answer.begun - self._seconds)
+        del self._answers[answer.id]
+        self._slots.release()
+
+    def _forget(self, reason: str) -> None:
+        self.alive = False
+        for answer in list(self._answers.values()):
+            answer.events.put_nowait(Failed(answer.id, reason, mendable=False))
+            self._end(answer)
+
+    def _stop(self) -> None:
+        if self.alive:
+            self.alive = False
+            self._outbox.put(None)
+            self._outbox.put(_CLOSE)
+            self._process.join(timeout=5)
+            self._process.kill()
+
+    def _exit_code(self) -> str:
+        self._process.join(timeout=5)
+        return f"exit code {self._process.exitcode}"
+
+
+_CLOSE = object()
+
+
+def _write(connection: Connection, outbox: queue.SimpleQueue[object]) -> None:
+    """In a thread: a large job blocks until the worker reads it, and that may be after a long prompt."""
+    while (message := outbox.get()) is not _CLOSE:
+        try:
+            connection.send(message)
+        except OSError:
+            return
+
+
+def _read(
+    connection: Connection, loop: asyncio.AbstractEventLoop, dispatch: Any, dead: asyncio.Event
+) -> None:
+    try:
+        while True:
+            loop.call_soon_threadsafe(dispatch, connection.recv())
+    except (EOFError, OSError):
+        pass
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+        loop.call_soon_threadsafe(dead.set)

@@ -1,0 +1,70 @@
+"""Errors as OpenAI's clients expect them."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: HTTP status code.
+        parameter: the field of the request that is at fault, if it is one.
+        headers: extra headers of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        parameter: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.parameter = parameter
+        self.headers = headers or {}
+
+    @property
+    def body(self) -> dict[str, object]:
+        return {
+            "error": {
+                "message": str(self),
+                "type": _TYPES.get(self.status, "invalid_request_error"),
+                "param": self.parameter,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> Response:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+
+def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, or not with this method."""
+    status = getattr(error, "status_code", 500)
+    allowed = getattr(error, "headers", None) or {}
+    message = f"{request.method} {request.url.path}: {getattr(error, 'detail', 'error')}"
+    return ApiError(status, message, headers=dict(allowed)).response()
+
+
+def on_crash(request: Request, error: Exception) -> Response:
+    return ApiError(500, "internal error: see the server's log").response()

@@ -1,0 +1,114 @@
+"""Bodies in, events out, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qwen_runtime.serve.errors import ApiError
+
+T = TypeVar("T")
+
+MAX_BODY = 32 * 1024 * 1024  # bytes; images come as base64
+BODY_TIMEOUT = 60.0  # seconds for a whole body
+SEND_TIMEOUT = 60.0  # seconds that a reader may take none of a stream
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""
+
+
+async def read_json(request: Request) -> bytes:
+    """The request's body.
+
+    A page of another site can send a body here without asking first, but not one of this type.
+
+    Raises:
+        ApiError: it is not declared as JSON, too large, or too slow.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send the body with Content-Type: application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise ApiError(
+                        413, f"the body is larger than {MAX_BODY} bytes", headers={"Connection": "close"}
+                    )
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body took more than {BODY_TIMEOUT:.0f} seconds", headers={"Connection": "close"}
+        ) from None
+    return bytes(body)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do `work`, which is cancelled when the client leaves.
+
+    Raises:
+        ClientGone: it left.
+    """
+    return await _race(work, request.receive)
+
+
+class EventStream(Response):
+    """Server-sent events.
+
+    Args:
+        events: JSON objects; None is OpenAI's mark of the end.
+        close: called when they have ended, the client left, or it stopped reading.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[dict[str, Any] | None], close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _race(self._stream(send), receive)
+        except (ClientGone, TimeoutError):
+            pass
+        finally:
+            self._close()
+
+    async def _stream(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for event in self._events:
+            data = "[DONE]" if event is None else json.dumps(event, ensure_ascii=False)
+            body = {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+            async with asyncio.timeout(SEND_TIMEOUT):
+                await send(body)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _race(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        # What was cancelled cleans up before this returns.
+        await asyncio.wait((task, gone))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

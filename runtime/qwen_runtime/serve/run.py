@@ -1,0 +1,85 @@
+"""`qwen-run serve`: from an artifact to a listening server, and to its end."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import socket
+
+import uvicorn
+from qwen_profiles.errors import UserError
+
+from qwen_runtime.serve.app import LOOPBACK, make_app
+from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.worker import Source
+
+_KEEP_ALIVE = 30  # seconds that an idle connection stays open
+_CONNECTIONS = 256
+
+
+def serve(
+    source: Source,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    parallel: int,
+    queue: int,
+    thinking: bool,
+    grace: int,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, which let running answers finish for `grace` seconds.
+
+    Args:
+        port: 0 takes any that is free.
+        parallel: most answers that are made at the same time.
+        queue: most requests that wait for their turn.
+
+    Raises:
+        UserError: the artifact cannot be loaded, the address is taken, or it needs an API key.
+    """
+    local = is_loopback(host)
+    if not local and not api_key:
+        raise UserError(f"{host} can be reached from other machines: give an --api-key")
+    listener = _listen(host, port)
+    with listener:
+        engine = Engine(source, parallel, queue)
+        engine.load()
+        name = f"[{host}]" if ":" in host else host
+        print(engine.info.reason, flush=True)
+        print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
+        app = make_app(engine, hosts=[*LOOPBACK, host] if local else None, api_key=api_key, thinking=thinking)
+        config = uvicorn.Config(
+            app,
+            log_level=logging.WARNING,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=grace,
+            limit_concurrency=_CONNECTIONS,
+            ws="none",
+        )
+        # uvicorn raises the signal again when it has shut down; SIGTERM then is nothing to die of.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that a port that is taken is known at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror}): choose another with --port or --host"
+        ) from error

@@ -1,0 +1,190 @@
+"""What requests may say: OpenAI's fields, and the few that servers of open models added.
+
+Fields that nobody here knows are ignored, as other servers do. Fields that are known and would change the
+answer, but cannot be obeyed, are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qwen_runtime.serve.errors import ApiError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class StreamOptions(_Part):
+    include_usage: bool = False
+
+
+class TextPart(_Part):
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Part):
+    url: str
+
+
+class ImagePart(_Part):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Content = str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
+class FunctionCall(_Part):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Part):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(_Part):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Function(_Part):
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Part):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Part):
+    name: str
+
+
+class NamedTool(_Part):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(_Part):
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(_Part):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Part):
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(_Part):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class TemplateOptions(_Part):
+    enable_thinking: bool | None = None
+
+
+def _only(*allowed: Any) -> BeforeValidator:
+    """Refuse what cannot be obeyed; None and the values that change nothing pass."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"only {' or '.join(repr(choice) for choice in allowed)} is supported"
+                if allowed
+                else "not supported"
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
+# JSON has one kind of number, so 1 is a float too, and 1.0 an integer.
+Number = Annotated[float, Field(strict=False)]
+
+Request = TypeVar("Request", bound=BaseModel)
+
+
+class SharedRequest(_Part):
+    """What both kinds of completions share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    repetition_penalty: Number | None = Field(None, gt=0)
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[Any, _only(1)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    min_p: Annotated[Any, _only(0)] = None
+
+
+class ChatRequest(SharedRequest):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    response_format: TextFormat | None = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    audio: Annotated[Any, _only()] = None
+    web_search_options: Annotated[Any, _only()] = None
+
+
+class CompletionRequest(SharedRequest):
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    max_tokens: int | None = Field(16, ge=1)
+    echo: Annotated[Any, _only(False)] = None
+    suffix: Annotated[Any, _only("")] = None
+    best_of: Annotated[Any, _only(1)] = None
+    logprobs: Annotated[Any, _only(0)] = None
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
+    """The request in `body`.
+
+    Raises:
+        ApiError: it is not JSON, or not such a request; the message names the field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(step) for step in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ApiError(
+            400,
+            f"{place}: {message}" if place else message,
+            code=first["type"],
+            parameter=place or None,
+        ) from error

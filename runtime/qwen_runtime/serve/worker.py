@@ -1,0 +1,175 @@
+"""The child process that holds the model.
+
+ONNX Runtime GenAI keeps Python's global lock while it reads a prompt, seconds for a large model. In a process
+of its own it stalls nobody else, and a crash in native code does not take the server along.
+
+Both sides send pickled objects through one pipe: `Job`, `Cancel` and None, the end, towards the worker;
+`Ready` or `Failed`, then `Started`, `Piece`, `Done` and `Failed` from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from qwen_profiles.errors import UserError
+
+from qwen_runtime.model import Generation, Model, ModelInfo
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the worker loads: the arguments of `Model.load`."""
+
+    path: Path
+    provider: str = "auto"
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to make; `options` are keyword arguments of `Model.generate`."""
+
+    id: int
+    prompt: str | Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    id: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt was accepted and is being read."""
+
+    id: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of text."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    id: int
+    finish_reason: str
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """`mendable`: the request is at fault, and the message says how. `id` is None while loading."""
+
+    id: int | None
+    message: str
+    mendable: bool
+
+
+Event = Started | Piece | Done | Failed
+
+
+def main(source: Source, connection: Connection) -> None:
+    """Load the model and answer jobs, each in a thread, until the pipe closes or brings None."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, and the server decides
+        signal.signal(name, signal.SIG_IGN)
+    try:
+        model = Model.load(source.path, source.provider, source.verify)
+    except Exception as error:
+        _log.debug("loading failed", exc_info=True)
+        connection.send(Failed(None, _line(error), isinstance(error, UserError)))
+        return
+    with model:
+        connection.send(Ready(model.info))
+        _Worker(model, connection).run()
+
+
+@dataclass
+class _Worker:
+    model: Model
+    connection: Connection
+    _running: dict[int, _Run] = field(default_factory=dict)
+    _sending: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self) -> None:
+        while (message := self._receive()) is not None:
+            if isinstance(message, Cancel):
+                if run := self._running.get(message.id):
+                    run.cancel()
+            else:
+                run = self._running[message.id] = _Run()
+                threading.Thread(target=self._answer, args=(message, run), daemon=True).start()
+        for run in list(self._running.values()):
+            run.cancel()
+
+    def _receive(self) -> Job | Cancel | None:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):  # the server is gone
+            return None
+
+    def _answer(self, job: Job, run: _Run) -> None:
+        try:
+            with self.model.generate(job.prompt, **job.options) as generation:
+                run.attach(generation)
+                self._send(Started(job.id, generation.prompt_tokens))
+                for text in generation:
+                    self._send(Piece(job.id, text))
+                last: Event = Done(job.id, generation.finish_reason or "cancelled", len(generation.tokens))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                _log.exception("an answer failed")
+            last = Failed(job.id, _line(error), isinstance(error, UserError))
+        del self._running[job.id]
+        self._send(last)
+
+    def _send(self, event: Event) -> None:
+        try:
+            with self._sending:
+                self.connection.send(event)
+        except OSError:  # the server is gone, and `run` ends soon
+            pass
+
+
+class _Run:
+    """A generation that can be cancelled before it exists."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._generation: Generation | None = None
+
+    def attach(self, generation: Generation) -> None:
+        with self._lock:
+            self._generation = generation
+            if self._cancelled:
+                generation.cancel()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            if self._generation is not None:
+                self._generation.cancel()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
