@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 from click_default_group import DefaultGroup
-from qwen_profiles.errors import reported
+from qwen_profiles.errors import UserError, reported
 from qwen_profiles.schema import load_profile, profile_names
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import Progress as ExportProgress
 from qwen_export.export import default_output, export
@@ -136,3 +138,65 @@ def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
     table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
     Console(file=sys.stdout).print(table)
     click.echo(f'next: qwen-run {folder} "Hello"')
+
+
+_BUNDLE_EPILOG = """\b
+Examples:
+  qwen-export keygen kiosk.key
+  qwen-export bundle artifacts/Qwen3.5-0.8B-cpu --key kiosk.key --platform win_amd64 -o kiosk.zip
+"""
+
+
+@main.command(epilog=_BUNDLE_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--platform", required=True, type=click.Choice(PLATFORMS), help="The device's platform.")
+@click.option(
+    "--python",
+    default=f"{sys.version_info.major}.{sys.version_info.minor}",
+    show_default=True,
+    metavar="X.Y",
+    help="Version of CPython on the device.",
+)
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Private key that signs it.")
+@click.option("--version", help="Numbers with dots.  [default: the date and time]")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder, or file ending in .zip."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the list of contents as JSON on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def bundle(
+    artifact: Path,
+    platform: str,
+    python: str,
+    key: Path,
+    version: str | None,
+    output: Path,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Pack ARTIFACT with everything that a device without a network needs. Needs: 'qwen-edge[bundle]'."""
+    with reported(debug):
+        try:
+            from qwen_export.bundle.assemble import bundle as assemble
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'qwen-edge[bundle]'") from error
+        version = version or datetime.now(UTC).strftime("%Y.%m.%d.%H%M%S")
+        console = Console(stderr=True)
+        contents = assemble(artifact, output, platform, python, version, key, console.print)
+        if as_json:
+            click.echo(json.dumps({"output": str(output), **contents}, indent=2))
+        else:
+            click.echo(f"{output}: version {version}, {len(contents['files'])} files")
+
+
+@main.command()
+@click.argument("private_key", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def keygen(private_key: Path, debug: bool) -> None:
+    """Make a key pair that signs bundles: PRIVATE_KEY, to be kept secret, and its .pub for the devices."""
+    with reported(debug):
+        try:
+            from qwen_export.bundle.keys import make_keys
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'qwen-edge[bundle]'") from error
+        click.echo(f"{private_key} signs bundles: keep it secret. Devices get {make_keys(private_key)}")

@@ -13,6 +13,7 @@ import click
 from click_default_group import DefaultGroup
 from qwen_profiles.errors import UserError, reported
 
+from qwen_runtime.kiosk.commands import COMMANDS as KIOSK_COMMANDS
 from qwen_runtime.model import Generation, Model, Sampling
 from qwen_runtime.provider import PROVIDERS
 
@@ -41,6 +42,10 @@ def main() -> None:
 
     Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
     """
+
+
+for _command in KIOSK_COMMANDS:
+    main.add_command(_command)
 
 
 @main.command(epilog=_EPILOG)

@@ -1,4 +1,4 @@
-"""Pictures with a question whose answer is only in the picture: a colour, a count or a digit."""
+"""Pictures with a question whose answer is only in the picture: a colour or a count."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Colour = tuple[int, int, int]
 
 COLOURS = {
     "red": (215, 40, 40),
@@ -40,42 +43,26 @@ def drawing(seed: int) -> Drawing:
 def _colour(generator: np.random.Generator) -> Drawing:
     background, name = generator.choice(list(COLOURS), 2, replace=False)
     image = _canvas(generator, background)
-    size = generator.uniform(0.4, 0.8) * min(image.size)
-    left, top = (generator.uniform(0, side - size) for side in image.size)
-    _shape(generator, image, (left, top, left + size, top + size), COLOURS[name])
+    box = _square_in(generator, image.size, float(generator.uniform(0.4, 0.8)))
+    _SHAPES[generator.integers(len(_SHAPES))](ImageDraw.Draw(image), box, COLOURS[name])
     return Drawing(image, "What colour is the shape?", f"It is {name}.")
 
 
 def _count(generator: np.random.Generator) -> Drawing:
-    """Shapes of one colour, each in its own field of a grid, so that none hides another."""
+    """Dots of one size, each in its own field of a grid, so that none hides another."""
     background, name = generator.choice(list(COLOURS), 2, replace=False)
     image = _canvas(generator, background)
     count = int(generator.integers(1, len(NUMBERS) + 1))
     columns, rows = (2, 3) if image.width < image.height else (3, 2)
-    width, height = image.width / columns, image.height / rows
-    for field in generator.choice(columns * rows, count, replace=False):
-        size = generator.uniform(0.6, 0.85) * min(width, height)
-        left = field % columns * width + generator.uniform(0, width - size)
-        top = field // columns * height + generator.uniform(0, height - size)
-        _shape(generator, image, (left, top, left + size, top + size), COLOURS[name])
-    return Drawing(image, "How many shapes are there?", f"There are {NUMBERS[count - 1]}.")
+    field = image.width / columns, image.height / rows
+    for place in generator.choice(columns * rows, count, replace=False):
+        left, top, right, bottom = _square_in(generator, field, 0.7)
+        x, y = place % columns * field[0], place // columns * field[1]
+        _circle(ImageDraw.Draw(image), (x + left, y + top, x + right, y + bottom), COLOURS[name])
+    return Drawing(image, "How many dots are there?", f"There are {NUMBERS[count - 1]}.")
 
 
-def _digit(generator: np.random.Generator) -> Drawing:
-    dark, light = generator.choice(["black", "blue", "purple"]), generator.choice(["white", "yellow"])
-    ink, background = generator.permutation([dark, light])
-    image = _canvas(generator, background)
-    digit = str(generator.integers(10))
-    font = ImageFont.load_default(size=float(generator.uniform(0.65, 0.95) * min(image.size)))
-    canvas = ImageDraw.Draw(image)
-    left, top, right, bottom = canvas.textbbox((0, 0), digit, font=font)
-    x = generator.uniform(0, image.width - (right - left)) - left
-    y = generator.uniform(0, image.height - (bottom - top)) - top
-    canvas.text((x, y), digit, fill=COLOURS[ink], font=font)
-    return Drawing(image, "Which digit is it?", f"It is {digit}.")
-
-
-_KINDS: tuple[Callable[[np.random.Generator], Drawing], ...] = (_colour, _count, _digit)
+_KINDS: tuple[Callable[[np.random.Generator], Drawing], ...] = (_colour, _count)
 
 
 def _canvas(generator: np.random.Generator, background: str) -> Image.Image:
@@ -85,18 +72,24 @@ def _canvas(generator: np.random.Generator, background: str) -> Image.Image:
     return Image.new("RGB", (width, height), tuple(int(value) for value in shade))
 
 
-def _shape(
-    generator: np.random.Generator,
-    image: Image.Image,
-    box: tuple[float, float, float, float],
-    colour: tuple[int, int, int],
-) -> None:
-    canvas = ImageDraw.Draw(image)
+def _square_in(generator: np.random.Generator, sides: tuple[float, float], share: float) -> Box:
+    """A square somewhere in a field of these sides, with this share of the smaller one."""
+    size = share * min(sides)
+    left, top = (generator.uniform(0, side - size) for side in sides)
+    return left, top, left + size, top + size
+
+
+def _circle(canvas: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+    canvas.ellipse(box, fill=colour)
+
+
+def _square(canvas: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+    canvas.rectangle(box, fill=colour)
+
+
+def _triangle(canvas: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
     left, top, right, bottom = box
-    kind = generator.integers(3)
-    if kind == 0:
-        canvas.ellipse(box, fill=colour)
-    elif kind == 1:
-        canvas.rectangle(box, fill=colour)
-    else:
-        canvas.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=colour)
+    canvas.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=colour)
+
+
+_SHAPES = (_circle, _square, _triangle)

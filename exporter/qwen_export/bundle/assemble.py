@@ -1,0 +1,151 @@
+"""From an artifact to a signed bundle for one platform."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version as installed_version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from qwen_profiles.errors import UserError
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.kiosk.bundle import (
+    ARTIFACT,
+    CONTENTS,
+    FORMAT_VERSION,
+    REQUIREMENTS,
+    SIGNATURE,
+    WHEELS,
+    files_in,
+    sha256,
+    version_key,
+)
+from qwen_runtime.kiosk.self_test import make_self_test
+
+from qwen_export.bundle import papers
+from qwen_export.bundle.keys import sign
+from qwen_export.bundle.platforms import PLATFORMS, Platform
+from qwen_export.bundle.wheels import Wheel, build_own_wheel, download
+
+# What a provider's build of ONNX Runtime takes the place of; "" for nothing.
+_REPLACED = {
+    "cuda": {"onnxruntime": "onnxruntime-gpu", "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19"},
+    "dml": {"onnxruntime": "", "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19"},
+}
+_SCRIPTS = {
+    True: ("install.ps1", "start.ps1", "task.xml"),
+    False: ("install.sh", "start.sh", "qwen-edge.service"),
+}
+
+
+def bundle(
+    artifact: Path,
+    output: Path,
+    platform_name: str,
+    python: str,
+    version: str,
+    private_key: Path,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write a bundle to `output`, a folder or a .zip file; returns its list of contents.
+
+    Args:
+        python: version of CPython on the device, such as 3.12.
+        version: numbers with dots between them; a device refuses one that is older than what it has.
+        note: told what is being done.
+
+    Raises:
+        UserError: the artifact is damaged, the output exists, pip has no wheels for the platform, or the key
+            is none.
+    """
+    version_key(version)
+    if output.exists():
+        raise UserError(f"{output} already exists: choose another place with -o, or remove it")
+    sign(b"", private_key)  # a wrong key is known before the work
+    platform = PLATFORMS[platform_name]
+    note("checking the artifact")
+    source = Artifact.open(artifact, verify=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as name:
+        staged = Path(name, "bundle")
+        staged.mkdir()
+        note("recording the self-test's answer")
+        self_test = make_self_test(artifact)
+        note("copying the artifact")
+        shutil.copytree(artifact, staged / ARTIFACT)
+        note(f"downloading wheels for {platform_name}, CPython {python}")
+        provider = source.manifest["provider"]
+        wheels = _wheels(platform, python, provider, staged / WHEELS)
+        note("hashing and signing")
+        hashes = {wheel.path.name: sha256(wheel.path) for wheel in wheels}
+        lines = (
+            f"{wheel.name}=={wheel.version} --hash=sha256:{hashes[wheel.path.name]}\n" for wheel in wheels
+        )
+        (staged / REQUIREMENTS).write_text("".join(lines), encoding="utf-8")
+        model = source.manifest["model"]["name"]
+        papers.write(staged, f"qwen-edge kiosk, {model}", version, wheels, hashes)
+        _write_scripts(staged, platform, python, model)
+        facts = {
+            "name": model,
+            "version": version,
+            "platform": platform_name,
+            "python": python,
+            "provider": provider,
+            "self_test": self_test,
+        }
+        contents = seal(staged, facts, private_key)
+        if output.suffix == ".zip":
+            note("packing")
+            _zip(staged, Path(name, "bundle.zip"))
+            staged = Path(name, "bundle.zip")
+        staged.rename(output)
+    return contents
+
+
+def seal(folder: Path, facts: Mapping[str, Any], private_key: Path) -> dict[str, Any]:
+    """Write the list of every file in `folder`, with `facts` about the whole, and sign it; returns it."""
+    contents = {
+        "format_version": FORMAT_VERSION,
+        "qwen_edge": installed_version("qwen-edge"),
+        **facts,
+        "files": {
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            for name in sorted(files_in(folder))
+        },
+    }
+    data = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
+    (folder / CONTENTS).write_bytes(data)
+    (folder / SIGNATURE).write_bytes(sign(data, private_key))
+    return contents
+
+
+def _wheels(platform: Platform, python: str, provider: str, folder: Path) -> list[Wheel]:
+    folder.mkdir()
+    own = build_own_wheel(folder)
+    return download(own, ["kiosk"], _REPLACED.get(provider, {}), platform, python, folder)
+
+
+def _write_scripts(folder: Path, platform: Platform, python: str, model: str) -> None:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    for name in ("README.txt", *_SCRIPTS[platform.windows]):
+        template = files("qwen_export.bundle").joinpath("templates", f"{name}.jinja")
+        text = environment.from_string(template.read_text(encoding="utf-8")).render(
+            python=python, model=model, windows=platform.windows
+        )
+        newline = "\r\n" if platform.windows else "\n"
+        (folder / name).write_text(text, encoding="utf-8", newline=newline)
+        if name.endswith(".sh"):
+            (folder / name).chmod(0o755)
+
+
+def _zip(folder: Path, archive: Path) -> None:
+    """Stored, not compressed: weights do not shrink, and a device unpacks faster."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+        for name in sorted(files_in(folder)):
+            file.write(folder / name, name)

@@ -1,0 +1,156 @@
+"""The wheels that a program needs on another platform, downloaded here.
+
+pip picks wheels for a platform but evaluates environment markers for the one it runs on, so the requirements
+that only the target has (`; sys_platform == "win32"`) are found from the wheels' own metadata and added.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PathDistribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from qwen_profiles.errors import UserError
+
+from qwen_export.bundle.platforms import Platform
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel file and what it says of itself."""
+
+    path: Path
+
+    @property
+    def distribution(self) -> PathDistribution:
+        archive = zipfile.ZipFile(self.path)
+        folder = next(
+            name.partition("/")[0] for name in archive.namelist() if name.endswith(".dist-info/METADATA")
+        )
+        return PathDistribution(zipfile.Path(archive, f"{folder}/"))
+
+    @property
+    def name(self) -> str:
+        return canonicalize_name(self.path.name.split("-")[0])
+
+    @property
+    def version(self) -> str:
+        return self.path.name.split("-")[1]
+
+    def needs(self, environment: Mapping[str, str], extras: Iterable[str]) -> list[Requirement]:
+        """Its requirements in `environment`, those of `extras` among them."""
+        requirements = [Requirement(text) for text in self.distribution.requires or []]
+        environments = [dict(environment, extra=extra) for extra in ("", *extras)]
+        return [
+            item
+            for item in requirements
+            if item.marker is None or any(item.marker.evaluate(each) for each in environments)
+        ]
+
+
+def download(
+    root: Path,
+    extras: Iterable[str],
+    replaced: Mapping[str, str],
+    platform: Platform,
+    python: str,
+    folder: Path,
+) -> list[Wheel]:
+    """Put the wheel `root` and everything that it needs on `platform` into `folder`.
+
+    Args:
+        extras: of the root.
+        replaced: distributions that are not wanted, with the requirement to take instead ("" for none).
+        python: version of CPython there, such as 3.12.
+
+    Raises:
+        UserError: pip finds no wheel of something for that platform and Python.
+    """
+    environment = {
+        **platform.markers,
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+    }
+    wanted = [item for item in Wheel(root).needs(environment, extras) if item.name not in replaced]
+    wanted += [Requirement(text) for text in replaced.values() if text]
+    while True:
+        _pip_download([_plain(item) for item in wanted], platform, python, folder)
+        wheels = {wheel.name: wheel for wheel in map(Wheel, folder.glob("*.whl")) if wheel.path != root}
+        reached, missing = _closure(wanted, wheels, environment)
+        if not missing:
+            break
+        wanted += missing
+    for name in wheels.keys() - reached:  # what only this machine would need
+        wheels.pop(name).path.unlink()
+    return sorted([*wheels.values(), Wheel(root)], key=lambda wheel: wheel.name)
+
+
+def _closure(
+    wanted: Iterable[Requirement], wheels: Mapping[str, Wheel], environment: Mapping[str, str]
+) -> tuple[set[str], list[Requirement]]:
+    """Names of the wheels that are needed, and requirements that none of them meets."""
+    reached: dict[str, set[str]] = {}
+    missing: list[Requirement] = []
+    queue = list(wanted)
+    while queue:
+        item = queue.pop()
+        name = canonicalize_name(item.name)
+        if name not in wheels:
+            missing.append(item)
+        elif name not in reached or not item.extras <= reached[name]:
+            reached[name] = reached.get(name, set()) | item.extras
+            queue += wheels[name].needs(environment, reached[name])
+    return set(reached), missing
+
+
+def _plain(item: Requirement) -> str:
+    """The requirement without its marker, which has been evaluated for the target."""
+    item = Requirement(str(item))
+    item.marker = None
+    return str(item)
+
+
+def _pip_download(requirements: list[str], platform: Platform, python: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(folder)]
+    command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
+    for tag in platform.tags:
+        command += ["--platform", tag]
+    result = subprocess.run([*command, *requirements], capture_output=True, text=True)
+    if result.returncode:
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        raise UserError(
+            f"pip could not get the wheels: {(errors or [result.stderr.strip()])[-1]}: "
+            "check the network, the platform and --python"
+        )
+
+
+def build_own_wheel(folder: Path) -> Path:
+    """This program's own wheel: built from its source tree, or downloaded where there is none.
+
+    Raises:
+        UserError: neither works.
+    """
+    import json
+    from importlib.metadata import distribution
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+
+    own = distribution("qwen-edge")
+    origin = json.loads(own.read_text("direct_url.json") or "{}")  # PEP 610
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    if origin.get("url", "").startswith("file:"):
+        command.append(url2pathname(urlparse(origin["url"]).path))
+    else:
+        command.append(f"qwen-edge=={own.version}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"pip could not make qwen-edge's own wheel: {' '.join(result.stderr.split())[-300:]}")
+    return next(folder.glob("qwen_edge-*.whl"))

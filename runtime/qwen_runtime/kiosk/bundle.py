@@ -1,0 +1,159 @@
+"""A signed bundle: one list of every file, one signature over the list.
+
+    bundle.json      what it is, and the size and SHA-256 of every other file
+    bundle.json.sig  Ed25519 signature of bundle.json's bytes, base64 (RFC 8032)
+
+Nothing in the folder is trusted before both are checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qwen_profiles.errors import UserError
+
+FORMAT_VERSION = 1
+CONTENTS = "bundle.json"
+SIGNATURE = "bundle.json.sig"
+ARTIFACT = "artifact"
+WHEELS = "wheels"
+REQUIREMENTS = "requirements.txt"
+_HASH_BLOCK = 1024 * 1024
+_FIELDS = {
+    "name": str,
+    "version": str,
+    "platform": str,
+    "python": str,
+    "provider": str,
+    "self_test": dict,
+    "files": dict,
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose signature holds; `check` compares its files with the signed list.
+
+    Attributes:
+        root: its folder.
+        contents: bundle.json.
+    """
+
+    root: Path
+    contents: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, root: Path, public_key: Path) -> Bundle:
+        """Read the list of files and check its signature.
+
+        Args:
+            public_key: PEM file of the Ed25519 key that `qwen-export keygen` made.
+
+        Raises:
+            UserError: not a bundle, another key signed it, or the list changed since.
+        """
+        for name in (CONTENTS, SIGNATURE):
+            if not (root / name).is_file() or (root / name).is_symlink():
+                raise UserError(f"{root} has no {name}: it is not a bundle, or was copied in part")
+        data = (root / CONTENTS).read_bytes()
+        check_signature(data, (root / SIGNATURE).read_bytes(), public_key, root / CONTENTS)
+        contents = json.loads(data)
+        if contents.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{root} has bundle format {contents.get('format_version')}, this qwen-edge reads "
+                f"{FORMAT_VERSION}: make the bundle with the same qwen-edge"
+            )
+        for name, kind in _FIELDS.items():
+            if not isinstance(contents.get(name), kind):
+                raise UserError(f"{root / CONTENTS} has no valid '{name}': make the bundle again")
+        return cls(root, contents)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        return version_key(self.contents["version"])
+
+    def check(self) -> None:
+        """Compare every file's size and SHA-256 with the signed list.
+
+        Raises:
+            UserError: a file is missing, not in the list, or has other bytes; names the first one.
+        """
+        expected: Mapping[str, Mapping[str, Any]] = self.contents["files"]
+        found = {path for path in files_in(self.root)} - {CONTENTS, SIGNATURE}
+        if missing := sorted(expected.keys() - found):
+            raise UserError(f"{missing[0]} is missing from {self.root}: copy the bundle again")
+        if extra := sorted(found - expected.keys()):
+            raise UserError(f"{extra[0]} does not belong in {self.root}: remove it, or copy the bundle again")
+        for name, entry in sorted(expected.items(), key=lambda item: int(item[1]["size"])):
+            path = self.root / name
+            if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+                raise UserError(f"{name} in {self.root} changed since it was signed: copy the bundle again")
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """ "2026.11.23" -> (2026, 11, 23).
+
+    Raises:
+        UserError: it is not numbers with dots between them.
+    """
+    try:
+        return tuple(int(part) for part in version.split("."))
+    except ValueError as error:
+        raise UserError(f"'{version}' is not a version: write numbers with dots between them") from error
+
+
+def check_signature(data: bytes, signature: bytes, public_key: Path, what: Path) -> None:
+    """Check an Ed25519 signature in base64.
+
+    Raises:
+        UserError: the key cannot be read, or did not sign exactly these bytes.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(public_key.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{public_key} is not a public key: give the one that qwen-export keygen made"
+        ) from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise UserError(f"{public_key} is not an Ed25519 key: give the one that qwen-export keygen made")
+    try:
+        key.verify(base64.b64decode(signature, validate=True), data)
+    except (InvalidSignature, ValueError) as error:
+        raise UserError(
+            f"the signature of {what} does not fit {public_key.name}: "
+            "the bundle changed, or another key signed it"
+        ) from error
+
+
+def files_in(root: Path) -> Iterator[str]:
+    """Paths of all files under `root`, relative, with forward slashes.
+
+    Raises:
+        UserError: something there is neither a file nor a folder, such as a link out of it.
+    """
+    for folder, folders, names in os.walk(root):
+        for name in [*folders, *names]:
+            path = Path(folder, name)
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise UserError(f"{path} is a link or a device: remove it, or copy the bundle again")
+        for name in names:
+            yield PurePosixPath(*Path(folder, name).relative_to(root).parts).as_posix()
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
