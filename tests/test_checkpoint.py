@@ -152,8 +152,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         "has shape (96, 64) where config.json says (100, 64)",
     ),
     "unsupported dtype": (
-        edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float8_e4m3fn)})),
-        f"tensor {NORM} is F8_E4M3, which is not supported yet",
+        edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float64)})),
+        f"tensor {NORM} is F64, which is not supported yet",
     ),
     "NaN": (
         edit_tensors(poison(float("nan"), 500)),
@@ -180,7 +180,7 @@ def test_damage_is_named(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
-    folder = write_random_checkpoint(tmp_path)
+    folder = write_random_checkpoint(tmp_path / "checkpoint")
     weights = folder / "model.safetensors"
     for name, message in {
         "pytorch_model.bin": "pickled weights, which are never loaded",
@@ -189,6 +189,13 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
         weights = weights.rename(folder / name)
         with pytest.raises(UserError, match=message):
             Checkpoint.open(str(folder))
+        (folder / "config.json").rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=message if "gguf" in name else "has no config.json"):
+            Checkpoint.open(str(folder))
+        (tmp_path / "elsewhere").rename(folder / "config.json")
+    for source in (str(weights), "someone/Qwen3.5-0.8B-GGUF"):
+        with pytest.raises(UserError, match=f"{source} holds GGUF, which is not supported yet"):
+            Checkpoint.open(source)
     weights.unlink()
     with pytest.raises(UserError, match="is the download complete"):
         Checkpoint.open(str(folder))

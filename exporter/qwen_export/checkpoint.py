@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint: where its tensors lie, and rows of them on demand.
+"""A Hugging Face checkpoint: its shards validated, and rows of its tensors on demand.
 
-The one place that reads weights. Files are read, not mapped: mapped pages would count in the process's
-memory, which an export promises to bound.
+Files are read, not mapped: mapped pages would count in the process's memory, which an export promises to
+bound.
 """
 
 from __future__ import annotations
@@ -13,18 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from qwen_profiles.errors import UserError
 from safetensors import SafetensorError, safe_open
 
-from qwen_export.config import TextConfig, load_config
+from qwen_export.config import TextConfig, load_config, quantization_config
+from qwen_export.sources import DTYPES, Source, TensorInfo, assemble
 
-_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -32,21 +27,6 @@ _SINGLE = "model.safetensors"
 _WRAPPED, _PLAIN = "model.language_model.", "model."
 # Its other models: vision tower, multi-token prediction.
 _IGNORED = ("model.visual.", "mtp.")
-_BFLOAT16_EXPONENT = 0x7F80
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: `nbytes` from `offset` of `file`, row by row."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -58,30 +38,34 @@ class Checkpoint:
         source: what the user named: a folder or a hub id.
         revision: the commit that a hub id was resolved to; None for a folder.
         config: the text model's configuration.
-        tensors: every tensor by name, text models' as `model.X` whatever they are wrapped in.
+        tensors: every tensor by name, text models' as `model.X` whatever they are wrapped in, and in the
+            model's shapes whatever form they are stored in.
     """
 
     root: Path
     source: str
     revision: str | None
     config: TextConfig
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, Source]
 
     @classmethod
     def open(cls, source: str, revision: str | None = None) -> Checkpoint:
         """Open a local folder, or download a hub id such as `Qwen/Qwen3.5-0.8B`. Reads no weight.
 
         Raises:
-            UserError: no such folder or hub id, not a supported model, or a shard missing, truncated, listed
-                outside the folder, linked to from it, or of an unsupported dtype.
+            UserError: no such folder or hub id, not a supported model, a shard missing, truncated, listed
+                outside the folder or linked to from it, or tensors in a form that is not supported.
         """
         local = Path(source)
+        _refuse_gguf(local)
         if local.is_dir():
             root, commit = local.resolve(), None
         else:
             root, commit = _download(source, revision)
         _refuse_links_out(root)
-        return cls(root, source, commit, load_config(root), dict(_tensors(root)))
+        config = load_config(root)
+        tensors = assemble(dict(_tensors(root)), quantization_config(root))
+        return cls(root, source, commit, config, tensors)
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with what the configuration asks for.
@@ -100,33 +84,8 @@ class Checkpoint:
                 )
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of axis 0, in the stored dtype. Safe to call from several threads.
-
-        Raises:
-            UserError: the rows hold NaN or Inf, or the file has become shorter.
-        """
-        info = self.tensors[name]
-        rows = np.empty((stop - start, *info.shape[1:]), info.dtype)
-        row_bytes = info.nbytes // info.shape[0]
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset + start * row_bytes)
-            wanted = rows.reshape(-1).view(np.uint8).data
-            while len(wanted) and (count := file.readinto(wanted)):
-                wanted = wanted[count:]
-        if len(wanted):
-            raise UserError(f"shard {info.file.name} ends inside tensor {name}: download it again")
-        if not _all_finite(rows):
-            raise UserError(
-                f"tensor {name} in {info.file.name} holds NaN or Inf: download the checkpoint again"
-            )
-        return rows
-
-
-def _all_finite(rows: np.ndarray) -> bool:
-    if rows.dtype == ml_dtypes.bfloat16:  # integer tests are many times quicker than ml_dtypes' isfinite
-        exponent = rows.view(np.uint16) & np.uint16(_BFLOAT16_EXPONENT)
-        return bool((exponent != _BFLOAT16_EXPONENT).all())
-    return bool(np.isfinite(rows).all())
+        """Rows `start` to `stop` of axis 0 of one tensor; see `Source.read`."""
+        return self.tensors[name].read(start, stop)
 
 
 def _download(source: str, revision: str | None) -> tuple[Path, str]:
@@ -145,6 +104,16 @@ def _download(source: str, revision: str | None) -> tuple[Path, str]:
     return root, root.name  # a snapshot's folder is named after its commit
 
 
+def _refuse_gguf(source: Path) -> None:
+    """A file, a folder that has nothing else, or a hub id that is named after the format."""
+    if source.is_dir():
+        is_gguf = any(source.glob("*.gguf")) and not any(source.glob("*.safetensors"))
+    else:
+        is_gguf = source.name.lower().endswith("gguf")
+    if is_gguf:
+        raise UserError(f"{source} holds GGUF, which is not supported yet: give the safetensors checkpoint")
+
+
 def _refuse_links_out(root: Path) -> None:
     """No link brings a file from elsewhere into an artifact; a hub snapshot links into its own cache."""
     homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -156,7 +125,7 @@ def _refuse_links_out(root: Path) -> None:
 
 
 def _tensors(root: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Every tensor of the text model, by its canonical name."""
+    """Every stored tensor of the text model, by its canonical name."""
     owner: dict[str, str] = {}
     for shard, listed in _shards(root).items():
         entries, data = _header(root / shard)
@@ -171,14 +140,14 @@ def _tensors(root: Path) -> Iterator[tuple[str, TensorInfo]]:
                 name = _PLAIN + name.removeprefix(_WRAPPED)
             if name in owner:
                 raise UserError(f"tensor {name} is in both {owner[name]} and {shard}: remove the wrong one")
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in DTYPES:
                 raise UserError(
-                    f"tensor {name} is {entry['dtype']}, which is not supported yet: give a "
-                    f"{', '.join(_DTYPES)} checkpoint"
+                    f"tensor {name} is {entry['dtype']}, which is not supported yet: give a checkpoint in "
+                    "bf16, fp16, fp32, FP8, GPTQ or AWQ"
                 )
             owner[name] = shard
-            offset = data + entry["data_offsets"][0]
-            yield name, TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]), root / shard, offset)
+            dtype, offset = DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
+            yield name, TensorInfo(name, dtype, tuple(entry["shape"]), root / shard, offset)
 
 
 def _shards(root: Path) -> dict[str, list[str]]:
@@ -187,8 +156,6 @@ def _shards(root: Path) -> dict[str, list[str]]:
     if (root / _SINGLE).is_file():  # comes first in transformers too
         return {_SINGLE: []}
     if not index.is_file():
-        if any(root.glob("*.gguf")):
-            raise UserError(f"{root} holds GGUF, which is not supported yet: give the safetensors checkpoint")
         if any(root.glob("*.bin")):
             raise UserError(f"{root} holds pickled weights, which are never loaded: convert to safetensors")
         raise UserError(f"{root} has neither {_SINGLE} nor {_INDEX}: is the download complete?")

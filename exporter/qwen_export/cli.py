@@ -133,7 +133,8 @@ def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
     table = Table("role", "precision", "MB", title=f"{folder}")
     for role, size in manifest["bytes_by_role"].items():
         form = manifest["recipe"].get(role, {"precision": "float"})
-        table.add_row(role, form["precision"], f"{size / 1e6:.1f}")
+        precision = "int4, as in the checkpoint" if role in manifest["carried_over"] else form["precision"]
+        table.add_row(role, precision, f"{size / 1e6:.1f}")
     total = sum(entry["size"] for entry in manifest["files"].values())
     table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
     Console(file=sys.stdout).print(table)

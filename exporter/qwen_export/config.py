@@ -151,11 +151,8 @@ def load_config(folder: Path) -> TextConfig:
     Raises:
         UserError: it is missing or malformed, of a model type that is not supported, or contradicts itself.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    path, content = _content(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         model_type = str(content["model_type"])
         section = _TEXT_CONFIG.get(model_type)
         values = dict(content[section] if section else content)
@@ -171,6 +168,24 @@ def load_config(folder: Path) -> TextConfig:
         return TextConfig(**values)
     except ValidationError as error:
         raise UserError(f"{path}: {_in_words(error)}") from error
+
+
+def quantization_config(folder: Path) -> Any:
+    """`quantization_config` of `folder`/config.json, wherever it stands; None if the weights are floats."""
+    _, content = _content(folder)
+    section = _TEXT_CONFIG.get(str(content.get("model_type")))
+    text = content[section] if section else content
+    return content.get("quantization_config", text.get("quantization_config"))
+
+
+def _content(folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    try:
+        return path, dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a model configuration ({error!r}): download it again") from error
 
 
 def _in_words(error: ValidationError) -> str:

@@ -57,6 +57,10 @@ class Plan:
     stored: list[Stored]
     data_bytes: int
 
+    def carried_roles(self) -> list[str]:
+        """Roles with weights whose codes are the checkpoint's own."""
+        return sorted({weight.role for weight, _ in self.stored if weight.carried})
+
     def bytes_by_role(self) -> dict[str, int]:
         totals: dict[str, int] = {}
         for weight, tensors in self.stored:
@@ -69,7 +73,7 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> 
     target = TARGETS[profile.lowering]
     dtype = np.dtype(profile.activation_dtype)
     g = GraphBuilder(target, dtype)
-    recipe = Recipe(profile.weights, target, dtype, profile.accuracy_level)
+    recipe = Recipe(profile.weights, target, dtype, profile.accuracy_level, checkpoint.tensors)
     decoder(g, checkpoint.config, recipe, GraphOptions(profile.prefill_chunk, all_logits))
     return Plan(target, g.model("qwen3_5"), g.stored, g.end)
 
@@ -136,6 +140,7 @@ def _export(
         files={path.name: package.file_entry(path) for path in paths},
     )
     manifest["bytes_by_role"] = planned.bytes_by_role()
+    manifest["carried_over"] = planned.carried_roles()
     manifest["all_logits"] = all_logits
     package.write_json(staged / package.MANIFEST, manifest)
     # Nothing loads without this file, so it goes in last.
@@ -166,7 +171,7 @@ def _begin(work: Path, fingerprint: str, progress: Progress) -> Journal:
 
 def _fingerprint(checkpoint: Checkpoint, profile: Profile, planned: Plan) -> str:
     """Changes when any byte of the data file could: the shards, the profile, the layout, or our code."""
-    shards = sorted({info.file for info in checkpoint.tensors.values()})
+    shards = sorted({file for source in checkpoint.tensors.values() for file in source.files})
     identity = {
         "qwen_edge": version("qwen-edge"),
         "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],

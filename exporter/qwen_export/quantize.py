@@ -30,12 +30,14 @@ class Quantization:
         block_size: a power of two, at least 16.
         symmetric: the zero point is 2^(bits - 1) everywhere and not stored.
         scale_dtype: float32 or float16; MatMulNBits wants that of the activations.
+        carried: codes and scales are the checkpoint's own, not fitted here.
     """
 
     bits: int
     block_size: int
     symmetric: bool
     scale_dtype: np.dtype
+    carried: bool = False
 
     def blocks(self, k: int) -> int:
         return -(-k // self.block_size)
@@ -74,7 +76,7 @@ def quantize(weight: np.ndarray, form: Quantization) -> Quantized:
         packed[rows] = _pack(codes, form.bits).T.reshape(-1, *packed.shape[1:])
         scales[rows] = scale.reshape(-1, blocks)
         zeros[rows] = zero.reshape(-1, blocks)
-    return Quantized(packed, scales, None if form.symmetric else _pack_zero_points(zeros, form.bits))
+    return Quantized(packed, scales, None if form.symmetric else pack_codes(zeros, form.bits))
 
 
 def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:
@@ -177,10 +179,11 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return codes[0::2] | (codes[1::2] << np.uint8(4))
 
 
-def _pack_zero_points(zeros: np.ndarray, bits: int) -> np.ndarray:
-    if zeros.shape[1] * bits % 8:
-        zeros = np.pad(zeros, ((0, 0), (0, 1)))
-    return np.ascontiguousarray(_pack(zeros.T, bits).T)
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes [n, count] -> packed bytes along the last axis, low nibble first, rows in whole bytes."""
+    if codes.shape[1] * bits % 8:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return np.ascontiguousarray(_pack(codes.T, bits).T)
 
 
 def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,11 +42,12 @@ class _Piece:
 
 def source_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
     """Bytes of the checkpoint that `weight` is made from."""
-    row = int(np.prod(weight.row_shape, dtype=np.int64))
-    return sum(
-        (part.stop - part.start) * row * checkpoint.tensors[part.tensor].dtype.itemsize
-        for part in weight.rows
-    )
+    return sum(_bytes(checkpoint, rows) for rows in weight.rows)
+
+
+def _bytes(checkpoint: Checkpoint, rows: Rows) -> int:
+    source = checkpoint.tensors[rows.tensor]
+    return (rows.stop - rows.start) * source.nbytes // source.shape[0]
 
 
 class Journal:
@@ -161,9 +162,8 @@ def _pieces(weight: Weight, tensors: Sequence[StoredTensor]) -> Iterator[_Piece]
 
 def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: threading.Lock) -> int:
     """Carry one piece to its place; returns the checkpoint bytes read."""
-    rows = checkpoint.read(piece.rows.tensor, piece.rows.start, piece.rows.stop)
     count = piece.rows.stop - piece.rows.start
-    for tensor, part in zip(piece.tensors, _stored_form(piece.weight, rows), strict=True):
+    for tensor, part in zip(piece.tensors, _stored_form(checkpoint, piece), strict=True):
         row_bytes = tensor.nbytes // piece.weight.row_count
         assert part.nbytes == count * row_bytes
         stripes = part.reshape(1, -1)
@@ -175,17 +175,24 @@ def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: thread
             for line, stripe in enumerate(stripes):
                 file.seek(tensor.offset + (line * piece.weight.row_count + piece.first_row) * row_bytes)
                 file.write(stripe.data)
-    return rows.nbytes
+    return _bytes(checkpoint, piece.rows)
 
 
-def _stored_form(weight: Weight, rows: np.ndarray) -> list[np.ndarray]:
-    """`rows` as the arrays that `weight.layout()` names, contiguous."""
+def _stored_form(checkpoint: Checkpoint, piece: _Piece) -> list[np.ndarray]:
+    """The piece as the arrays that its weight's `layout()` names, contiguous."""
+    weight, (tensor, start, stop) = piece.weight, astuple(piece.rows)
+    if isinstance(weight.storage, Quantization) and weight.carried:
+        parts = checkpoint.tensors[tensor].carry(start, stop, weight.storage)
+        if weight.transform is not None:  # puts rows in another order, whatever they hold
+            parts = [weight.transform(part) for part in parts]
+        return [np.ascontiguousarray(part) for part in parts]
+    rows = checkpoint.read(tensor, start, stop)
     if weight.transform is not None:
         rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):
         quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage)
-        parts = [quantized.packed, quantized.scales, quantized.zero_points]
-        return [np.ascontiguousarray(part) for part in parts if part is not None]
+        arrays = [quantized.packed, quantized.scales, quantized.zero_points]
+        return [np.ascontiguousarray(array) for array in arrays if array is not None]
     with np.errstate(over="ignore"):  # reported below
         converted = rows.astype(weight.storage)
     if weight.storage == np.float16 and not np.isfinite(converted).all():

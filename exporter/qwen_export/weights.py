@@ -71,6 +71,11 @@ class Weight:
         return sum(part.stop - part.start for part in self.rows)
 
     @property
+    def carried(self) -> bool:
+        """Stored with the checkpoint's own codes and scales."""
+        return isinstance(self.storage, Quantization) and self.storage.carried
+
+    @property
     def shape(self) -> tuple[int, ...]:
         if self.side_by_side:
             n, k = self.row_shape

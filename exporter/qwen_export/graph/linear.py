@@ -15,7 +15,8 @@ from qwen_export.weights import Rows, Storage, Weight
 
 def projection(recipe: Recipe, name: str, role: Role, in_features: int, *rows: Rows) -> Weight:
     """The weight of one projection: rows of one or several checkpoint tensors, stored by the recipe."""
-    return Weight(name, role, rows, (in_features,), recipe.storage(role, in_features))
+    storage = recipe.storage(role, in_features, [part.tensor for part in rows])
+    return Weight(name, role, rows, (in_features,), storage)
 
 
 def linear(g: GraphBuilder, recipe: Recipe, x: ir.Value, weight: Weight) -> ir.Value:

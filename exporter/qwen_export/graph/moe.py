@@ -49,7 +49,8 @@ def _fused_experts(
     assert config.num_experts is not None
     experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
     # QMoE has one block size, which must divide the rows of both projections.
-    storage = recipe.storage("experts", math.gcd(hidden, inner), whole_blocks=True)
+    stacks = [f"{name}.gate_up_proj", f"{name}.down_proj"]
+    storage = recipe.storage("experts", math.gcd(hidden, inner), stacks, whole_blocks=True)
     gate_up = Weight(
         f"{name}.gate_up_proj",
         "experts",
@@ -105,7 +106,7 @@ def _portable_experts(
         "experts",
         (Rows(f"{name}.gate_up_proj", 0, experts),),
         (2 * inner, hidden),
-        recipe.storage("experts", hidden),
+        recipe.storage("experts", hidden, [f"{name}.gate_up_proj"]),
         reshaped=(experts * 2 * inner, hidden),
     )
     down = Weight(
@@ -113,7 +114,7 @@ def _portable_experts(
         "experts",
         (Rows(f"{name}.down_proj", 0, experts),),
         (hidden, inner),
-        recipe.storage("experts", inner),
+        recipe.storage("experts", inner, [f"{name}.down_proj"]),
         side_by_side=True,
     )
     rows, columns = g.weight(gate_up), g.weight(down)

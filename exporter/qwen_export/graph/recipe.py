@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from qwen_profiles.schema import Role, WeightFormat
 
 from qwen_export.graph.targets import Target
 from qwen_export.quantize import Quantization
+from qwen_export.sources import Source, common_packing
 from qwen_export.weights import Storage
 
 _BITS = {"int4": 4, "int8": 8}
 _SMALLEST_BLOCK = 16  # MatMulNBits' schema
+_LARGEST_BLOCK = 128  # QMoE's on the CPU
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The precision of each role, for one target and one activation dtype.
 
-    `accuracy_level` is MatMulNBits' attribute: 4 lets the CPU kernel quantise activations to int8.
+    Attributes:
+        accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
+        sources: the checkpoint's tensors. Those that are 4-bit codes already are carried over.
     """
 
     formats: dict[Role, WeightFormat]
     target: Target
     dtype: np.dtype
     accuracy_level: int = 0
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
-    def storage(self, role: Role, in_features: int, whole_blocks: bool = False) -> Storage:
-        """How a projection of `role` with rows of `in_features` is stored.
+    def storage(
+        self, role: Role, in_features: int, tensors: Collection[str] = (), whole_blocks: bool = False
+    ) -> Storage:
+        """How a projection of `role` with rows of `in_features`, made of `tensors`, is stored.
 
         Where the operator wants `whole_blocks`, or the target exact ones, the block size is halved until it
         fits; a row that no block fits stays in the activations' dtype.
         """
+        return self._carried(in_features, tensors) or self._quantized(role, in_features, whole_blocks)
+
+    def _carried(self, in_features: int, tensors: Collection[str]) -> Quantization | None:
+        """The form that takes the codes of all `tensors` as they are; None if there is none.
+
+        A group of codes may be cut into smaller blocks, which share its scale and zero point.
+        """
+        packing = common_packing([self.sources[name] for name in tensors if name in self.sources])
+        if packing is None:
+            return None
+        block = min(packing.group_size & -packing.group_size, _LARGEST_BLOCK)
+        return self._fitting(4, block, packing.symmetric, in_features, whole_blocks=True, carried=True)
+
+    def _quantized(self, role: Role, in_features: int, whole_blocks: bool) -> Storage:
         form = self.formats[role]
         if form.precision == "float":
             return self.dtype
-        bits = _BITS[form.precision]
-        block: int = form.block_size
+        bits, block = _BITS[form.precision], int(form.block_size)
+        return self._fitting(bits, block, form.symmetric, in_features, whole_blocks) or self.dtype
+
+    def _fitting(
+        self,
+        bits: int,
+        block: int,
+        symmetric: bool,
+        in_features: int,
+        whole_blocks: bool,
+        carried: bool = False,
+    ) -> Quantization | None:
         if whole_blocks or self.target.exact_blocks:
             while block >= _SMALLEST_BLOCK and not self._fits(in_features, block, bits):
                 block //= 2
-            if block < _SMALLEST_BLOCK:
-                return self.dtype
-        return Quantization(
-            bits=bits,
-            block_size=block,
-            symmetric=form.symmetric and not self.target.zero_points_required,
-            scale_dtype=self.dtype,
-        )
+        if block < _SMALLEST_BLOCK:
+            return None
+        symmetric = symmetric and not self.target.zero_points_required
+        return Quantization(bits, block, symmetric, self.dtype, carried)
 
     def _fits(self, in_features: int, block: int, bits: int) -> bool:
         whole_bytes = not self.target.exact_blocks or in_features // block * bits % 8 == 0
