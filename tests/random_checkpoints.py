@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Qwen3_5Config,
     Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
 )
@@ -56,9 +60,22 @@ def random_model(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM | Qwen3_
         model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**GEOMETRY, **overrides})).eval()
     else:
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**GEOMETRY, **overrides})).eval()
+    randomise(model)
+    return model
+
+
+def randomise(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("linear_attn.norm.weight"):
+            if name.endswith(".bias"):
+                parameter.normal_(0.0, 0.2)
+            elif "visual" in name and ".norm" in name:
+                parameter.normal_(1.0, 0.2)
+            elif "pos_embed" in name:
+                parameter.normal_(0.0, 0.5)
+            elif "patch_embed" in name:
+                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+            elif name.endswith("linear_attn.norm.weight"):
                 parameter.normal_(1.0, 0.2)
             elif name.endswith("norm.weight"):
                 parameter.normal_(0.0, 0.2)
@@ -68,7 +85,6 @@ def random_model(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM | Qwen3_
                 parameter.normal_(0.0, 0.5)
             else:
                 parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
-    return model
 
 
 def write_random_checkpoint(
@@ -94,6 +110,88 @@ def write_random_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     save_shards(folder, tensors, shards)
     copy_tokenizer(TINY, folder)
+    return folder
+
+
+VISION = {
+    "depth": 2,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_heads": 3,
+    "patch_size": 4,
+    "num_position_embeddings": 49,
+}
+# As in the trained checkpoint's tokenizer.
+VISION_TOKENS = {
+    "vision_start_token_id": 2038,
+    "vision_end_token_id": 2039,
+    "image_token_id": 2040,
+    "video_token_id": 2041,
+}
+PROCESSOR = {
+    "size": {"shortest_edge": 1024, "longest_edge": 65536},
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.5, 0.6, 0.7],
+}
+VISION_TEMPLATE = """
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is string %}
+{{- message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if 'image' in part or 'image_url' in part or part.type == 'image' %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif 'text' in part %}
+{{- part.text }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+
+
+def random_vision_model(seed: int = 0, **overrides: Any) -> torch.nn.Module:
+    """A float32 vision-language model; with `num_experts` its text model is a mixture of experts.
+
+    `vision` overrides fields of the vision tower.
+    """
+    torch.manual_seed(seed)
+    vision = {**VISION, **overrides.pop("vision", {})}
+    text = {**GEOMETRY, "vocab_size": 2048, "eos_token_id": 2037, "pad_token_id": 2035, **overrides}
+    vision["out_hidden_size"] = text["hidden_size"]
+    config_type, model_type = (
+        (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
+        if "num_experts" in overrides
+        else (Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+    )
+    config = config_type(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        **VISION_TOKENS,
+    )
+    model = model_type(config).eval()
+    randomise(model)
+    return model
+
+
+def write_vision_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """Save `random_vision_model(**overrides)` as the hub's checkpoints are laid out."""
+    model = random_vision_model(**overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    save_tensors(folder, model)
+    copy_tokenizer(TINY, folder)
+    (folder / "chat_template.jinja").write_text(VISION_TEMPLATE)
     return folder
 
 

@@ -19,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from qwen_export.config import TextConfig, load_config, quantization_config
 from qwen_export.sources import DTYPES, Source, TensorInfo, assemble
+from qwen_export.vision_config import VisionConfig, load_vision_config
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.
 _WRAPPED, _PLAIN = "model.language_model.", "model."
-# Its other models: vision tower, multi-token prediction.
-_IGNORED = ("model.visual.", "mtp.")
+# Another model of its: multi-token prediction.
+_IGNORED = ("mtp.",)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Checkpoint:
         config: the text model's configuration.
         tensors: every tensor by name, text models' as `model.X` whatever they are wrapped in, and in the
             model's shapes whatever form they are stored in.
+        vision: the vision tower's configuration; None where there is none, or it is left out.
     """
 
     root: Path
@@ -47,10 +49,14 @@ class Checkpoint:
     revision: str | None
     config: TextConfig
     tensors: Mapping[str, Source]
+    vision: VisionConfig | None = None
 
     @classmethod
-    def open(cls, source: str, revision: str | None = None) -> Checkpoint:
+    def open(cls, source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
         """Open a local folder, or download a hub id such as `Qwen/Qwen3.5-0.8B`. Reads no weight.
+
+        Args:
+            text_only: leave the vision tower out.
 
         Raises:
             UserError: no such folder or hub id, not a supported model, a shard missing, truncated, listed
@@ -65,7 +71,13 @@ class Checkpoint:
         _refuse_links_out(root)
         config = load_config(root)
         tensors = assemble(dict(_tensors(root)), quantization_config(root))
-        return cls(root, source, commit, config, tensors)
+        vision = None if text_only else load_vision_config(root)
+        return cls(root, source, commit, config, tensors, vision)
+
+    @property
+    def model_type(self) -> str:
+        """As ONNX Runtime GenAI calls it: with a vision tower, without `_text` at its end."""
+        return self.config.model_type.removesuffix("_text") if self.vision else self.config.model_type
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare names and shapes with what the configuration asks for.

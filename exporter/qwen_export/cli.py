@@ -34,6 +34,7 @@ Examples:
   qwen-export --profile cpu Qwen/Qwen3.5-0.8B
   qwen-export --profile strix-halo ~/models/Qwen3.5-4B -o D:/kiosk/model
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
+  qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
 """
 
 
@@ -98,6 +99,7 @@ def main() -> None:
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+@click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
 @click.option("--all-logits", is_flag=True, help="Logits for every position: slower, for evaluation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on stderr.")
@@ -108,6 +110,7 @@ def export_command(
     output: Path | None,
     revision: str | None,
     force: bool,
+    text_only: bool,
     all_logits: bool,
     as_json: bool,
     progress: bool,
@@ -119,7 +122,7 @@ def export_command(
     """
     with reported(debug):
         profile = load_profile(profile_name)
-        source = Checkpoint.open(checkpoint, revision)
+        source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
         with _progress(progress and not as_json) as shown:
             manifest = export(source, profile, folder, shown, force=force, all_logits=all_logits)

@@ -167,7 +167,7 @@ def load_config(folder: Path) -> TextConfig:
     try:
         return TextConfig(**values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_in_words(error)}") from error
+        raise UserError(f"{path}: {in_words(error)}") from error
 
 
 def quantization_config(folder: Path) -> Any:
@@ -188,7 +188,8 @@ def _content(folder: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{path} is not a model configuration ({error!r}): download it again") from error
 
 
-def _in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError) -> str:
+    """The first thing that is wrong, with the field it is wrong in."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")

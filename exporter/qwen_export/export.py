@@ -26,11 +26,14 @@ from qwen_profiles.schema import Profile
 from qwen_export import package
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import expected_shapes
-from qwen_export.graph.builder import DATA_FILE, GraphBuilder
+from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
+from qwen_export.graph.embedding import embedding
 from qwen_export.graph.model import GraphOptions, decoder
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import TARGETS, Target
+from qwen_export.graph.vision import vision_tower
 from qwen_export.stream import Journal, Stored, source_bytes, write_weights
+from qwen_export.vision_config import vision_shapes
 
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
@@ -50,10 +53,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """An export before any weight is read: the graph, and the place of every tensor in the data file."""
+    """An export before any weight is read: graphs by file name, and every tensor's place in the data file."""
 
     target: Target
-    model: ir.Model
+    models: dict[str, ir.Model]
     stored: list[Stored]
     data_bytes: int
 
@@ -69,13 +72,24 @@ class Plan:
 
 
 def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> Plan:
-    """Build the graph from the config and lay out the data file; reads no weight."""
+    """Build the graphs from the config and lay out the data file; reads no weight."""
     target = TARGETS[profile.lowering]
     dtype = np.dtype(profile.activation_dtype)
-    g = GraphBuilder(target, dtype)
+    layout = DataLayout()
     recipe = Recipe(profile.weights, target, dtype, profile.accuracy_level, checkpoint.tensors)
-    decoder(g, checkpoint.config, recipe, GraphOptions(profile.prefill_chunk, all_logits))
-    return Plan(target, g.model("qwen3_5"), g.stored, g.end)
+    config, vision = checkpoint.config, checkpoint.vision
+
+    g = GraphBuilder(target, dtype, layout)
+    decoder(g, config, recipe, GraphOptions(profile.prefill_chunk, all_logits, embeddings=vision is not None))
+    models = {package.MODEL_FILE: g.model("qwen3_5")}
+    if vision:
+        g = GraphBuilder(target, dtype, layout)
+        embedding(g, config, vision, recipe)
+        models[package.EMBEDDING_FILE] = g.model("qwen3_5_embedding")
+        g = GraphBuilder(target, dtype, layout)
+        vision_tower(g, vision, recipe)
+        models[package.VISION_FILE] = g.model("qwen3_5_vision")
+    return Plan(target, models, layout.stored, layout.end)
 
 
 def export(
@@ -96,6 +110,8 @@ def export(
     if output.exists() and not force:
         raise UserError(f"{output} already exists: choose another folder with -o, or replace it with --force")
     checkpoint.check(expected_shapes(checkpoint.config))
+    if checkpoint.vision:
+        checkpoint.check(vision_shapes(checkpoint.vision))
     planned = plan(checkpoint, profile, all_logits)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.parent / f".{output.name}.partial"
@@ -128,8 +144,12 @@ def _export(
     write_weights(checkpoint, planned.stored, data, planned.data_bytes, journal, progress.advance)
 
     package.copy_tokenizer(checkpoint.root, staged)
-    ir.save(planned.model, staged / package.MODEL_FILE)
-    config = package.genai_config(checkpoint.config, profile, _generation_config(checkpoint.root))
+    for name, model in planned.models.items():
+        ir.save(model, staged / name)
+    if checkpoint.vision:
+        processor = package.processor_config(checkpoint.vision)
+        package.write_json(staged / package.PROCESSOR_CONFIG, processor)
+    config = package.genai_config(checkpoint, profile, _generation_config(checkpoint.root))
     package.write_json(work / package.GENAI_CONFIG, config)
     paths = [*sorted(staged.iterdir()), work / package.GENAI_CONFIG]
     manifest = package.manifest(

@@ -14,14 +14,17 @@ import numpy as np
 from qwen_profiles.schema import Profile
 
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.config import TextConfig
 from qwen_export.graph.model import states
 from qwen_export.graph.targets import Target
+from qwen_export.vision_config import VisionConfig
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 GENAI_CONFIG = "genai_config.json"
 MODEL_FILE = "model.onnx"
+EMBEDDING_FILE = "embedding.onnx"
+VISION_FILE = "vision.onnx"
+PROCESSOR_CONFIG = "processor_config.json"
 
 # GenAI captures the graph on DirectML unless told not to, and that wants states of one size.
 _OPTIONS = {"dml": {"enable_graph_capture": "0"}}
@@ -39,15 +42,17 @@ _TOKENIZER_FILES = (
 _SAMPLING = ("temperature", "top_k", "top_p", "do_sample")
 
 
-def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, Any]) -> dict[str, Any]:
+def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[str, Any]) -> dict[str, Any]:
     """ONNX Runtime GenAI's description of the model: its files, its inputs and outputs, how to sample.
 
     Args:
         generation: the checkpoint's generation_config.json, {} if it has none.
     """
+    config = checkpoint.config
     context = min(profile.context_length, config.max_position_embeddings)
     dtype = np.dtype(profile.activation_dtype)
-    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids"}
+    tokens = "inputs_embeds" if checkpoint.vision else "input_ids"
+    inputs = {name: name for name in (tokens, "attention_mask", "position_ids")}
     outputs = {"logits": "logits"}
     kinds = {layer_type: config.layer_types.index(layer_type) for layer_type in config.layer_types}
     names = {"full_attention": ("key", "value"), "linear_attention": ("conv", "recurrent")}
@@ -63,7 +68,7 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
     )
     return {
         "model": {
-            "type": config.model_type,
+            "type": checkpoint.model_type,
             "vocab_size": config.vocab_size,
             "context_length": context,
             "bos_token_id": generation.get("bos_token_id") or config.bos_token_id or first_end,
@@ -82,6 +87,7 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
                 "inputs": inputs,
                 "outputs": outputs,
             },
+            **(_multimodal(checkpoint.vision) if checkpoint.vision else {}),
         },
         "search": {
             **{name: generation[name] for name in _SAMPLING if name in generation},
@@ -91,6 +97,59 @@ def genai_config(config: TextConfig, profile: Profile, generation: Mapping[str, 
             "past_present_share_buffer": profile.lowering == "fused",
         },
     }
+
+
+def _multimodal(vision: VisionConfig) -> dict[str, Any]:
+    """The models before the decoder; both take their session options from its section."""
+    return {
+        "image_token_id": vision.image_token_id,
+        "video_token_id": vision.video_token_id,
+        "vision_start_token_id": vision.vision_start_token_id,
+        "embedding": {
+            "filename": EMBEDDING_FILE,
+            "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
+            "outputs": {"inputs_embeds": "inputs_embeds"},
+        },
+        "vision": {
+            "filename": VISION_FILE,
+            "config_filename": PROCESSOR_CONFIG,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "patch_size": vision.patch_size,
+            "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
+            "outputs": {"image_features": "image_features"},
+        },
+    }
+
+
+def processor_config(vision: VisionConfig) -> dict[str, Any]:
+    """What happens to an image, as steps of ONNX Runtime Extensions' image processor.
+
+    `width` and `height` of Resize are required and unused: `smart_resize` goes by the pixels.
+    """
+    processor = vision.processor
+    patches = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("DecodeImage", {"color_space": "RGB"}),
+        ("ConvertRGB", {}),
+        (
+            "Resize",
+            {
+                "width": 960,
+                "height": 672,
+                "smart_resize": 1,
+                "min_pixels": processor.size.shortest_edge,
+                "max_pixels": processor.size.longest_edge,
+                **patches,
+            },
+        ),
+        ("Rescale", {"rescale_factor": processor.rescale_factor}),
+        ("Normalize", {"mean": processor.image_mean, "std": processor.image_std, "qwen3_vl": 1}),
+        ("PatchImage", {**patches, "temporal_patch_size": vision.temporal_patch_size}),
+    ]
+    transforms = [
+        {"operation": {"name": kind.lower(), "type": kind, "attrs": attributes}} for kind, attributes in steps
+    ]
+    return {"processor": {"name": "qwen3_vl_image_processor", "transforms": transforms}}
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
@@ -107,7 +166,7 @@ def manifest(
     return {
         "format_version": FORMAT_VERSION,
         "qwen_edge": version("qwen-edge"),
-        "model": {"name": model_name(checkpoint), "model_type": checkpoint.config.model_type},
+        "model": {"name": model_name(checkpoint), "model_type": checkpoint.model_type},
         "source": {"checkpoint": model_name(checkpoint), "revision": checkpoint.revision},
         "profile": profile.name,
         "backend": profile.backend,

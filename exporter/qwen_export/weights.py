@@ -52,7 +52,7 @@ class Weight:
         row_shape: shape of one row; `(in_features,)` for a projection, `()` for a vector,
             `(out_features, in_features)` for fused experts, of which each is a row.
         storage: a float dtype, or a `Quantization` of the last axis.
-        transform: what is done to rows before they are stored; keeps their shape. None: nothing.
+        transform: what is done to rows before they are stored; gives them `row_shape`. None: nothing.
         reshaped: the shape it is stored in, where that is not rows by row; same number of elements.
         side_by_side: rows that are matrices [N, K] are put beside each other, as one [N, rows * K].
     """
@@ -104,6 +104,11 @@ class Weight:
 def one_plus(weight: np.ndarray) -> np.ndarray:
     """Qwen3.5's RMSNorm multiplies by 1 + weight; the operators multiply by what they are given."""
     return 1.0 + weight.astype(np.float32)
+
+
+def flatten_rows(weight: np.ndarray) -> np.ndarray:
+    """[N, ...] -> [N, K]: a convolution whose stride is its kernel, as a projection."""
+    return weight.reshape(len(weight), -1)
 
 
 def negative_exp(weight: np.ndarray) -> np.ndarray:

@@ -12,7 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qwen_profiles.errors import UserError
 
 Role = Literal[
-    "mlp", "experts", "shared_expert", "attention", "linear_attention", "gate", "embedding", "lm_head"
+    "mlp",
+    "experts",
+    "shared_expert",
+    "attention",
+    "linear_attention",
+    "gate",
+    "embedding",
+    "lm_head",
+    "vision",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -47,6 +55,7 @@ class Profile(_Frozen):
         lowering: `fused` uses the newest fused operators, `portable` only what DirectML has a kernel for.
         activation_dtype: dtype of activations, scales and KV cache.
         weights: format by role. A tied embedding follows `lm_head`; the router is always float.
+            `vision` is the vision tower.
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU quantise activations to int8.
         prefill_chunk: tokens of a prompt that are processed in one run, a power of two.
         context_length: tokens of prompt and answer together; at most the checkpoint's own limit.

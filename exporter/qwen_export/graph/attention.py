@@ -31,8 +31,11 @@ class Span:
     mask: ir.Value | None = None
 
 
-def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, input_ids: ir.Value) -> Span:
-    """From `attention_mask` int64 [batch, total], all ones: one sequence, without padding."""
+def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, run: ir.Value) -> Span:
+    """From `attention_mask` int64 [batch, total], all ones: one sequence, without padding.
+
+    `run` [batch, sequence, ...] is this run's input.
+    """
     if g.target.has("GroupQueryAttention"):
         count = g.op("ReduceSum", attention_mask, g.ints(1), keepdims=0)
         last_key = g.cast(g.op("Sub", count, g.constant(1, np.int64)), np.int32)
@@ -41,7 +44,7 @@ def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, input_id
     groups = config.num_attention_heads // config.num_key_value_heads
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     total = g.op("Squeeze", g.op("Shape", attention_mask, start=1, end=2))
-    sequence = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2))
+    sequence = g.op("Squeeze", g.op("Shape", run, start=1, end=2))
     keys = g.op("Range", zero, total, one)
     queries = g.op("Tile", g.op("Range", g.op("Sub", total, sequence), total, one), g.ints(groups))
     hidden = g.op("Greater", keys, g.op("Unsqueeze", queries, g.ints(1)))

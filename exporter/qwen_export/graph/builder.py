@@ -24,20 +24,47 @@ _LARGE = 1024 * 1024
 _CONTRIB = "com.microsoft"
 
 
+class DataLayout:
+    """The places of weights in the data file that all graphs of an artifact share.
+
+    Attributes:
+        stored: each weight with the tensors that it is stored as, in file order.
+        end: bytes laid out so far.
+    """
+
+    def __init__(self) -> None:
+        self.stored: list[tuple[Weight, list[StoredTensor]]] = []
+        self.end = 0
+        self._tensors: dict[str, list[StoredTensor]] = {}
+
+    def place(self, weight: Weight) -> list[StoredTensor]:
+        """Where `weight` lies; one that several graphs use is stored once."""
+        if weight.name not in self._tensors:
+            self._tensors[weight.name] = [self._append(*tensor) for tensor in weight.layout()]
+            self.stored.append((weight, self._tensors[weight.name]))
+        return self._tensors[weight.name]
+
+    def _append(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> StoredTensor:
+        tensor = StoredTensor(name, dtype, shape, offset=0)
+        alignment = _LARGE_ALIGNMENT if tensor.nbytes >= _LARGE else _SMALL_ALIGNMENT
+        offset = -(-self.end // alignment) * alignment
+        self.end = offset + tensor.nbytes
+        return StoredTensor(name, dtype, shape, offset)
+
+
 class GraphBuilder:
     """Collects the nodes of one ONNX graph and the weights that it needs.
 
     Attributes:
         target: which operators may be used.
         dtype: dtype of the activations.
-        stored: each weight with the tensors that it is stored as, in file order.
+        layout: the data file that the weights go to.
     """
 
-    def __init__(self, target: Target, dtype: np.dtype) -> None:
+    def __init__(self, target: Target, dtype: np.dtype, layout: DataLayout) -> None:
         self.target = target
         self.dtype = dtype
-        self.stored: list[tuple[Weight, list[StoredTensor]]] = []
-        self.end = 0  # bytes of external data laid out so far
+        self.layout = layout
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -110,17 +137,9 @@ class GraphBuilder:
     def weight(self, weight: Weight) -> tuple[ir.Value, ...]:
         """The initializers that `weight` is stored as; a weight used twice is stored once."""
         if weight.name not in self._weights:
-            tensors = [self._lay_out(*tensor) for tensor in weight.layout()]
-            self.stored.append((weight, tensors))
+            tensors = self.layout.place(weight)
             self._weights[weight.name] = tuple(_initializer(_external(tensor)) for tensor in tensors)
         return self._weights[weight.name]
-
-    def _lay_out(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> StoredTensor:
-        tensor = StoredTensor(name, dtype, shape, offset=0)
-        alignment = _LARGE_ALIGNMENT if tensor.nbytes >= _LARGE else _SMALL_ALIGNMENT
-        offset = -(-self.end // alignment) * alignment
-        self.end = offset + tensor.nbytes
-        return StoredTensor(name, dtype, shape, offset)
 
     def model(self, name: str) -> ir.Model:
         """The finished model; its weights are references into `DATA_FILE`."""

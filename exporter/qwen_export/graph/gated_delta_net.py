@@ -38,8 +38,10 @@ class Triangles:
     corners: tuple[ir.Value, ...]
 
 
-def triangles(g: GraphBuilder, input_ids: ir.Value, max_tokens: int) -> Triangles | None:
+def triangles(g: GraphBuilder, run: ir.Value, max_tokens: int) -> Triangles | None:
     """Masks for runs of up to `max_tokens` (a power of two); None where LinearAttention does the work.
+
+    `run` [batch, sequence, ...] is this run's input.
 
     A longer run is refused: its last index lies outside of the tables, and the node that fails is named
     after the reason.
@@ -53,7 +55,7 @@ def triangles(g: GraphBuilder, input_ids: ir.Value, max_tokens: int) -> Triangle
         block = index // half
         tables.append((block[:, None] % 2 == 1) & (block[:, None] == block + 1))
         half *= 2
-    count = g.op("Squeeze", g.op("Shape", input_ids, start=1, end=2))
+    count = g.op("Squeeze", g.op("Shape", run, start=1, end=2))
     one = g.constant(1, np.int64)
     # The refusal must not depend on a provider's handling of bad indices: this gather is one of shape
     # arithmetic, which every provider leaves to the CPU.

@@ -29,10 +29,12 @@ class GraphOptions:
     Attributes:
         max_run_tokens: the longest run of tokens of the chunked Gated DeltaNet, a power of two.
         all_logits: logits for every position, for evaluation; else for the last one only.
+        embeddings: the input is embeddings, which another graph makes from tokens and images.
     """
 
     max_run_tokens: int
     all_logits: bool = False
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,27 @@ def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, Stat
 def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphOptions) -> None:
     """Build the decoder into `g`.
 
-    Inputs: input_ids int64 [batch, sequence], attention_mask int64 [batch, total] (all ones), position_ids
-    int64 [3, batch, sequence], and each layer's past states. Outputs: logits float32
-    [batch, sequence or 1, vocab] and each layer's present states.
+    Inputs: input_ids int64 [batch, sequence] or inputs_embeds [batch, sequence, hidden], attention_mask int64
+    [batch, total] (all ones), position_ids int64 [3, batch, sequence], and each layer's past states.
+    Outputs: logits float32 [batch, sequence or 1, vocab] and each layer's present states.
     """
     int64 = np.dtype(np.int64)
-    input_ids = g.input("input_ids", int64, ("batch_size", "sequence_length"))
+    tokens = ("batch_size", "sequence_length")
+    if options.embeddings:
+        run = g.input("inputs_embeds", g.dtype, (*tokens, config.hidden_size))
+    else:
+        run = g.input("input_ids", int64, tokens)
     attention_mask = g.input("attention_mask", int64, ("batch_size", "total_sequence_length"))
     position_ids = g.input("position_ids", int64, (3, "batch_size", "sequence_length"))
     carried = [states(config, layer, g.dtype) for layer in range(config.num_hidden_layers)]
     past = [tuple(g.input(state.past, state.dtype, state.past_shape) for state in pair) for pair in carried]
 
-    lm_head, embedding = _vocabulary(config, recipe)
+    lm_head, embedding = vocabulary(config, recipe)
     table = rotation(g, config, position_ids)
-    visible = span(g, config, attention_mask, input_ids)
-    masks = triangles(g, input_ids, options.max_run_tokens)
+    visible = span(g, config, attention_mask, run)
+    masks = triangles(g, run, options.max_run_tokens)
 
-    residual = take_rows(g, input_ids, embedding)
+    residual = run if options.embeddings else take_rows(g, run, embedding)
     update: ir.Value | None = None
     for layer, layer_type in enumerate(config.layer_types):
         name = f"model.layers.{layer}"
@@ -120,7 +126,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
 
 
-def _vocabulary(config: TextConfig, recipe: Recipe) -> tuple[Weight, Weight]:
+def vocabulary(config: TextConfig, recipe: Recipe) -> tuple[Weight, Weight]:
     """lm_head and embedding; the same weight when the checkpoint ties them."""
     embedding = Rows("model.embed_tokens.weight", 0, config.vocab_size)
     if config.tie_word_embeddings:

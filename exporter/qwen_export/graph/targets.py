@@ -34,7 +34,16 @@ class Target:
         return operator in self.operators
 
 
-_EVERYWHERE = frozenset({"MatMulNBits", "FusedMatMul", "SkipSimplifiedLayerNormalization", "QuickGelu"})
+_EVERYWHERE = frozenset(
+    {
+        "FusedMatMul",
+        "Gelu",
+        "MatMulNBits",
+        "MultiHeadAttention",
+        "QuickGelu",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
 
 FUSED = Target(
     name="fused",
@@ -42,6 +51,7 @@ FUSED = Target(
     operators=_EVERYWHERE
     | {
         "CausalConvWithState",
+        "FastGelu",
         "GatedRMSNorm",
         "GroupQueryAttention",
         "LinearAttention",
