@@ -35,6 +35,10 @@ from qwen_export.graph.vision import vision_tower
 from qwen_export.stream import Journal, Stored, source_bytes, write_weights
 from qwen_export.vision_config import vision_shapes
 
+# A prompt with images goes to the decoder in one run, whatever `search.chunk_size` says: ONNX Runtime GenAI
+# cannot cut their positions. So the portable graph must take longer runs. Its work grows with the cube of the
+# run, and 512 tokens hold an image of about 650 x 650 pixels and a question.
+_IMAGE_RUN_TOKENS = 512
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
 
@@ -59,6 +63,7 @@ class Plan:
     models: dict[str, ir.Model]
     stored: list[Stored]
     data_bytes: int
+    max_run_tokens: int | None  # of the decoder; None: any number
 
     def carried_roles(self) -> list[str]:
         """Roles with weights whose codes are the checkpoint's own."""
@@ -79,8 +84,10 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> 
     recipe = Recipe(profile.weights, target, dtype, profile.accuracy_level, checkpoint.tensors)
     config, vision = checkpoint.config, checkpoint.vision
 
+    run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if vision else profile.prefill_chunk
+
     g = GraphBuilder(target, dtype, layout)
-    decoder(g, config, recipe, GraphOptions(profile.prefill_chunk, all_logits, embeddings=vision is not None))
+    decoder(g, config, recipe, GraphOptions(run, all_logits, embeddings=vision is not None))
     models = {package.MODEL_FILE: g.model("qwen3_5")}
     if vision:
         g = GraphBuilder(target, dtype, layout)
@@ -89,7 +96,7 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> 
         g = GraphBuilder(target, dtype, layout)
         vision_tower(g, vision, recipe)
         models[package.VISION_FILE] = g.model("qwen3_5_vision")
-    return Plan(target, models, layout.stored, layout.end)
+    return Plan(target, models, layout.stored, layout.end, None if target.has("LinearAttention") else run)
 
 
 def export(
@@ -162,6 +169,9 @@ def _export(
     manifest["bytes_by_role"] = planned.bytes_by_role()
     manifest["carried_over"] = planned.carried_roles()
     manifest["all_logits"] = all_logits
+    if checkpoint.vision:
+        context = manifest["context_length"]
+        manifest["image_prompt_tokens"] = min(planned.max_run_tokens or context, context)
     package.write_json(staged / package.MANIFEST, manifest)
     # Nothing loads without this file, so it goes in last.
     os.replace(work / package.GENAI_CONFIG, staged / package.GENAI_CONFIG)

@@ -28,6 +28,7 @@ PROCESSOR_CONFIG = "processor_config.json"
 
 # GenAI captures the graph on DirectML unless told not to, and that wants states of one size.
 _OPTIONS = {"dml": {"enable_graph_capture": "0"}}
+_NO_TOKEN = -1
 _HASH_BLOCK = 1024 * 1024
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -61,8 +62,12 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
             inputs[f"past_{kind}_names"] = state.past.replace(f".{layer}.", ".%d.")
             outputs[f"present_{kind}_names"] = state.present.replace(f".{layer}.", ".%d.")
     end = generation.get("eos_token_id", config.eos_token_id)
-    pad = generation.get("pad_token_id", config.pad_token_id)
     first_end = end[0] if isinstance(end, list) else end
+    pad = generation.get("pad_token_id", config.pad_token_id)
+    if checkpoint.vision:
+        # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
+        # also its <|endoftext|>. One sequence is never padded.
+        pad = _NO_TOKEN
     provider_options = (
         [] if profile.provider == "cpu" else [{profile.provider: _OPTIONS.get(profile.provider, {})}]
     )

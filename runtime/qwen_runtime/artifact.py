@@ -11,6 +11,8 @@ from typing import Any
 
 from qwen_profiles.errors import UserError
 
+from qwen_runtime.images import ImageSettings
+
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _GENAI_CONFIG = "genai_config.json"
@@ -73,6 +75,24 @@ class Artifact:
     def chunk_size(self) -> int:
         """Most tokens that one run of the graph may take."""
         return int(self.genai_config["search"]["chunk_size"])
+
+    @property
+    def images(self) -> ImageSettings | None:
+        """How images are to be prepared; None where the artifact takes none."""
+        vision = self.genai_config["model"].get("vision")
+        if vision is None:
+            return None
+        return ImageSettings.from_processor(_read_json(self.root / vision["config_filename"]))
+
+    @property
+    def image_token(self) -> int:
+        """The id that stands in a prompt where an image's features go."""
+        return int(self.genai_config["model"]["image_token_id"])
+
+    @property
+    def image_prompt_tokens(self) -> int:
+        """Most tokens of a prompt with images."""
+        return int(self.manifest["image_prompt_tokens"])
 
     @property
     def vocab_size(self) -> int:

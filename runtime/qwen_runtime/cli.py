@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ Examples:
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Why is the sky blue?"
   qwen-run artifacts/Qwen3.5-0.8B-cpu                      (a chat)
   cat letter.txt | qwen-run artifacts/Qwen3.5-0.8B-cpu - --system "Summarise."
+  qwen-run artifacts/Qwen3.5-0.8B-cpu --image photo.jpg "What is this?"
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Name a colour" --temperature 0 --json
 """
 
@@ -52,6 +54,14 @@ for _command in KIOSK_COMMANDS:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat template.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Show this image with PROMPT; may be given several times.",
+)
+@click.option("--max-image-tokens", type=int, help="Most tokens for each image.  [default: 1024]")
 @click.option("--system", help="System message of the conversation.")
 @click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: 4096]")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token.")
@@ -71,6 +81,8 @@ def answer(
     artifact: Path,
     prompt: str | None,
     raw: bool,
+    images: tuple[Path, ...],
+    max_image_tokens: int | None,
     system: str | None,
     max_tokens: int | None,
     temperature: float | None,
@@ -88,6 +100,8 @@ def answer(
     """Answer PROMPT from ARTIFACT, or chat when there is no PROMPT. PROMPT "-" is read from stdin."""
     if prompt is None and (raw or as_json):
         raise click.UsageError("--raw and --json need a PROMPT.")
+    if images and (raw or prompt is None):
+        raise click.UsageError("--image needs a PROMPT, and not --raw.")
     _speak_utf8()
     with reported(debug):
         options: dict[str, Any] = {
@@ -95,6 +109,7 @@ def answer(
             "sampling": Sampling(temperature, top_p, top_k, repetition_penalty, seed),
             "stop": stop,
             "thinking": thinking,
+            "max_image_tokens": max_image_tokens,
         }
         with Model.load(artifact, provider, verify) as model:
             click.echo(model.info.reason, err=True)
@@ -104,7 +119,7 @@ def answer(
                 chat(model, system, options)
                 return
             text = sys.stdin.read() if prompt == "-" else prompt
-            _answer(model, text if raw else _messages(system, text), options, as_json)
+            _answer(model, text if raw else _messages(system, text, images), options, as_json)
 
 
 @main.command(epilog=_SERVE_EPILOG)
@@ -154,12 +169,14 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+def _messages(system: str | None, text: str, images: Sequence[Path]) -> list[dict[str, Any]]:
     opening = [{"role": "system", "content": system}] if system else []
-    return [*opening, {"role": "user", "content": text}]
+    pictures = [{"type": "image", "image": path} for path in images]
+    content = [*pictures, {"type": "text", "text": text}] if pictures else text
+    return [*opening, {"role": "user", "content": content}]
 
 
-def _answer(model: Model, prompt: str | list[dict[str, str]], options: dict[str, Any], as_json: bool) -> None:
+def _answer(model: Model, prompt: str | list[dict[str, Any]], options: dict[str, Any], as_json: bool) -> None:
     generation = model.generate(prompt, **options)
     if not as_json:
         _stream(generation)

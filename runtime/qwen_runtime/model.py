@@ -13,13 +13,15 @@ import numpy as np
 from qwen_profiles.errors import UserError
 
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
 from qwen_runtime.provider import PROVIDERS, Choice, choose
 from qwen_runtime.stop import StopFilter
 from qwen_runtime.template import render
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 _DEFAULT_MAX_TOKENS = 4096
+_MAX_IMAGE_TOKENS = 1024
 _UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
 
 
@@ -172,6 +174,7 @@ class Model:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         thinking: bool = False,
+        max_image_tokens: int | None = None,
     ) -> Generation:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
@@ -180,18 +183,28 @@ class Model:
                 KV cache is allocated for all of them beforehand.
             stop: text at which to stop; it is not part of the result.
             thinking: for messages, whether the model is asked to think first.
+            max_image_tokens: most tokens that each image may take, a token for some 32 x 32 pixels; what is
+                larger is made smaller. None is 1024, or as many as the prompt still holds.
+
+        A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
+        artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
+        and {"type": "image_url", "image_url": {"url": a data URL}}.
 
         Returns:
             An iterator of pieces of text, which does its work as it is iterated.
 
         Raises:
-            UserError: the prompt is empty or does not fit the context, or an option is out of range.
+            UserError: the prompt is empty or does not fit the context, an option is out of range, or an image
+                cannot be read or is one too many for the artifact.
         """
+        sources: list[Any] = []
         if not isinstance(prompt, str):
             if not all(isinstance(message, Mapping) for message in prompt):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
-            prompt = self.apply_chat_template(prompt, thinking)
+            messages, sources = take_images(prompt)
+            prompt = self.apply_chat_template(messages, thinking)
         tokens = self.encode(prompt)
+        tokens, images = self._place_images(tokens, sources, max_image_tokens)
         room = self.info.context_length - len(tokens)
         if not tokens:
             raise UserError("the prompt is empty")
@@ -206,7 +219,36 @@ class Model:
         if "top_k" in options:
             options["top_k"] = min(options["top_k"], self._artifact.vocab_size)
         options["max_length"] = len(tokens) + min(room, max_tokens or _DEFAULT_MAX_TOKENS)
-        return Generation(self, tokens, options, [stop] if isinstance(stop, str) else list(stop))
+        return Generation(self, tokens, images, options, [stop] if isinstance(stop, str) else list(stop))
+
+    def _place_images(
+        self, tokens: list[int], sources: Sequence[Any], max_tokens: int | None
+    ) -> tuple[list[int], list[Patches]]:
+        """The prompt with room for every image's features, and the images themselves."""
+        settings = self._artifact.images
+        if settings is None:
+            if sources:
+                raise UserError(
+                    f"{self.info.name} takes no images: export a vision-language checkpoint, not --text-only"
+                )
+            return tokens, []
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"max_image_tokens is {max_tokens}, but must be at least 1")
+        limit = self._artifact.image_prompt_tokens
+        room = (limit - len(tokens)) // max(1, len(sources))
+        if sources and room < 1:
+            raise UserError(
+                f"the text has {len(tokens)} tokens and a prompt with images at most {limit}: shorten it, or "
+                "give fewer images"
+            )
+        most = min(room, max_tokens or _MAX_IMAGE_TOKENS)
+        images = [cut_patches(open_image(source), settings, most) for source in sources]
+        tokens = expand(tokens, self._artifact.image_token, images)
+        if images and len(tokens) > limit:  # a strip cannot be made as small as it should
+            raise UserError(
+                f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some"
+            )
+        return tokens, images
 
 
 def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
@@ -254,11 +296,18 @@ class Generation:
         prompt_tokens: number of tokens of the prompt.
     """
 
-    def __init__(self, model: Model, prompt: list[int], options: dict[str, Any], stop: list[str]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompt: list[int],
+        images: Sequence[Patches],
+        options: dict[str, Any],
+        stop: list[str],
+    ) -> None:
         self.text = ""
         self.prompt_tokens = len(prompt)
         self._progress = _Progress()
-        self._pieces = _run(model, prompt, options, StopFilter(stop), self._progress)
+        self._pieces = _run(model, prompt, images, options, StopFilter(stop), self._progress)
 
     @property
     def tokens(self) -> list[int]:
@@ -296,7 +345,12 @@ class Generation:
 
 
 def _run(
-    model: Model, prompt: list[int], options: dict[str, Any], stop: StopFilter, progress: _Progress
+    model: Model,
+    prompt: list[int],
+    images: Sequence[Patches],
+    options: dict[str, Any],
+    stop: StopFilter,
+    progress: _Progress,
 ) -> Generator[str]:
     og = model._og
     parameters = og.GeneratorParams(model._model)
@@ -305,6 +359,12 @@ def _run(
     decoder = model._tokenizer.create_stream()
     # In pieces, so that cancelling works in a long prompt too; else ONNX Runtime GenAI cuts it by itself.
     step = model._artifact.chunk_size if PROVIDERS[model.info.provider].appends else len(prompt)
+    if images:  # all at once: only the first run gets images and their positions
+        tensors = og.NamedTensors()
+        for name, value in vision_inputs(prompt, images).items():
+            tensors[name] = value
+        generator.set_inputs(tensors)
+        prompt = []
     for start in range(0, len(prompt), step):
         if progress.cancelled.is_set():
             progress.finish_reason = "cancelled"
