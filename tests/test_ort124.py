@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qwen_profiles.schema import load_profile
-from random_checkpoints import TINY, write_random_checkpoint
+from random_checkpoints import TINY, write_random_checkpoint, write_vision_checkpoint
+from test_vision import prompt_of
 
 from artifacts import float_profile, make_artifact
 
@@ -26,10 +27,10 @@ pytestmark = [
 ]
 
 
-def greedy(python: str, artifact: Path, prompt: list[int], count: int = 64) -> dict:
+def greedy(python: str, artifact: Path, prompt: list[int], count: int = 64, *inputs: Path) -> dict:
     script = Path(__file__).parent / "generate_tokens.py"
     result = subprocess.run(
-        [python, script, artifact, str(count)],
+        [python, script, artifact, str(count), *inputs],
         input=json.dumps(prompt),
         capture_output=True,
         text=True,
@@ -52,6 +53,22 @@ def test_same_tokens_on_1_24(kind: str, tmp_path: Path) -> None:
     old, new = greedy(OLD_PYTHON, artifact, prompt), greedy(sys.executable, artifact, prompt)
     assert old["onnxruntime"].startswith("1.24.")
     assert not new["onnxruntime"].startswith("1.24.")
+    assert old["tokens"] == new["tokens"]
+
+
+@pytest.mark.parametrize("kind", ["as shipped", "float32"])
+def test_same_tokens_after_images_on_1_24(kind: str, tmp_path: Path) -> None:
+    profile = load_profile("strix-halo") if kind == "as shipped" else float_profile("portable")
+    checkpoint = write_vision_checkpoint(tmp_path / "c")
+    artifact = make_artifact(checkpoint, profile, tmp_path / "artifact", all_logits=False)
+    prompt, inputs = prompt_of([(18, 20), (4, 10)])
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    assert OLD_PYTHON is not None
+    old, new = (
+        greedy(python, artifact, prompt, 24, tmp_path / "inputs.npz")
+        for python in (OLD_PYTHON, sys.executable)
+    )
+    assert old["onnxruntime"].startswith("1.24.")
     assert old["tokens"] == new["tokens"]
 
 

@@ -15,6 +15,7 @@ import base64
 import binascii
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,8 @@ def open_image(source: Any) -> Image:
             image = source
         else:
             file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
-            image = Image.open(file, formats=_FORMATS)
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                image = Image.open(file, formats=_FORMATS)
         _check_size(name, *image.size)
         image = ImageOps.exif_transpose(image)
         if "A" in image.getbands() or image.info.get("transparency") is not None:
