@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import os
 import signal
@@ -19,8 +21,12 @@ import openai
 import psutil
 import pytest
 from openai import OpenAI
+from PIL import Image
 from qwen_runtime import Model, Sampling
+from random_checkpoints import write_vision_checkpoint
 from servers import RUN, Server, serving
+
+from artifacts import float_profile, make_artifact
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)
@@ -134,6 +140,210 @@ def test_completions(client: OpenAI, model: Model) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 10}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "unit": {"type": "string", "enum": ["C", "F"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                "exact": {"type": "boolean"},
+            },
+            "required": ["unit", "days"],
+        },
+    },
+}
+
+
+def function(name: str, **more: Any) -> Any:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+CLOCK = function("clock")
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_json_schema(ask: Callable[..., Any], thinking: bool) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMA}}
+    effort = "high" if thinking else "none"
+    choice = ask(response_format=form, reasoning_effort=effort, max_tokens=600).choices[0]
+    if thinking and choice.finish_reason == "length":
+        assert choice.message.content is None  # it thought to the end
+        return
+    found = json.loads(choice.message.content)
+    assert found.keys() == {"name", "age"} and isinstance(found["age"], int) and len(found["name"]) <= 10
+    assert choice.finish_reason == "stop"
+
+
+def test_json_object(ask: Callable[..., Any]) -> None:
+    choice = ask(response_format={"type": "json_object"}, max_tokens=40, temperature=1, seed=1).choices[0]
+    assert choice.message.content.startswith("{")
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), dict)
+    assert (
+        ask(response_format={"type": "text"}).choices[0].message.content == ask().choices[0].message.content
+    )
+
+
+def test_schema_that_is_none(ask: Callable[..., Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}}
+    with pytest.raises(openai.BadRequestError, match="the guidance is not valid"):
+        ask(response_format=form)
+
+
+def test_tools_round_trip(ask: Callable[..., Any], model: Model) -> None:
+    named = function("weather")
+    first = ask(tools=[WEATHER, CLOCK], tool_choice=named, max_tokens=200).choices[0]
+    assert first.finish_reason == "tool_calls"
+    [call] = first.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "weather"
+    assert arguments["unit"] in ("C", "F") and 1 <= arguments["days"] <= 9
+    # What the model reads next is what it wrote, and the result.
+    messages = [*QUESTION, first.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    last = ask(messages=messages, tools=[WEATHER, CLOCK])
+    plain = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}],
+        },
+        {"role": "tool", "content": "rain"},
+    ]
+    expected = model.generate(plain, max_tokens=30, sampling=GREEDY, tools=[WEATHER, CLOCK])
+    assert last.choices[0].message.content == "".join(expected)
+    assert last.usage.prompt_tokens == expected.prompt_tokens
+
+
+def test_tool_calls_are_streamed(ask: Callable[..., Any]) -> None:
+    options: Any = {
+        "tools": [WEATHER],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+    }
+    whole = ask(**options).choices[0].message.tool_calls[0].function
+    chunks = [chunk.choices[0] for chunk in ask(**options, stream=True)]
+    deltas = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert deltas[0].id and deltas[0].function.name == whole.name
+    assert "".join(call.function.arguments for call in deltas) == whole.arguments
+    assert len(deltas) >= 4  # the name, each argument, the end
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_tools_that_need_not_be_called(ask: Callable[..., Any], model: Model) -> None:
+    told = "".join(model.generate(QUESTION, max_tokens=30, sampling=GREEDY, tools=[WEATHER]))
+    assert ask(tools=[WEATHER]).choices[0].message.content == told
+    unaware = ask(tools=[WEATHER], tool_choice="none").choices[0].message.content
+    assert unaware == ask().choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tools": [CLOCK], "tool_choice": function("x")}, "no tool 'x'"),
+        ({"tools": [function("a b")]}, "tools.0.function.name"),
+        ({"tools": [function("a", parameters={"properties": 5})]}, "properties"),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "tool_calls": [function("a", arguments="{")]}]},
+            "not a JSON object",
+        ),
+    ],
+)
+def test_tools_that_are_refused(ask: Callable[..., Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        ask(**options)
+
+
+def test_logprobs(ask: Callable[..., Any], client: OpenAI, model: Model) -> None:
+    expected = model.generate(QUESTION, max_tokens=30, sampling=GREEDY, logprobs=2)
+    list(expected)
+    choice = ask(logprobs=True, top_logprobs=2).choices[0]
+    assert [entry.token for entry in choice.logprobs.content] == [e.text for e in expected.logprobs]
+    for found, entry in zip(choice.logprobs.content, expected.logprobs, strict=True):
+        assert found.logprob == pytest.approx(entry.logprob, abs=1e-3) and found.logprob <= 0
+        assert [other.token for other in found.top_logprobs] == [text for text, _ in entry.top]
+        assert bytes(found.bytes).decode() == found.token
+    streamed = [
+        entry.token
+        for chunk in ask(logprobs=True, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == [entry.text for entry in expected.logprobs]
+    legacy = client.completions.create(
+        model=model.info.name, prompt="The", max_tokens=8, temperature=0, logprobs=2
+    ).choices[0]
+    assert legacy.logprobs and legacy.logprobs.tokens and legacy.logprobs.text_offset
+    assert "".join(legacy.logprobs.tokens) == legacy.text
+    assert legacy.logprobs.text_offset[:2] == [0, len(legacy.logprobs.tokens[0])]
+    assert ask().choices[0].logprobs is None
+
+
+def test_penalties(ask: Callable[..., Any]) -> None:
+    usual = ask(max_tokens=60).choices[0].message.content
+    assert ask(max_tokens=60, presence_penalty=2, frequency_penalty=2).choices[0].message.content != usual
+
+
+def test_next_turn_need_not_be_read_again(ask: Callable[..., Any], model: Model) -> None:
+    messages: list[Any] = [{"role": "user", "content": "A list is mutable. " * 100}]
+    first = ask(messages=messages)
+    messages += [first.choices[0].message, *QUESTION]
+    time.sleep(1)  # in which the server reads its answer as history
+    second = ask(messages=messages)
+    assert second.usage.prompt_tokens - second.usage.prompt_tokens_details.cached_tokens < 25
+    plain = [messages[0], {"role": "assistant", "content": first.choices[0].message.content}, *QUESTION]
+    assert second.choices[0].message.content == "".join(model.generate(plain, max_tokens=30, sampling=GREEDY))
+
+
+def test_metrics(server: Server, ask: Callable[..., Any]) -> None:
+    def read() -> dict[str, float]:
+        text = request(server, "GET", "/metrics")[2].decode()
+        lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in lines}
+
+    before = read()
+    answer = ask()
+    request(server, "GET", "/v1/invented")
+    after = read()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown('qwen_edge_requests_total{path="/v1/chat/completions",status="200"}') == 1
+    assert grown('qwen_edge_requests_total{path="other",status="404"}') == 1
+    assert grown("qwen_edge_prompt_tokens_total") == answer.usage.prompt_tokens
+    assert grown("qwen_edge_cached_prompt_tokens_total") == answer.usage.prompt_tokens_details.cached_tokens
+    assert grown("qwen_edge_completion_tokens_total") == 30
+    assert grown("qwen_edge_time_to_first_token_seconds_count") == 1
+    assert after["qwen_edge_running"] == after["qwen_edge_waiting"] == 0
+    assert after["process_resident_memory_bytes"] > 1e6
+
+
+def test_health_answers_while_a_long_prompt_is_read(server: Server, client: OpenAI, model: Model) -> None:
+    prompt = "word " * 8000
+    reading = threading.Thread(
+        target=lambda: client.completions.create(model=model.info.name, prompt=prompt, max_tokens=1)
+    )
+    reading.start()
+    answers = 0
+    while reading.is_alive():
+        before = time.monotonic()
+        answers += health(server)["running"]
+        assert time.monotonic() - before < 1
+    assert answers > 3  # all of them while it was read
+
+
 def test_models(client: OpenAI, model: Model) -> None:
     assert [found.id for found in client.models.list()] == [model.info.name]
     assert client.models.retrieve(model.info.name).id == model.info.name
@@ -236,6 +446,7 @@ def test_key_is_demanded(cpu_artifact: Path, model: Model) -> None:
     )
     assert refused.returncode == 2 and "give an --api-key" in refused.stderr
     with serving(cpu_artifact, "--host", "0.0.0.0", "--api-key", "sesame") as server:
+        assert request(server, "GET", "/metrics")[0] == request(server, "GET", "/v1/models")[0] == 401
         with pytest.raises(openai.AuthenticationError, match="no valid API key"):
             server.client("wrong").models.list()
         assert [found.id for found in server.client("sesame").models.list()] == [model.info.name]
@@ -294,3 +505,51 @@ def test_port_that_is_taken(cpu_artifact: Path) -> None:
             [*RUN, "serve", str(cpu_artifact), "--port", port], capture_output=True, text=True
         )
     assert refused.returncode == 2 and "choose another with --port" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def vision_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = write_vision_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    output = tmp_path_factory.mktemp("vision") / "float"
+    return make_artifact(checkpoint, float_profile("fused"), output, all_logits=False)
+
+
+def test_images(vision_artifact: Path) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((200, 150), 80).convert("RGB").save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+    def asking(url: str) -> list[Any]:
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
+        return [{"role": "user", "content": parts}]
+
+    with Model.load(vision_artifact) as model:
+        expected = model.generate(asking(url), max_tokens=20, sampling=GREEDY)
+        text = "".join(expected)
+    with serving(vision_artifact) as server:
+        options: Any = {"model": model.info.name, "max_tokens": 20, "temperature": 0}
+        client = server.client()
+        answer = client.chat.completions.create(messages=asking(url), **options)
+        assert answer.choices[0].message.content == text
+        assert answer.usage and answer.usage.prompt_tokens == expected.prompt_tokens
+        stream = client.chat.completions.create(messages=asking(url), stream=True, **options)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text
+        for bad, message in [
+            ("https://example.org/a.png", "not a data URL"),
+            ("file:///etc/passwd", "not a data URL"),
+            ("data:image/png;base64,AAAA", "image"),
+            ("data:image/png;base64,!", "not valid base64"),
+        ]:
+            with pytest.raises(openai.BadRequestError, match=message):
+                client.chat.completions.create(messages=asking(bad), **options)
+        text_only = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+        assert client.chat.completions.create(messages=text_only, **options).choices  # type: ignore[arg-type]
+
+
+def test_text_models_take_no_images(ask: Callable[..., Any]) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with pytest.raises(openai.BadRequestError, match="takes no images"):
+        ask(messages=[{"role": "user", "content": [part]}])
+    for name in ("image", "input_audio"):
+        with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content"):
+            ask(messages=[{"role": "user", "content": [{"type": name, name: "/etc/passwd"}]}])

@@ -88,7 +88,9 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
                 "num_attention_heads": config.num_attention_heads,
                 "num_key_value_heads": config.num_key_value_heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                "layer_types": list(config.layer_types),
+                # Told of layer types, GenAI holds the states in a way that cannot return to an earlier point.
+                # Untold, past and present share a buffer, which only the fused operators are made for.
+                **({} if profile.lowering == "fused" else {"layer_types": list(config.layer_types)}),
                 "inputs": inputs,
                 "outputs": outputs,
             },

@@ -95,6 +95,16 @@ class Artifact:
         return int(self.manifest["image_prompt_tokens"])
 
     @property
+    def rewinds(self) -> bool:
+        """Whether a generator can return to an earlier point.
+
+        ONNX Runtime GenAI 0.18 holds the states of text models in one of two ways, and the one that it takes
+        when it is told of layer types cannot. With pictures it says nothing and gets it wrong.
+        """
+        model = self.genai_config["model"]
+        return model["type"].endswith("_text") and "layer_types" not in model["decoder"]
+
+    @property
     def vocab_size(self) -> int:
         return int(self.genai_config["model"]["vocab_size"])
 

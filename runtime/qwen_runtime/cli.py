@@ -14,8 +14,9 @@ import click
 from click_default_group import DefaultGroup
 from qwen_profiles.errors import UserError, reported
 
+from qwen_runtime.generation import Generation
 from qwen_runtime.kiosk.commands import COMMANDS as KIOSK_COMMANDS
-from qwen_runtime.model import Generation, Model, Sampling
+from qwen_runtime.model import Model, Sampling
 from qwen_runtime.provider import PROVIDERS
 
 _EPILOG = """\b
@@ -134,6 +135,19 @@ def answer(
     "--queue", default=16, show_default=True, type=click.IntRange(0), help="Requests that may wait."
 )
 @click.option(
+    "--keep",
+    default=2,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Conversations whose history need not be read again.",
+)
+@click.option(
+    "--context",
+    "context_length",
+    type=click.IntRange(1),
+    help="Most tokens of prompt and answer together.  [default: the artifact's]",
+)
+@click.option(
     "--think/--no-think",
     "thinking",
     default=False,
@@ -151,7 +165,15 @@ def answer(
 )
 @click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-def serve(artifact: Path, provider: str, verify: bool, debug: bool, **options: Any) -> None:
+def serve(
+    artifact: Path,
+    provider: str,
+    verify: bool,
+    context_length: int | None,
+    keep: int,
+    debug: bool,
+    **options: Any,
+) -> None:
     """Serve ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
     with reported(debug):
         try:
@@ -159,7 +181,7 @@ def serve(artifact: Path, provider: str, verify: bool, debug: bool, **options: A
             from qwen_runtime.serve.worker import Source
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'qwen-edge[serve]'") from error
-        run(Source(artifact, provider, verify), **options)
+        run(Source(artifact, provider, verify, context_length, keep), **options)
 
 
 def _speak_utf8() -> None:

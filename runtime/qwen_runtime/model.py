@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from qwen_profiles.errors import UserError
 
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.generation import Generation, Plan
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
+from qwen_runtime.prefix import State, StateCache, common_prefix
 from qwen_runtime.provider import PROVIDERS, Choice, choose
-from qwen_runtime.stop import StopFilter
 from qwen_runtime.template import render
 
 Message = Mapping[str, Any]
 
 _DEFAULT_MAX_TOKENS = 4096
 _MAX_IMAGE_TOKENS = 1024
+_ROOM_TO_GROW = 4096  # tokens by which the KV cache of a kept state is rounded up
+_MAX_LOGPROBS = 20
+_AHEAD_STEP = 64  # tokens; a question that comes meanwhile waits for one step
 _UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
 
 
@@ -47,6 +51,8 @@ class Sampling:
         top_k: number of likeliest tokens that are considered, at least 1.
         repetition_penalty: above 0; 1 changes nothing.
         seed: the same seed, prompt and provider give the same text.
+        presence_penalty: subtracted from the logit of every token that the answer has already.
+        frequency_penalty: the same, as often as it has it.
     """
 
     temperature: float | None = None
@@ -54,9 +60,11 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
 
     def search_options(self) -> dict[str, Any]:
-        """As ONNX Runtime GenAI's search options.
+        """As ONNX Runtime GenAI's search options, which know no presence or frequency penalty.
 
         Raises:
             UserError: a value is out of range.
@@ -69,6 +77,8 @@ class Sampling:
                 self.repetition_penalty is None or self.repetition_penalty > 0,
                 "above 0",
             ),
+            "presence_penalty": (_is_finite(self.presence_penalty), "a finite number"),
+            "frequency_penalty": (_is_finite(self.frequency_penalty), "a finite number"),
             "seed": (self.seed is None or 0 <= self.seed < 2**31, "from 0 to 2147483647"),
         }
         for name, (holds, range_text) in valid.items():
@@ -76,33 +86,59 @@ class Sampling:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be {range_text}")
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         options["random_seed"] = options.pop("seed")
+        del options["presence_penalty"], options["frequency_penalty"]
         options = {name: value for name, value in options.items() if value is not None}
         if self.temperature == 0:
             del options["temperature"]
+            options.pop("random_seed", None)
             options["do_sample"] = False
         elif self.temperature is not None:
             options["do_sample"] = True
         return options
 
 
+def _is_finite(value: float | None) -> bool:
+    return value is None or math.isfinite(value)
+
+
+class Guidance(NamedTuple):
+    """What an answer must look like: a JSON schema, a regular expression, or a grammar for llguidance."""
+
+    kind: Literal["json_schema", "regex", "lark_grammar"]
+    text: str
+
+
 class Model:
     """A loaded artifact. Use it as a context manager, or call `close`."""
 
-    def __init__(self, artifact: Artifact, info: ModelInfo, og: Any, model: Any) -> None:
+    def __init__(self, artifact: Artifact, info: ModelInfo, og: Any, model: Any, states: StateCache) -> None:
         self.info = info
+        self._states = states
         self._artifact = artifact
         self._og = og
         self._model = model
         self._tokenizer = og.Tokenizer(model)
 
     @classmethod
-    def load(cls, path: str | Path, provider: str = "auto", verify: bool = False) -> Model:
+    def load(
+        cls,
+        path: str | Path,
+        provider: str = "auto",
+        verify: bool = False,
+        *,
+        context_length: int | None = None,
+        keep: int = 0,
+    ) -> Model:
         """Load the artifact in the folder `path`.
 
         Args:
             provider: `cpu`, `cuda`, `dml`, `openvino` or `webgpu`; `auto` takes the one that the artifact
                 was made for, or the CPU where that is missing or does not start.
             verify: compare every file's SHA-256 with the manifest, not only the small ones'.
+            context_length: most tokens of prompt and answer together, if fewer than the artifact's own.
+            keep: how many states to keep after their answers, each with a KV cache of some 4096 tokens more
+                than it needs. A prompt that goes on from one, as the next turn of a conversation does, is
+                read from there on; but not with a seed, nor where the sampling differs.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
@@ -129,12 +165,14 @@ class Model:
             profile=artifact.manifest["profile"],
             provider=choice.name,
             reason=choice.reason,
-            context_length=artifact.context_length,
+            context_length=min(artifact.context_length, context_length or artifact.context_length),
         )
-        return cls(artifact, info, og, model)
+        rewinds = artifact.rewinds and PROVIDERS[choice.name].appends
+        return cls(artifact, info, og, model, StateCache(keep if rewinds else 0))
 
     def close(self) -> None:
         """Free the model's memory. Safe to call twice."""
+        self._states.clear()
         self._tokenizer = self._model = None
 
     def __enter__(self) -> Model:
@@ -162,9 +200,14 @@ class Model:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(np.asarray(tokens, np.int32)))
 
-    def apply_chat_template(self, messages: Sequence[Message], thinking: bool = False) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
-        return render(self._artifact.chat_template, messages, enable_thinking=thinking)
+        variables: dict[str, Any] = {"enable_thinking": thinking}
+        if tools:
+            variables["tools"] = tools
+        return render(self._artifact.chat_template, messages, **variables)
 
     def generate(
         self,
@@ -175,6 +218,9 @@ class Model:
         stop: str | Sequence[str] = (),
         thinking: bool = False,
         max_image_tokens: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        guidance: Guidance | None = None,
+        logprobs: int | None = None,
     ) -> Generation:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
@@ -185,6 +231,9 @@ class Model:
             thinking: for messages, whether the model is asked to think first.
             max_image_tokens: most tokens that each image may take, a token for some 32 x 32 pixels; what is
                 larger is made smaller. None is 1024, or as many as the prompt still holds.
+            tools: for messages, the functions that the model is told of, as OpenAI describes them.
+            guidance: what the answer must look like. Only tokens that can lead there are considered.
+            logprobs: report how likely each token was, and as many of the likeliest at its place, 0 to 20.
 
         A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
         artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
@@ -198,12 +247,15 @@ class Model:
                 cannot be read or is one too many for the artifact.
         """
         sources: list[Any] = []
-        if not isinstance(prompt, str):
+        if isinstance(prompt, str):
+            tokens = self.encode(prompt)
+            snapshot = len(tokens) - 1  # there must be something left to read
+        else:
             if not all(isinstance(message, Mapping) for message in prompt):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
             messages, sources = take_images(prompt)
-            prompt = self.apply_chat_template(messages, thinking)
-        tokens = self.encode(prompt)
+            tokens = self.encode(self.apply_chat_template(messages, thinking, tools))
+            snapshot = self._shared(tokens, messages, thinking, tools) if self._states.size else 0
         tokens, images = self._place_images(tokens, sources, max_image_tokens)
         room = self.info.context_length - len(tokens)
         if not tokens:
@@ -215,11 +267,36 @@ class Model:
             )
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
-        options = (sampling or Sampling()).search_options()
-        if "top_k" in options:
-            options["top_k"] = min(options["top_k"], self._artifact.vocab_size)
-        options["max_length"] = len(tokens) + min(room, max_tokens or _DEFAULT_MAX_TOKENS)
-        return Generation(self, tokens, images, options, [stop] if isinstance(stop, str) else list(stop))
+        if logprobs is not None and not 0 <= logprobs <= _MAX_LOGPROBS:
+            raise UserError(f"logprobs is {logprobs}, but must be from 0 to {_MAX_LOGPROBS}")
+        sampling = sampling or Sampling()
+        options = self._options(sampling)
+        # What a state has drawn so far would change what it draws next; and images need a fresh generator.
+        reusable = self._states.size > 0 and not images and "random_seed" not in options
+        limit = min(room, max_tokens or _DEFAULT_MAX_TOKENS)
+        # Else ONNX Runtime GenAI cuts the prompt by itself. In pieces cancelling works in a long one too.
+        appends = PROVIDERS[self.info.provider].appends
+        plan = Plan(
+            prompt=tokens,
+            snapshot=snapshot if reusable else None,
+            step=self._artifact.chunk_size if appends else len(tokens),
+            max_tokens=limit,
+            end_tokens=self._artifact.end_tokens,
+            stop=[stop] if isinstance(stop, str) else list(stop),
+            presence_penalty=sampling.presence_penalty or 0.0,
+            frequency_penalty=sampling.frequency_penalty or 0.0,
+            logprobs=logprobs,
+            inputs=self._tensors(vision_inputs(tokens, images)) if images else None,
+        )
+        key = {**options, "guidance": guidance}
+        max_length = len(tokens) + limit
+        state = self._states.take(tokens, key, max_length) if reusable else None
+        if state is None:
+            if reusable:
+                grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
+                max_length = min(grown, self.info.context_length)
+            state = State(self._generator(options, guidance, max_length), key, max_length)
+        return Generation(state, self._tokenizer, plan, self._release)
 
     def _place_images(
         self, tokens: list[int], sources: Sequence[Any], max_tokens: int | None
@@ -250,6 +327,85 @@ class Model:
             )
         return tokens, images
 
+    def read_ahead(
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: Sampling | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        guidance: Guidance | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Read a conversation up to where the user speaks next, so that the next turn's prompt is short.
+
+        Worth doing while the user reads the answer, which is not written in history as it was generated.
+        Without a kept state (see `load`) that holds the conversation's beginning nothing happens. Asking the
+        last question once more then means reading everything.
+
+        Args:
+            messages: the conversation with the answer.
+            sampling, tools, guidance: as `generate` was given.
+            cancelled: asked every 64 tokens; what was read until then is kept.
+        """
+        if not self._states.size:
+            return
+        one, other = (
+            self.encode(self.apply_chat_template([*messages, {"role": "user", "content": text}], tools=tools))
+            for text in ("A", "\n\nB")  # a line break may become one token with those before it
+        )
+        end = common_prefix(one, other)
+        options = self._options(sampling or Sampling())
+        state = self._states.take(one[:end], {**options, "guidance": guidance}, end + 1)
+        if state is not None:
+            state.read(one[:end], end, min(_AHEAD_STEP, self._artifact.chunk_size), cancelled)
+            self._release(state)
+
+    def _options(self, sampling: Sampling) -> dict[str, Any]:
+        options = sampling.search_options()
+        if "top_k" in options:
+            options["top_k"] = min(options["top_k"], self._artifact.vocab_size)
+        return options
+
+    def _shared(
+        self,
+        tokens: Sequence[int],
+        messages: Sequence[Message],
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> int:
+        """How far the next turn's prompt will agree with this one's, `tokens`, whatever is said in it.
+
+        Not to the end: Qwen3.5's template begins an answer with a thought, be it empty, and leaves it out
+        when the answer is history.
+        """
+        later = [*messages, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+        try:
+            return common_prefix(tokens, self.encode(self.apply_chat_template(later, thinking, tools)))
+        except UserError:  # a template with rules of its own about who speaks when
+            return 0
+
+    def _generator(self, options: dict[str, Any], guidance: Guidance | None, max_length: int) -> Any:
+        parameters = self._og.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=max_length, **options)
+        if guidance is not None:
+            parameters.set_guidance(*guidance)
+        try:
+            return self._og.Generator(self._model, parameters)
+        except Exception as error:
+            if guidance is None or "grammar" not in str(error):
+                raise
+            raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
+
+    def _tensors(self, values: Mapping[str, Any]) -> Any:
+        tensors = self._og.NamedTensors()
+        for name, value in values.items():
+            tensors[name] = value
+        return tensors
+
+    def _release(self, state: State) -> None:
+        if state.tokens:
+            self._states.put(state)
+
 
 def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
     config = og.Config(str(artifact.root))
@@ -272,121 +428,3 @@ def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-@dataclass
-class _Progress:
-    """What a running answer tells.
-
-    Apart from `Generation`, so that no reference cycle keeps the KV cache of a dropped answer until Python
-    next collects garbage.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-
-class Generation:
-    """One answer as it grows: iterate it for pieces of text. A context manager, or call `close`; one that is
-    dropped frees what it holds too.
-
-    Attributes:
-        text: the pieces yielded so far.
-        prompt_tokens: number of tokens of the prompt.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        prompt: list[int],
-        images: Sequence[Patches],
-        options: dict[str, Any],
-        stop: list[str],
-    ) -> None:
-        self.text = ""
-        self.prompt_tokens = len(prompt)
-        self._progress = _Progress()
-        self._pieces = _run(model, prompt, images, options, StopFilter(stop), self._progress)
-
-    @property
-    def tokens(self) -> list[int]:
-        """Ids generated so far, without the one that ended the answer."""
-        return self._progress.tokens
-
-    @property
-    def finish_reason(self) -> str | None:
-        """ "stop" at an end token or stop string, "length", "cancelled"; None while it runs."""
-        return self._progress.finish_reason
-
-    def cancel(self) -> None:
-        """Stop before the next token. Safe to call from another thread."""
-        self._progress.cancelled.set()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
-
-    def close(self) -> None:
-        """Free what the generation holds; what it would still have yielded is lost."""
-        self._pieces.close()
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _run(
-    model: Model,
-    prompt: list[int],
-    images: Sequence[Patches],
-    options: dict[str, Any],
-    stop: StopFilter,
-    progress: _Progress,
-) -> Generator[str]:
-    og = model._og
-    parameters = og.GeneratorParams(model._model)
-    parameters.set_search_options(**options)
-    generator = og.Generator(model._model, parameters)
-    decoder = model._tokenizer.create_stream()
-    # In pieces, so that cancelling works in a long prompt too; else ONNX Runtime GenAI cuts it by itself.
-    step = model._artifact.chunk_size if PROVIDERS[model.info.provider].appends else len(prompt)
-    if images:  # all at once: only the first run gets images and their positions
-        tensors = og.NamedTensors()
-        for name, value in vision_inputs(prompt, images).items():
-            tensors[name] = value
-        generator.set_inputs(tensors)
-        prompt = []
-    for start in range(0, len(prompt), step):
-        if progress.cancelled.is_set():
-            progress.finish_reason = "cancelled"
-            return
-        generator.append_tokens(np.asarray(prompt[start : start + step], np.int32))
-    while True:
-        if progress.cancelled.is_set():
-            progress.finish_reason = "cancelled"
-            break
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
-        if token in model._artifact.end_tokens:
-            progress.finish_reason = "stop"
-            break
-        progress.tokens.append(token)
-        if piece := stop.feed(decoder.decode(token)):
-            yield piece
-        if stop.stopped:
-            progress.finish_reason = "stop"
-            return
-        if generator.is_done():
-            progress.finish_reason = "length"
-            break
-    if rest := stop.flush():
-        yield rest

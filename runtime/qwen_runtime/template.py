@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwen_profiles.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -24,6 +28,16 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
         UserError: the template refuses the messages, or is not valid.
     """
     from jinja2 import TemplateError
+
+    try:
+        return _compile(template).render(messages=messages, add_generation_prompt=True, **variables)
+    except (TemplateError, TypeError) as error:  # TypeError: content that is not text, mostly
+        raise UserError(f"the chat template does not take these messages: {error}") from error
+
+
+@lru_cache(maxsize=4)
+def _compile(template: str) -> Template:
+    """15 ms for a short template, longer than a short prompt takes the model."""
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -33,11 +47,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=messages, add_generation_prompt=True, **variables)
-    except (TemplateError, TypeError) as error:  # TypeError: content that is not text, mostly
-        raise UserError(f"the chat template does not take these messages: {error}") from error
+    return environment.from_string(template)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

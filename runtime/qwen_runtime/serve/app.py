@@ -16,13 +16,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_runtime.serve.chat import chat_completions
 from qwen_runtime.serve.completions import completions
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
+from qwen_runtime.serve.metrics import Metrics, metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
@@ -49,6 +50,7 @@ def make_app(
 
     routes = [
         Route("/health", health),
+        Route("/metrics", metrics),
         Mount(
             "/v1",
             routes=[
@@ -60,7 +62,10 @@ def make_app(
         ),
         Mount("/", StaticFiles(directory=Path(__file__).parent / "page", html=True)),
     ]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)]
+    middleware = [
+        Middleware(_Count, metrics=engine.metrics),
+        Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False),
+    ]
     if api_key is not None:
         middleware.append(Middleware(_KeyCheck, api_key=api_key))
     app = Starlette(
@@ -77,6 +82,30 @@ def make_app(
     app.state.engine = engine
     app.state.thinking = thinking
     return app
+
+
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
+
+
+class _Count:
+    """Counts requests by path and status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._requests = metrics.requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in _PATHS else "other"  # as many labels as clients invent
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counting)
 
 
 class _KeyCheck:

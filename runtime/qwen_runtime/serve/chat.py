@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from qwen_runtime.generation import TokenLogprob
+from qwen_runtime.model import Guidance
 from qwen_runtime.serve.common import check_model, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.grammar import make_guidance
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.parser import AnswerParser
-from qwen_runtime.serve.schema import ChatRequest, Content, ImagePart, Message, parse
+from qwen_runtime.serve.schema import (
+    ChatRequest,
+    Content,
+    FunctionCall,
+    ImagePart,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    Message,
+    NamedTool,
+    parse,
+)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -25,15 +38,19 @@ async def chat_completions(request: Request) -> Response:
     asked = parse(ChatRequest, await read_json(request))
     check_model(asked.model, engine)
     thinking = _thinking(asked, request.app.state.thinking)
+    tools, guidance = _tools(asked, thinking)
     options = {
         "max_tokens": asked.max_completion_tokens or asked.max_tokens,
         "sampling": sampling(asked),
         "stop": asked.stop or (),
         "thinking": thinking,
+        "tools": tools,
+        "guidance": guidance,
+        "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
     }
     messages = [_for_template(message, at) for at, message in enumerate(asked.messages)]
     answer = await while_connected(request, engine.submit(messages, options))
-    parser = AnswerParser(thinking)
+    parser = AnswerParser(thinking, tools)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
     if asked.stream:
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
@@ -43,13 +60,15 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) -> Response:
+    logprobs: list[TokenLogprob] = []
     async for piece in answer:
         parser.feed(piece.text)
+        logprobs += piece.logprobs
     parser.finish()
     choice = {
         "index": 0,
         "message": parser.message,
-        "logprobs": None,
+        "logprobs": _logprobs([*logprobs, *answer.logprobs]),
         "finish_reason": _finish_reason(answer, parser),
     }
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(answer)})
@@ -58,24 +77,74 @@ async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) 
 async def _chunks(
     answer: Answer, parser: AnswerParser, head: Mapping[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any] | None]:
+    untold: list[TokenLogprob] = []  # of text that the parser still holds back
+
     def chunk(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        logprobs = _logprobs(untold)
+        untold.clear()
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**head, "object": "chat.completion.chunk", "choices": [choice]}
 
     yield chunk({"role": "assistant", "content": ""})
     try:
         async for piece in answer:
+            untold += piece.logprobs
             for delta in parser.feed(piece.text):
                 yield chunk(delta)
     except ApiError as error:  # too late for a status code
         yield error.body
         return
+    untold += answer.logprobs
     for delta in parser.finish():
         yield chunk(delta)
     yield chunk({}, _finish_reason(answer, parser))
     if include_usage:
         yield {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(answer)}
     yield None
+
+
+def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    def token(text: str, logprob: float) -> dict[str, Any]:
+        part = "\ufffd" in text  # its bytes are not known
+        return {"token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
+
+    if not entries:
+        return None
+    content = [
+        {**token(entry.text, entry.logprob), "top_logprobs": [token(*other) for other in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _tools(asked: ChatRequest, thinking: bool) -> tuple[list[dict[str, Any]], Guidance | None]:
+    """The tools that the model is told of, and what its answer is held to."""
+    tools = [tool.model_dump(exclude_unset=True) for tool in asked.tools or ()]
+    choice = asked.tool_choice
+    schema = None
+    if isinstance(asked.response_format, JsonSchemaFormat):
+        schema = asked.response_format.json_schema.schema_
+    elif isinstance(asked.response_format, JsonObjectFormat):
+        schema = {"type": "object"}
+    if choice == "none":
+        tools = []
+    callable_ = tools
+    if isinstance(choice, NamedTool):
+        callable_ = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+        if not callable_:
+            raise ApiError(400, f"no tool '{choice.function.name}' in tools", parameter="tool_choice")
+    if choice == "required" and not tools:
+        raise ApiError(400, "tool_choice is 'required', but there are no tools", parameter="tool_choice")
+    forced = choice == "required" or isinstance(choice, NamedTool)
+    if not forced and schema is None:
+        return tools, None
+    guidance = make_guidance(
+        thinking=thinking,
+        schema=None if forced else schema,
+        tools=callable_,
+        several=asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
+    )
+    return tools, guidance
 
 
 def _finish_reason(answer: Answer, parser: AnswerParser) -> str:
@@ -93,33 +162,33 @@ def _for_template(message: Message, at: int) -> dict[str, Any]:
     """`message` as the chat template takes it."""
     found: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": _text(message.content),
+        "content": _content(message.content),
     }
     if message.reasoning_content is not None:
         found["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        found["tool_calls"] = [
-            {"name": call.function.name, "arguments": _arguments(call.function.arguments, at)}
-            for call in message.tool_calls
-        ]
+        found["tool_calls"] = [_call(call.function, at) for call in message.tool_calls]
     return found
 
 
-def _arguments(text: str, at: int) -> dict[str, Any]:
+def _call(call: FunctionCall, at: int) -> dict[str, Any]:
+    """The template wants arguments as an object, where OpenAI has them as text."""
     try:
-        arguments = json.loads(text or "{}")
+        arguments = json.loads(call.arguments or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise ApiError(
             400, f"messages.{at}.tool_calls: arguments are not a JSON object", parameter="messages"
         )
-    return arguments
+    return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
-def _text(content: Content | None) -> str:
+def _content(content: Content | None) -> str | list[dict[str, Any]]:
+    """As text where it is only that, for there are templates that take nothing else."""
     if content is None or isinstance(content, str):
         return content or ""
+    parts = [part.model_dump() for part in content]
     if any(isinstance(part, ImagePart) for part in content):
-        raise ApiError(400, "this model does not take images", parameter="messages")
-    return "".join(part.text for part in content if not isinstance(part, ImagePart))
+        return parts
+    return "".join(part["text"] for part in parts)

@@ -9,6 +9,8 @@ from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.schema import SharedRequest
 
+_EVERY_TOKEN = 2**31 - 1  # what vLLM's clients mean by a top_k of -1 or 0
+
 
 def check_model(name: str | None, engine: Engine) -> None:
     """Raises:
@@ -27,8 +29,10 @@ def sampling(asked: SharedRequest) -> Sampling:
     return Sampling(
         temperature=asked.temperature,
         top_p=asked.top_p,
-        top_k=asked.top_k,
+        top_k=asked.top_k if asked.top_k not in (-1, 0) else _EVERY_TOKEN,
         repetition_penalty=asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
         seed=None if asked.seed is None else asked.seed % 2**31,  # any integer is OpenAI's range
     )
 
@@ -38,4 +42,5 @@ def usage_of(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
         "total_tokens": answer.prompt_tokens + answer.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
     }

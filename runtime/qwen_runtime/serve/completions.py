@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from qwen_runtime.generation import TokenLogprob
 from qwen_runtime.serve.common import check_model, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
@@ -23,7 +25,12 @@ async def completions(request: Request) -> Response:
     asked = parse(CompletionRequest, await read_json(request))
     check_model(asked.model, engine)
     prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
-    options = {"max_tokens": asked.max_tokens, "sampling": sampling(asked), "stop": asked.stop or ()}
+    options = {
+        "max_tokens": asked.max_tokens,
+        "sampling": sampling(asked),
+        "stop": asked.stop or (),
+        "logprobs": asked.logprobs,
+    }
     answer = await while_connected(request, engine.submit(prompt, options))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -39,25 +46,54 @@ async def completions(request: Request) -> Response:
 
 
 async def _whole(answer: Answer, head: Mapping[str, Any]) -> Response:
-    text = "".join([piece.text async for piece in answer])
-    return JSONResponse({**head, "choices": [_choice(text, answer)], "usage": usage_of(answer)})
+    pieces = [piece async for piece in answer]
+    logprobs = [entry for piece in pieces for entry in piece.logprobs]
+    choice = {
+        "index": 0,
+        "text": "".join(piece.text for piece in pieces),
+        "logprobs": _logprobs([*logprobs, *answer.logprobs], 0),
+        "finish_reason": answer.finish_reason,
+    }
+    return JSONResponse({**head, "choices": [choice], "usage": usage_of(answer)})
 
 
 async def _chunks(
     answer: Answer, head: Mapping[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any] | None]:
+    offset = 0
+
+    def chunk(
+        text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        nonlocal offset
+        choice = {
+            "index": 0,
+            "text": text,
+            "logprobs": _logprobs(logprobs, offset),
+            "finish_reason": finish_reason,
+        }
+        offset += sum(len(entry.text) for entry in logprobs)
+        return {**head, "choices": [choice]}
+
     try:
         async for piece in answer:
-            yield {**head, "choices": [_choice(piece.text, None)]}
+            yield chunk(piece.text, piece.logprobs)
     except ApiError as error:  # too late for a status code
         yield error.body
         return
-    yield {**head, "choices": [_choice("", answer)]}
+    yield chunk("", answer.logprobs, answer.finish_reason)
     if include_usage:
         yield {**head, "choices": [], "usage": usage_of(answer)}
     yield None
 
 
-def _choice(text: str, ended: Answer | None) -> dict[str, Any]:
-    reason = ended.finish_reason if ended else None
-    return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+def _logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    if not entries:
+        return None
+    offsets = itertools.accumulate((len(entry.text) for entry in entries[:-1]), initial=offset)
+    return {
+        "tokens": [entry.text for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [dict(entry.top) for entry in entries],
+        "text_offset": list(offsets),
+    }

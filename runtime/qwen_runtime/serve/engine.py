@@ -18,9 +18,11 @@ from typing import Any
 
 from qwen_profiles.errors import UserError
 
+from qwen_runtime.generation import TokenLogprob
 from qwen_runtime.model import ModelInfo
 from qwen_runtime.serve import worker
 from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.metrics import Metrics
 from qwen_runtime.serve.worker import Cancel, Done, Event, Failed, Job, Piece, Ready, Source, Started
 
 _log = logging.getLogger(__name__)
@@ -36,18 +38,23 @@ class Answer:
 
     Attributes:
         prompt_tokens: number of tokens of the prompt.
+        cached_tokens: how many of them did not have to be read.
         completion_tokens: number of tokens of the answer, once it has ended.
+        logprobs: of the tokens whose text was not in a piece, once it has ended.
         finish_reason: "stop" or "length", once it has ended.
     """
 
     def __init__(self, engine: Engine, job_id: int) -> None:
         self.id = job_id
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.completion_tokens = 0
+        self.logprobs: tuple[TokenLogprob, ...] = ()
         self.finish_reason = ""
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.ended = False  # the worker has nothing more to say about it
         self.begun = time.monotonic()
+        self.spoke = False
         self._engine = engine
 
     async def start(self) -> None:
@@ -59,6 +66,7 @@ class Answer:
         event = await self._next()
         assert isinstance(event, Started)
         self.prompt_tokens = event.prompt_tokens
+        self.cached_tokens = event.cached_tokens
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
@@ -70,6 +78,7 @@ class Answer:
         assert isinstance(event, Done)
         self.completion_tokens = event.completion_tokens
         self.finish_reason = event.finish_reason
+        self.logprobs = event.logprobs
         raise StopAsyncIteration
 
     async def _next(self) -> Event:
@@ -95,6 +104,8 @@ class Engine:
     def __init__(self, source: Source, parallel: int = 1, waiting: int = 16) -> None:
         self.parallel = parallel
         self.alive = False
+        self.metrics = Metrics()
+        self.metrics.watch(lambda: self.running, lambda: self.waiting)
         self._source = source
         self._limit = waiting
         self._waiting = 0
@@ -103,6 +114,8 @@ class Engine:
         self._answers: dict[int, Answer] = {}
         self._seconds = _FIRST_GUESS  # that an answer takes, lately
         self._info: ModelInfo | None = None
+        self._process: BaseProcess | None = None
+        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.loaded = 0.0  # seconds since 1970
 
     @property
@@ -126,7 +139,7 @@ class Engine:
         """
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads is not safe
         self._connection, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(
+        self._process = context.Process(
             target=worker.main, args=(self._source, theirs), name="qwen-run model", daemon=True
         )
         self._process.start()
@@ -143,37 +156,37 @@ class Engine:
         self.loaded = time.time()
 
     async def run(self) -> None:
-        """Pass events on until cancelled, and start the worker again when it dies."""
-        loop = asyncio.get_running_loop()
+        """Pass the worker's events on until cancelled, and start it again when it dies."""
         pause = _RESTART_PAUSE
-        try:
-            while True:
-                if self.alive:
-                    started = time.monotonic()
-                    self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-                    writer = threading.Thread(
-                        target=_write, args=(self._connection, self._outbox), daemon=True
-                    )
-                    writer.start()
-                    dead = asyncio.Event()
-                    reader = threading.Thread(
-                        target=_read, args=(self._connection, loop, self._dispatch, dead), daemon=True
-                    )
-                    reader.start()
-                    await dead.wait()
-                    self._outbox.put(_CLOSE)
-                    self._forget("the model's process ended: try again")
-                    _log.error("the model's process ended with %s; starting it again", self._exit_code())
-                    if time.monotonic() - started > _LONGEST_PAUSE:
-                        pause = _RESTART_PAUSE
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
-                try:
-                    await asyncio.to_thread(self.load)
-                except Exception as error:
-                    _log.error("the model did not load again: %s", error)
-        finally:
-            self._stop()
+        while True:
+            if self.alive:
+                started = time.monotonic()
+                await self._attend()
+                exit_code = await asyncio.to_thread(self._exit_code)
+                _log.error("the model's process ended with %s; starting it again", exit_code)
+                if time.monotonic() - started > _LONGEST_PAUSE:
+                    pause = _RESTART_PAUSE
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            try:
+                await asyncio.to_thread(self.load)
+            except Exception as error:
+                _log.error("the model did not load again: %s", error)
+
+    async def _attend(self) -> None:
+        """Returns when the worker has died."""
+        self._outbox = queue.SimpleQueue()
+        dead = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for target, *arguments in (
+            (_write, self._connection, self._outbox),
+            (_read, self._connection, loop, self._dispatch, dead),
+        ):
+            threading.Thread(target=target, args=arguments, daemon=True).start()
+        await dead.wait()
+        self._outbox.put(_CLOSE)
+        self._forget("the model's process ended: try again")
+        self.metrics.restarts.inc()
 
     async def submit(self, prompt: str | Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
         """Wait for a place, and start an answer. The caller must close it.
@@ -216,8 +229,21 @@ class Engine:
         assert event.id is not None
         answer = self._answers[event.id]
         answer.events.put_nowait(event)
+        self._measure(answer, event)
         if isinstance(event, Done | Failed):
             self._end(answer)
+
+    def _measure(self, answer: Answer, event: Event) -> None:
+        seconds = time.monotonic() - answer.begun
+        if isinstance(event, Started):
+            self.metrics.prompt_tokens.inc(event.prompt_tokens)
+            self.metrics.cached_tokens.inc(event.cached_tokens)
+        elif isinstance(event, Piece) and not answer.spoke:
+            answer.spoke = True
+            self.metrics.first_token.observe(seconds)
+        elif isinstance(event, Done):
+            self.metrics.completion_tokens.inc(event.completion_tokens)
+            self.metrics.answer.observe(seconds)
 
     def _end(self, answer: Answer) -> None:
         """Only now, not when the client left, is the place free: the worker really stopped."""
@@ -232,15 +258,15 @@ class Engine:
             answer.events.put_nowait(Failed(answer.id, reason, mendable=False))
             self._end(answer)
 
-    def _stop(self) -> None:
-        if self.alive:
-            self.alive = False
-            self._outbox.put(None)
-            self._outbox.put(_CLOSE)
-            self._process.join(timeout=5)
+    def close(self) -> None:
+        """End the worker process, whatever it is doing."""
+        self.alive = False
+        if self._process is not None:
             self._process.kill()
+            self._process.join()
 
     def _exit_code(self) -> str:
+        assert self._process is not None
         self._process.join(timeout=5)
         return f"exit code {self._process.exitcode}"
 

@@ -22,16 +22,18 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from qwen_runtime.serve.grammar import takes_text
+
 Delta = dict[str, Any]
 
 _THOUGHT_END = "</think>"
 _CALL = "<tool_call>"
 _CALL_END = "</tool_call>"
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\s*")
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 _PARAMETER = re.compile(
-    r"<parameter=([^>\n]+)>(?:\n?</parameter>|\n(.*?)\n</parameter>|([^\n]*?)</parameter>)\s*", re.DOTALL
+    r"\s*<parameter=([^>\n]+)>(?:\n?</parameter>|\n(.*?)\n</parameter>|([^\n]*?)</parameter>)", re.DOTALL
 )
-_FUNCTION_END = re.compile(r"</function>\s*</tool_call>")
+_FUNCTION_END = re.compile(r"\s*</function>\s*</tool_call>")
 _PYTHON = {"True": True, "False": False, "None": None}  # how the chat template writes them
 
 
@@ -148,19 +150,18 @@ class AnswerParser:
 
     def _schema(self, function: str, parameter: str) -> Mapping[str, Any]:
         parameters = self._functions.get(function, {}).get("parameters") or {}
-        schema = parameters.get("properties", {}).get(parameter, {})
-        return schema if isinstance(schema, Mapping) else {}
+        found: Mapping[str, Any] = parameters.get("properties", {}).get(parameter, {})
+        return found
 
 
 def _value(text: str, schema: Mapping[str, Any]) -> Any:
-    """The argument that `text` stands for: text where the schema says so, or nothing; else JSON."""
-    kinds = schema.get("type", "string")
+    """The argument that `text` stands for: itself where the schema takes text, else JSON."""
     choices = schema.get("enum")
-    if kinds == "string" or (choices and text in choices):
+    if takes_text(schema) or (isinstance(choices, list) and text in choices):
         return text
     if text in _PYTHON:
         return _PYTHON[text]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

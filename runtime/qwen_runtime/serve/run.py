@@ -6,6 +6,8 @@ import ipaddress
 import logging
 import signal
 import socket
+import sys
+from contextlib import closing
 
 import uvicorn
 from qwen_profiles.errors import UserError
@@ -42,16 +44,16 @@ def serve(
     local = is_loopback(host)
     if not local and not api_key:
         raise UserError(f"{host} can be reached from other machines: give an --api-key")
-    listener = _listen(host, port)
-    with listener:
-        engine = Engine(source, parallel, queue)
+    with _listen(host, port) as listener, closing(Engine(source, parallel, queue)) as engine:
+        # Until uvicorn listens to signals, and when it has shut down, for it raises them again then.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         engine.load()
         name = f"[{host}]" if ":" in host else host
         print(engine.info.reason, flush=True)
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
-        app = make_app(engine, hosts=[*LOOPBACK, host] if local else None, api_key=api_key, thinking=thinking)
+        hosts = [*LOOPBACK, host] if local else None
         config = uvicorn.Config(
-            app,
+            make_app(engine, hosts=hosts, api_key=api_key, thinking=thinking),
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
@@ -60,8 +62,6 @@ def serve(
             limit_concurrency=_CONNECTIONS,
             ws="none",
         )
-        # uvicorn raises the signal again when it has shut down; SIGTERM then is nothing to die of.
-        signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listener])
 
 

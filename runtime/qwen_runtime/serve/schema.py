@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qwen_runtime.serve.errors import ApiError
 
@@ -56,10 +56,24 @@ class Message(_Part):
     tool_calls: list[ToolCall] | None = None
 
 
+def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
+    """What the server itself reads of a function's JSON schema."""
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(properties, dict) or not all(
+        isinstance(schema, dict) for schema in properties.values()
+    ):
+        raise ValueError("properties are not an object of schemas")
+    if any("\n" in name or ">" in name for name in properties):
+        raise ValueError("names of properties must have no line breaks and no '>'")
+    if not isinstance(required, list):
+        raise ValueError("required is not a list")
+    return parameters
+
+
 class Function(_Part):
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = None
     strict: bool | None = None
 
 
@@ -139,8 +153,8 @@ class SharedRequest(_Part):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Annotated[Any, _only(1)] = None
     logit_bias: Annotated[Any, _only({})] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     min_p: Annotated[Any, _only(0)] = None
 
 
@@ -149,11 +163,12 @@ class ChatRequest(SharedRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    response_format: TextFormat | None = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     functions: Annotated[Any, _only([])] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
     modalities: Annotated[Any, _only(["text"])] = None
@@ -167,7 +182,7 @@ class CompletionRequest(SharedRequest):
     echo: Annotated[Any, _only(False)] = None
     suffix: Annotated[Any, _only("")] = None
     best_of: Annotated[Any, _only(1)] = None
-    logprobs: Annotated[Any, _only(0)] = None
+    logprobs: int | None = Field(None, ge=0, le=20)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:

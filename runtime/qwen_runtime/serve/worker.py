@@ -3,8 +3,8 @@
 ONNX Runtime GenAI keeps Python's global lock while it reads a prompt, seconds for a large model. In a process
 of its own it stalls nobody else, and a crash in native code does not take the server along.
 
-Both sides send pickled objects through one pipe: `Job`, `Cancel` and None, the end, towards the worker;
-`Ready` or `Failed`, then `Started`, `Piece`, `Done` and `Failed` from it.
+Both sides send pickled objects through one pipe: `Job` and `Cancel` towards the worker; `Ready` or `Failed`,
+then `Started`, `Piece`, `Done` and `Failed` from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import Any
 
 from qwen_profiles.errors import UserError
 
-from qwen_runtime.model import Generation, Model, ModelInfo
+from qwen_runtime.generation import Generation, TokenLogprob
+from qwen_runtime.model import Model, ModelInfo
+from qwen_runtime.serve.parser import AnswerParser
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ class Source:
     path: Path
     provider: str = "auto"
     verify: bool = False
+    context_length: int | None = None
+    keep: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,16 @@ class Started:
 
     id: int
     prompt_tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next piece of text."""
+    """The next piece of text, and what was asked to be told of the tokens up to it."""
 
     id: int
     text: str
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Done:
     id: int
     finish_reason: str
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,17 @@ Event = Started | Piece | Done | Failed
 
 
 def main(source: Source, connection: Connection) -> None:
-    """Load the model and answer jobs, each in a thread, until the pipe closes or brings None."""
+    """Load the model and answer jobs, each in a thread, until the pipe closes."""
     for name in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, and the server decides
         signal.signal(name, signal.SIG_IGN)
     try:
-        model = Model.load(source.path, source.provider, source.verify)
+        model = Model.load(
+            source.path,
+            source.provider,
+            source.verify,
+            context_length=source.context_length,
+            keep=source.keep,
+        )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
         connection.send(Failed(None, _line(error), isinstance(error, UserError)))
@@ -108,6 +121,8 @@ class _Worker:
     model: Model
     connection: Connection
     _running: dict[int, _Run] = field(default_factory=dict)
+    _ahead: _Ahead | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self) -> None:
@@ -128,19 +143,37 @@ class _Worker:
             return None
 
     def _answer(self, job: Job, run: _Run) -> None:
+        answered = ""
         try:
+            if self._ahead:
+                self._ahead.stop()
             with self.model.generate(job.prompt, **job.options) as generation:
                 run.attach(generation)
-                self._send(Started(job.id, generation.prompt_tokens))
+                self._send(Started(job.id, generation.prompt_tokens, generation.cached_tokens))
+                told = 0
                 for text in generation:
-                    self._send(Piece(job.id, text))
-                last: Event = Done(job.id, generation.finish_reason or "cancelled", len(generation.tokens))
+                    self._send(Piece(job.id, text, tuple(generation.logprobs[told:])))
+                    told = len(generation.logprobs)
+                last: Event = Done(
+                    job.id,
+                    generation.finish_reason or "cancelled",
+                    len(generation.tokens),
+                    tuple(generation.logprobs[told:]),
+                )
+            if generation.finish_reason != "cancelled":
+                answered = generation.text
         except Exception as error:
             if not isinstance(error, UserError):
                 _log.exception("an answer failed")
             last = Failed(job.id, _line(error), isinstance(error, UserError))
-        del self._running[job.id]
+        ahead = None
+        with self._lock:
+            del self._running[job.id]
+            if answered and not self._running and not isinstance(job.prompt, str):
+                ahead = self._ahead = _Ahead(self.model, job.prompt, job.options, answered)
         self._send(last)
+        if ahead:
+            ahead.run()
 
     def _send(self, event: Event) -> None:
         try:
@@ -169,6 +202,52 @@ class _Run:
             self._cancelled = True
             if self._generation is not None:
                 self._generation.cancel()
+
+
+class _Ahead:
+    """Reads the answer as history while nobody waits, so that the next turn begins sooner."""
+
+    def __init__(
+        self, model: Model, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answered: str
+    ) -> None:
+        self._model = model
+        self._messages = messages
+        self._options = options
+        self._answered = answered
+        self._stopped = threading.Event()
+        self._finished = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._read()
+        except UserError:  # a template with rules of its own
+            pass
+        except Exception:
+            _log.exception("reading ahead failed")
+        finally:
+            self._finished.set()
+
+    def _read(self) -> None:
+        options = self._options
+        tools = options.get("tools") or ()
+        parser = AnswerParser(bool(options.get("thinking")), tools)
+        parser.feed(self._answered)
+        parser.finish()
+        if "tool_calls" in parser.message:  # a result comes next, and no word of the user
+            return
+        message = {"role": "assistant", "content": parser.message["content"] or ""}
+        self._model.read_ahead(
+            [*self._messages, message],
+            sampling=options.get("sampling"),
+            tools=tools,
+            guidance=options.get("guidance"),
+            cancelled=self._stopped.is_set,
+        )
+
+    def stop(self) -> None:
+        """Returns when what was read so far can be used."""
+        self._stopped.set()
+        self._finished.wait()
 
 
 def _line(error: Exception) -> str:
