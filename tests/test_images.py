@@ -250,6 +250,7 @@ def test_images_that_are_none(model: Model, kind: str) -> None:
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}, "not valid base64"),
         ({"type": "image_url"}, "not a data URL"),
         ({"type": "image"}, "no image"),
+        ({"type": "video", "video": "a.mp4"}, "sample frames"),
     ],
 )
 def test_parts_that_are_not_right(model: Model, part: dict[str, Any], message: str) -> None:
@@ -257,10 +258,11 @@ def test_parts_that_are_not_right(model: Model, part: dict[str, Any], message: s
         model.generate([{"role": "user", "content": [part]}])
 
 
-def test_image_token_in_a_text(model: Model) -> None:
-    for images in ([], [picture(64, 64)]):
-        with pytest.raises(UserError, match="image token written in its text"):
-            model.generate(asking(*images, text="<|image_pad|>"))
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|vision_start|><|video_pad|>"])
+def test_image_or_video_token_in_a_text(model: Model, token: str) -> None:
+    for prompt in (asking(text=token), asking(picture(64, 64), text=token), token):
+        with pytest.raises(UserError, match="image or video token written in it"):
+            model.generate(prompt)
 
 
 def test_text_that_leaves_no_room(model: Model) -> None:

@@ -12,7 +12,9 @@ import onnxruntime as ort
 import onnxruntime_genai as og
 import pytest
 import torch
+from click.testing import CliRunner
 from qwen_export.checkpoint import Checkpoint
+from qwen_export.cli import main
 from qwen_export.export import plan
 from qwen_export.vision_config import load_vision_config, vision_shapes
 from qwen_profiles.errors import UserError
@@ -231,6 +233,18 @@ def test_text_only_export_is_a_text_artifact(tmp_path: Path) -> None:
     whole = plan(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
     assert list(whole.models) == ["model.onnx", "embedding.onnx", "vision.onnx"]
     assert whole.bytes_by_role()["vision"] > 0
+
+
+def test_text_only_at_the_command(tmp_path: Path) -> None:
+    checkpoint = write_vision_checkpoint(tmp_path / "checkpoint")
+    arguments = ["--profile", "cpu", str(checkpoint), "-o", str(tmp_path / "out"), "--text-only", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0
+    manifest = json.loads(result.stdout)
+    assert manifest["model"]["model_type"] == "qwen3_5_text"
+    assert not {"vision.onnx", "embedding.onnx", "processor_config.json"} & manifest["files"].keys()
+    logits, _ = through_genai(genai_model(tmp_path / "out"), [5, 6, 7], {})
+    assert logits.shape == (2048,)
 
 
 def test_every_tensor_of_the_tower_is_expected(tmp_path: Path) -> None:

@@ -90,6 +90,10 @@ class Artifact:
         return int(self.genai_config["model"]["image_token_id"])
 
     @property
+    def video_token(self) -> int:
+        return int(self.genai_config["model"]["video_token_id"])
+
+    @property
     def image_prompt_tokens(self) -> int:
         """Most tokens of a prompt with images."""
         return int(self.manifest["image_prompt_tokens"])

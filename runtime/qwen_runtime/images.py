@@ -90,12 +90,14 @@ def take_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str
     {"type": "image_url", "image_url": {"url": DATA_URL}}, which never opens a file.
 
     Raises:
-        UserError: an image part without an image, or a URL that is not a data URL.
+        UserError: an image part without an image, a URL that is not a data URL, or a video.
     """
     sources: list[Any] = []
 
     def bare(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("video", "video_url"):
+            raise UserError("a message has a video: sample frames from it and give them as images")
         if kind not in ("image", "image_url"):
             return part
         source = part.get(kind)
@@ -214,14 +216,15 @@ def _fitting_size(width: int, height: int, factor: int, least: int, most: int) -
     return across, down
 
 
-def expand(tokens: Sequence[int], image_token: int, images: Sequence[Patches]) -> list[int]:
+def expand(tokens: Sequence[int], image_token: int, video_token: int, images: Sequence[Patches]) -> list[int]:
     """`tokens` with each image token repeated once for every feature of its image.
 
     Raises:
-        UserError: there are not as many image tokens as images, because a text has one written in it.
+        UserError: there are not as many image tokens as images, or a video token, because a text has one
+            written in it.
     """
-    if tokens.count(image_token) != len(images):
-        raise UserError("a message has the image token written in its text: remove it")
+    if tokens.count(image_token) != len(images) or video_token in tokens:
+        raise UserError("a text has an image or video token written in it: remove it")
     counts = iter(images)
     expanded: list[int] = []
     for token in tokens:

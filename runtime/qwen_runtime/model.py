@@ -320,7 +320,7 @@ class Model:
             )
         most = min(room, max_tokens or _MAX_IMAGE_TOKENS)
         images = [cut_patches(open_image(source), settings, most) for source in sources]
-        tokens = expand(tokens, self._artifact.image_token, images)
+        tokens = expand(tokens, self._artifact.image_token, self._artifact.video_token, images)
         if images and len(tokens) > limit:  # a strip cannot be made as small as it should
             raise UserError(
                 f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some"
