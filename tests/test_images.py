@@ -22,7 +22,7 @@ from qwen_export.vision_config import load_vision_config
 from qwen_profiles.errors import UserError
 from qwen_runtime import Model, Sampling
 from qwen_runtime.cli import main
-from qwen_runtime.images import ImageSettings, cut_patches, open_image
+from qwen_runtime.images import ImageSettings, cut_patches, expand, open_image, vision_inputs
 from random_checkpoints import VISION_TOKENS, random_vision_model, write_vision_checkpoint
 from transformers import AutoTokenizer
 from transformers.image_utils import load_image
@@ -32,6 +32,7 @@ from artifacts import float_profile, make_artifact
 
 GREEDY = Sampling(temperature=0)
 ALL = 10**6  # tokens: no limit
+IMAGE_AND_VIDEO = (VISION_TOKENS["image_token_id"], VISION_TOKENS["video_token_id"])
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +122,35 @@ def test_files_are_read_as_transformers_reads_them(checkpoint: Path, settings: A
 
 
 def test_genais_own_processor_agrees(artifact: Path, settings: ImageSettings, tmp_path: Path) -> None:
-    """The file that programs in other languages rely on."""
-    (tmp_path / "image.png").write_bytes(FILES["png"])
+    """The file that programs in other languages rely on: one image, and two of different sizes."""
     config = og.Config(str(artifact))
     config.clear_providers()
-    processor = og.Model(config).create_multimodal_processor()
-    prompt = "<|vision_start|><|image_pad|><|vision_end|>"
-    inputs = processor(prompt, images=og.Images.open(str(tmp_path / "image.png")))
-    found = cut_patches(open_image(FILES["png"]), settings, ALL)
-    assert inputs["image_grid_thw"].as_numpy().tolist() == [[1, found.height, found.width]]
-    np.testing.assert_allclose(inputs["pixel_values"].as_numpy(), found.values, atol=1e-5)
+    genai = og.Model(config)
+    processor = genai.create_multimodal_processor()
+    paths = [tmp_path / "wide.png", tmp_path / "tall.png"]
+    for path, size in zip(paths, [(90, 60), (40, 120)], strict=True):
+        path.write_bytes(encoded(picture(*size)))
+    text = "<|vision_start|><|image_pad|><|vision_end|>What?"
+
+    theirs = processor(text, images=og.Images.open(str(paths[0])))
+    found = cut_patches(open_image(paths[0]), settings, ALL)
+    assert theirs["image_grid_thw"].as_numpy().tolist() == [[1, found.height, found.width]]
+    np.testing.assert_allclose(theirs["pixel_values"].as_numpy(), found.values, atol=1e-5)
+
+    def logits(inputs: og.NamedTensors) -> np.ndarray:
+        parameters = og.GeneratorParams(genai)
+        parameters.set_search_options(max_length=600)
+        generator = og.Generator(genai, parameters)
+        generator.set_inputs(inputs)
+        return generator.get_logits()[0, -1]
+
+    images = [cut_patches(open_image(path), settings, ALL) for path in paths]
+    tokens = [int(token) for token in og.Tokenizer(genai).encode(text * 2)]
+    ours = og.NamedTensors()
+    for name, value in vision_inputs(expand(tokens, *IMAGE_AND_VIDEO, images), images).items():
+        ours[name] = value
+    theirs = processor(text * 2, images=og.Images.open(*map(str, paths)))
+    np.testing.assert_allclose(logits(theirs), logits(ours), atol=1e-3)
 
 
 def test_limit_of_tokens(settings: ImageSettings) -> None:

@@ -1,10 +1,9 @@
 """Images on their way to the vision tower: read, resized, cut into patches.
 
 ONNX Runtime GenAI's own processor does the same for programs in other languages, and agrees with this one
-to 2e-7 on an opaque PNG. It is not used here because in 0.18 it pads images of different sizes to one length,
-so that their patches no longer match their grids; minds neither transparency nor EXIF orientation;
-ends the whole process at a GIF; and reads its limit of pixels from the artifact, so that one photograph may
-fill the context.
+to 2e-7 on an opaque PNG. It is not used here because in 0.18 it minds neither transparency nor EXIF
+orientation, decodes JPEG differently, ends the whole process at a GIF, and reads its limit of pixels from the
+artifact, so that one photograph may fill the context.
 
 Source: transformers' Qwen2VLImageProcessor; tests/test_images.py compares.
 """
