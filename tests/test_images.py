@@ -214,6 +214,7 @@ def test_every_way_to_give_an_image(model: Model, tmp_path: Path) -> None:
         answer(model, asking(path)),
         answer(model, asking(str(path))),
         answer(model, asking(path.read_bytes())),
+        answer(model, asking(url)),
         answer(model, [{"role": "user", "content": openai}]),
     }
     assert len(answers) == 1
@@ -240,6 +241,9 @@ def test_images_shrink_to_what_the_prompt_holds(model: Model) -> None:
 HUGE = encoded(Image.new("1", (12_000, 12_000)))
 BAD = {
     "no such file": ("gone.jpg", "no file gone.jpg"),
+    "no possible file": ("a" * 10_000, "no file a+: give the path"),
+    "no possible name": ("a\0b", "no file"),
+    "a URL": ("https://example.com/a.png", "none is fetched"),
     "a folder": (Path(__file__).parent, "no file"),
     "text": (b"not an image", "not a whole image"),
     "nothing": (b"", "not a whole image"),

@@ -14,6 +14,7 @@ import base64
 import binascii
 import io
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Not every format that Pillow knows: some of them start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MOST_PIXELS = 100_000_000  # of a file: a small one can unpack to gigabytes
+_LONGEST_NAME = 120  # characters of a path in a message
 _MOST_STRETCHED = 200  # longer to shorter side; transformers' limit
 
 
@@ -119,7 +121,7 @@ def take_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str
 
 def _from_data_url(url: Any) -> bytes:
     if not isinstance(url, str) or not url.startswith("data:"):
-        raise UserError("an image_url is not a data URL (data:image/png;base64,...): images are not fetched")
+        raise UserError("an image's URL is not a data URL (data:image/png;base64,...): none is fetched")
     header, _, body = url.partition(",")
     if not header.endswith(";base64"):
         raise UserError("a data URL is not in base64: give data:image/png;base64,...")
@@ -130,7 +132,7 @@ def _from_data_url(url: Any) -> bytes:
 
 
 def open_image(source: Any) -> Image:
-    """The image in `source` - a path, the bytes of a file, or a PIL image - as RGB, the right way up.
+    """The image in `source` - a path, a data URL, the bytes of a file, or a PIL image - as RGB, upright.
 
     Of an animation it is the first frame. What is transparent becomes white.
 
@@ -142,9 +144,13 @@ def open_image(source: Any) -> Image:
     except ImportError as error:
         raise UserError("images need Pillow: pip install 'qwen-edge[vision]'") from error
 
-    name = str(source) if isinstance(source, str | Path) else "the image"
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        raise UserError(f"no file {name}: give the path of an image")
+    name = "the image"
+    if isinstance(source, str) and source.startswith(("data:", "http:", "https:")):
+        source = _from_data_url(source)
+    elif isinstance(source, str | Path):
+        name = str(source)[:_LONGEST_NAME]
+        if not os.path.isfile(source):  # False for a name that cannot be one, where Path raises
+            raise UserError(f"no file {name}: give the path of an image")
     try:
         if isinstance(source, Image.Image):
             image = source
