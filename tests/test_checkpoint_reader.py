@@ -101,7 +101,7 @@ def test_the_outer_model_decides_on_tied_embeddings(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rope_parameters": {"type": "yarn"}}, "'yarn' is not supported yet"),
+        ({"rope_parameters": {"type": "yarn"}}, "rope_type yarn needs a factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' is not supported yet"),
         ({"rope_parameters": [1]}, "config.json: rope_parameters: "),
         ({"rope_parameters": {"mrope_section": [3, 1, 1]}}, "mrope_section must add up"),

@@ -35,6 +35,7 @@ Examples:
   qwen-export --profile strix-halo ~/models/Qwen3.5-4B -o D:/kiosk/model
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
+  qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
 """
 
 
@@ -97,6 +98,13 @@ def main() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder to write.  [default: artifacts/<model>-<profile>]",
 )
+@click.option(
+    "--max-context",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Tokens of prompt and answer together, instead of the profile's limit; YaRN where that is more "
+    "than the checkpoint was trained for.",
+)
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
@@ -108,6 +116,7 @@ def export_command(
     checkpoint: str,
     profile_name: str,
     output: Path | None,
+    max_context: int | None,
     revision: str | None,
     force: bool,
     text_only: bool,
@@ -125,7 +134,15 @@ def export_command(
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
         with _progress(progress and not as_json) as shown:
-            manifest = export(source, profile, folder, shown, force=force, all_logits=all_logits)
+            manifest = export(
+                source,
+                profile,
+                folder,
+                shown,
+                force=force,
+                all_logits=all_logits,
+                max_context=max_context,
+            )
         if as_json:
             click.echo(json.dumps({"output": str(folder), **manifest}, indent=2))
         else:

@@ -18,6 +18,7 @@ from pydantic import (
 )
 from qwen_profiles.errors import UserError
 
+YARN_REACH = 4  # the largest factor that Qwen's model cards give: 262,144 trained, about a million with YaRN
 _DEFAULT_EXPERTS = 256  # transformers' Qwen3_5MoeTextConfig
 LayerType = Literal["linear_attention", "full_attention"]
 
@@ -31,16 +32,42 @@ _TEXT_CONFIG = {
 
 
 class RopeParameters(BaseModel):
-    """`rope_parameters` of config.json. Only the default (unscaled) rotary embedding is supported."""
+    """`rope_parameters` of config.json: the trained rotary embedding, or one that YaRN stretches.
+
+    YaRN's fields and their defaults are those of transformers' _compute_yarn_parameters.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     # Older configurations say `type`.
-    rope_type: Literal["default"] = Field("default", validation_alias=AliasChoices("rope_type", "type"))
+    rope_type: Literal["default", "yarn"] = Field(
+        "default", validation_alias=AliasChoices("rope_type", "type")
+    )
     rope_theta: float = 10_000.0
     partial_rotary_factor: float = Field(default=0.25, gt=0, le=1)
     mrope_section: tuple[int, int, int] = (11, 11, 10)
     mrope_interleaved: Literal[True] = True
+    factor: float = Field(default=1.0, ge=1)
+    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+    beta_fast: float = 32
+    beta_slow: float = 1
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _yarn_has_a_factor(self) -> RopeParameters:
+        if self.rope_type == "yarn" and "factor" not in self.model_fields_set:
+            raise ValueError("rope_type yarn needs a factor")
+        return self
 
 
 class TextConfig(BaseModel):
@@ -120,6 +147,41 @@ class TextConfig(BaseModel):
             if not holds:
                 raise ValueError(message)
         return self
+
+    @property
+    def trained_positions(self) -> int:
+        """Tokens that the rotary embedding was trained for, before YaRN."""
+        return self.rope_parameters.original_max_position_embeddings or self.max_position_embeddings
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the rotary embedding is made for. Published configurations leave
+        max_position_embeddings at the trained length when they ask for YaRN."""
+        stretched = int(self.trained_positions * self.rope_parameters.factor)
+        return stretched if self.rope_parameters.rope_type == "yarn" else self.max_position_embeddings
+
+    def reaching(self, tokens: int) -> TextConfig:
+        """The same model for contexts of `tokens`: stretched by YaRN if they are more than `positions`.
+
+        Raises:
+            UserError: YaRN does not reach so far.
+        """
+        if tokens <= self.positions:
+            return self
+        limit = max(self.positions, YARN_REACH * self.trained_positions)
+        if tokens > limit:
+            raise UserError(
+                f"a context of {tokens} tokens is more than this checkpoint can do: {self.trained_positions} "
+                f"as trained, {limit} with YaRN; give --max-context {limit} or less"
+            )
+        changes = {
+            "rope_type": "yarn",
+            "factor": tokens / self.trained_positions,
+            "original_max_position_embeddings": self.trained_positions,
+            "attention_factor": None,
+        }
+        rope = self.rope_parameters.model_copy(update=changes)
+        return self.model_copy(update={"rope_parameters": rope})
 
     @property
     def model_type(self) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import expected_shapes
 from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
 from qwen_export.graph.embedding import embedding
-from qwen_export.graph.model import GraphOptions, decoder
+from qwen_export.graph.model import GraphOptions, cache_bytes_per_token, decoder
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import TARGETS, Target
 from qwen_export.graph.vision import vision_tower
@@ -107,13 +107,27 @@ def export(
     *,
     force: bool = False,
     all_logits: bool = False,
+    max_context: int | None = None,
 ) -> dict[str, Any]:
     """Write the artifact of `checkpoint` for `profile` to the folder `output`; returns its manifest.
 
+    Args:
+        max_context: tokens, instead of the profile's `context_length`; more than the checkpoint was made for
+            turns on YaRN.
+
     Raises:
         UserError: the checkpoint contradicts its config or holds NaN, the output exists, the disk is full,
-            or another export is writing to the same place.
+            another export is writing to the same place, or `max_context` is out of reach.
     """
+    if max_context is not None:
+        config = checkpoint.config.reaching(max_context)
+        if config is not checkpoint.config:
+            progress.note(
+                f"YaRN stretches the context by {config.rope_parameters.factor:.3g}, for short prompts too: "
+                "they are answered a little worse than without --max-context"
+            )
+        checkpoint = replace(checkpoint, config=config)
+        profile = profile.model_copy(update={"context_length": max_context})
     if output.exists() and not force:
         raise UserError(f"{output} already exists: choose another folder with -o, or replace it with --force")
     checkpoint.check(expected_shapes(checkpoint.config))
@@ -169,6 +183,8 @@ def _export(
     manifest["bytes_by_role"] = planned.bytes_by_role()
     manifest["carried_over"] = planned.carried_roles()
     manifest["all_logits"] = all_logits
+    dtype = np.dtype(profile.activation_dtype)
+    manifest["cache_bytes_per_token"] = cache_bytes_per_token(checkpoint.config, dtype)
     if checkpoint.vision:
         context = manifest["context_length"]
         manifest["image_prompt_tokens"] = min(planned.max_run_tokens or context, context)

@@ -50,7 +50,7 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
         generation: the checkpoint's generation_config.json, {} if it has none.
     """
     config = checkpoint.config
-    context = min(profile.context_length, config.max_position_embeddings)
+    context = min(profile.context_length, config.positions)
     dtype = np.dtype(profile.activation_dtype)
     tokens = "inputs_embeds" if checkpoint.vision else "input_ids"
     inputs = {name: name for name in (tokens, "attention_mask", "position_ids")}

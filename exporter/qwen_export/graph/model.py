@@ -67,6 +67,20 @@ def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, Stat
     )
 
 
+def cache_bytes_per_token(config: TextConfig, dtype: np.dtype) -> int:
+    """Keys and values that each token adds; only full-attention layers grow."""
+    growing = (
+        state
+        for layer in range(config.num_hidden_layers)
+        for state in states(config, layer, dtype)
+        if "past_sequence_length" in state.past_shape
+    )
+    return sum(
+        int(np.prod([size for size in state.past_shape if isinstance(size, int)])) * state.dtype.itemsize
+        for state in growing
+    )
+
+
 def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphOptions) -> None:
     """Build the decoder into `g`.
 

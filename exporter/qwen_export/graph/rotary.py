@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qwen_export.config import TextConfig
 from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.yarn import inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,23 @@ def rotation(g: GraphBuilder, config: TextConfig, position_ids: ir.Value) -> Rot
     """Tables for `position_ids` int64 [3, batch, sequence] (temporal, height, width).
 
     Every frequency takes its angle from one of the three positions: the temporal one, but the height's at
-    1, 4, 7, ... and the width's at 2, 5, 8, ..., as far as `mrope_section` reaches. Angles are float32.
+    1, 4, 7, ... and the width's at 2, 5, 8, ..., as far as `mrope_section` reaches. Angles are float32,
+    in which whole positions are exact up to 2^24.
     Source: transformers' Qwen3_5TextRotaryEmbedding.
     """
     half = config.rotary_dim // 2
-    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
-    inverse_frequencies = (1.0 / np.float32(config.rope_parameters.rope_theta) ** exponents).astype(
-        np.float32
-    )
+    frequencies, factor = inverse_frequencies(config)
     axis = np.zeros(half, dtype=np.int64)
     for offset in (1, 2):
         axis[offset : config.rope_parameters.mrope_section[offset] * 3 : 3] = offset
-    # [3, half]: row p holds the frequencies that turn with position p, so that a product and a sum choose.
-    chosen = np.where(axis == np.arange(3)[:, None], inverse_frequencies, 0).astype(np.float32)
-
+    # Chosen and multiplied one by one: a MatMul may be done in TF32, which rounds positions from 2049 on.
     positions = g.op("Transpose", g.cast(position_ids, np.float32), perm=[1, 2, 0])
-    angles = g.op("MatMul", positions, g.constant(chosen, np.float32))
-    cos = g.cast(g.op("Cos", angles), g.dtype)
-    sin = g.cast(g.op("Sin", angles), g.dtype)
+    chosen = g.op("Gather", positions, g.ints(*axis.tolist()), axis=2)
+    angles = g.op("Mul", chosen, g.constant(frequencies, np.float32))
+    cos, sin = g.op("Cos", angles), g.op("Sin", angles)
+    if factor != 1:
+        cos, sin = (g.op("Mul", table, g.constant(factor, np.float32)) for table in (cos, sin))
+    cos, sin = g.cast(cos, g.dtype), g.cast(sin, g.dtype)
     if not g.target.has("RotaryEmbedding"):
         axes = g.ints(2)
         return Rotation(g.op("Unsqueeze", cos, axes), g.op("Unsqueeze", sin, axes), None)
