@@ -121,8 +121,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "bad head count": (edit_config(num_key_value_heads=3), "num_key_value_heads must divide"),
     "negative size": (edit_config(hidden_size=-1), "config.json: hidden_size: "),
     "scaled rotary embedding": (
-        edit_config(rope_parameters={"rope_type": "yarn", "mrope_section": [2, 1, 1]}),
-        "rope_parameters.rope_type: Input should be 'default'",
+        edit_config(rope_parameters={"rope_type": "longrope", "mrope_section": [2, 1, 1]}),
+        "rope_parameters.rope_type: Input should be 'default' or 'yarn'",
     ),
     "missing shard": (
         lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
