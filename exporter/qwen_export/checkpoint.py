@@ -26,8 +26,6 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.
 _WRAPPED, _PLAIN = "model.language_model.", "model."
-# Another model of its: multi-token prediction.
-_IGNORED = ("mtp.",)
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,6 @@ def _tensors(root: Path) -> Iterator[tuple[str, TensorInfo]]:
             if name not in entries:
                 raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
         for stored_name, entry in entries.items():
-            if stored_name.startswith(_IGNORED):
-                continue
             name = stored_name
             if name.startswith(_WRAPPED):
                 name = _PLAIN + name.removeprefix(_WRAPPED)

@@ -102,6 +102,8 @@ class TextConfig(BaseModel):
     num_experts_per_tok: int = Field(default=8, gt=0)
     moe_intermediate_size: int = Field(default=512, gt=0)
     shared_expert_intermediate_size: int = Field(default=512, gt=0)
+    mtp_num_hidden_layers: int = Field(default=0, ge=0)
+    mtp_use_dedicated_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -262,14 +264,33 @@ def in_words(error: ValidationError) -> str:
 
 def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of `config` must hold, with its shape; names as `model.X`."""
-    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    heads, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer, layer_type in enumerate(config.layer_types):
+        shapes |= _layer_shapes(config, f"model.layers.{layer}", layer_type)
+    return shapes
+
+
+def mtp_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a multi-token-prediction head of one layer, which shares embedding and lm_head."""
+    hidden = config.hidden_size
+    return {
+        "mtp.fc.weight": (hidden, 2 * hidden),
+        "mtp.pre_fc_norm_embedding.weight": (hidden,),
+        "mtp.pre_fc_norm_hidden.weight": (hidden,),
+        "mtp.norm.weight": (hidden,),
+        **_layer_shapes(config, "mtp.layers.0", "full_attention"),
+    }
+
+
+def _layer_shapes(config: TextConfig, name: str, layer_type: LayerType) -> dict[str, tuple[int, ...]]:
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
     block: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -290,7 +311,7 @@ def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
     else:
         block |= _mlp_shapes("mlp", hidden, inner)
     value_heads = config.linear_num_value_heads
-    mixers = {
+    mixers: dict[LayerType, dict[str, tuple[int, ...]]] = {
         "full_attention": {
             "self_attn.q_proj.weight": (2 * heads, hidden),
             "self_attn.k_proj.weight": (kv, hidden),
@@ -311,10 +332,7 @@ def expected_shapes(config: TextConfig) -> dict[str, tuple[int, ...]]:
             "linear_attn.out_proj.weight": (hidden, config.value_dim),
         },
     }
-    for layer, layer_type in enumerate(config.layer_types):
-        for name, shape in {**block, **mixers[layer_type]}.items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    return shapes
+    return {f"{name}.{part}": shape for part, shape in {**block, **mixers[layer_type]}.items()}
 
 
 def _mlp_shapes(name: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:

@@ -25,10 +25,11 @@ from qwen_profiles.schema import Profile
 
 from qwen_export import package
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.config import expected_shapes
+from qwen_export.config import expected_shapes, mtp_shapes
 from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
 from qwen_export.graph.embedding import embedding
 from qwen_export.graph.model import GraphOptions, cache_bytes_per_token, decoder
+from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import TARGETS, Target
 from qwen_export.graph.vision import vision_tower
@@ -76,7 +77,7 @@ class Plan:
         return totals
 
 
-def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> Plan:
+def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp: bool = False) -> Plan:
     """Build the graphs from the config and lay out the data file; reads no weight."""
     target = TARGETS[profile.lowering]
     dtype = np.dtype(profile.activation_dtype)
@@ -96,7 +97,33 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False) -> 
         g = GraphBuilder(target, dtype, layout)
         vision_tower(g, vision, recipe)
         models[package.VISION_FILE] = g.model("qwen3_5_vision")
+    if mtp:
+        g = GraphBuilder(target, dtype, layout)
+        decoder(g, config, recipe, GraphOptions(run, speculative=True))
+        models[package.SPECULATIVE_FILE] = g.model("qwen3_5_speculative")
+        g = GraphBuilder(target, dtype, layout)
+        mtp_head(g, config, recipe)
+        models[package.MTP_FILE] = g.model("qwen3_5_mtp")
     return Plan(target, models, layout.stored, layout.end, None if target.has("LinearAttention") else run)
+
+
+def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:
+    """Whether the MTP head is exported; where the checkpoint's is not, a line says why."""
+    if not any(name.startswith("mtp.") for name in checkpoint.tensors):
+        return False
+    config = checkpoint.config
+    if not profile.mtp:
+        reason = f"profile {profile.name}'s runtime cannot use it"
+    elif config.mtp_num_hidden_layers != 1 or config.mtp_use_dedicated_embeddings:
+        reason = "it is not one layer that shares the model's embedding"
+    else:
+        try:
+            checkpoint.check(mtp_shapes(config))
+            return True
+        except UserError as error:
+            reason = str(error)
+    progress.note(f"no MTP head, so no speculative decoding: {reason}")
+    return False
 
 
 def export(
@@ -133,7 +160,7 @@ def export(
     checkpoint.check(expected_shapes(checkpoint.config))
     if checkpoint.vision:
         checkpoint.check(vision_shapes(checkpoint.vision))
-    planned = plan(checkpoint, profile, all_logits)
+    planned = plan(checkpoint, profile, all_logits, _has_mtp(checkpoint, profile, progress))
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.parent / f".{output.name}.partial"
     work.mkdir(exist_ok=True)

@@ -25,6 +25,8 @@ MODEL_FILE = "model.onnx"
 EMBEDDING_FILE = "embedding.onnx"
 VISION_FILE = "vision.onnx"
 PROCESSOR_CONFIG = "processor_config.json"
+SPECULATIVE_FILE = "speculative.onnx"
+MTP_FILE = "mtp.onnx"
 
 # GenAI captures the graph on DirectML unless told not to, and that wants states of one size.
 _OPTIONS = {"dml": {"enable_graph_capture": "0"}}

@@ -57,6 +57,8 @@ class Profile(_Frozen):
         weights: format by role. A tied embedding follows `lm_head`; the router is always float.
             `vision` is the vision tower.
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU quantise activations to int8.
+        mtp: exports the checkpoint's MTP head, for speculative decoding: ONNX Runtime itself, without GenAI,
+            must run the provider, and attention write into the cache that it is given (lowering `fused`).
         prefill_chunk: tokens of a prompt that are processed in one run, a power of two.
         context_length: tokens of prompt and answer together; at most the checkpoint's own limit.
     """
@@ -69,6 +71,7 @@ class Profile(_Frozen):
     activation_dtype: Literal["float32", "float16"]
     weights: dict[Role, WeightFormat]
     accuracy_level: int = Field(default=0, ge=0, le=4)
+    mtp: bool = False
     prefill_chunk: Literal[16, 32, 64, 128, 256, 512, 1024, 2048]
     context_length: int = Field(gt=0)
 

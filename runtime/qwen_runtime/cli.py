@@ -26,6 +26,7 @@ Examples:
   cat letter.txt | qwen-run artifacts/Qwen3.5-0.8B-cpu - --system "Summarise."
   qwen-run artifacts/Qwen3.5-0.8B-cpu --image photo.jpg "What is this?"
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Name a colour" --temperature 0 --json
+  qwen-run artifacts/Qwen3.5-0.8B-cpu "Explain tides" --speculative
 """
 
 _SERVE_EPILOG = """\b
@@ -73,6 +74,11 @@ for _command in KIOSK_COMMANDS:
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop at this text; may be given several times.")
 @click.option("--think/--no-think", "thinking", default=False, help="Let the model think first.")
 @click.option(
+    "--speculative",
+    is_flag=True,
+    help="Take the likeliest tokens, guessed by the MTP head and checked several in a run.",
+)
+@click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
 )
 @click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
@@ -93,6 +99,7 @@ def answer(
     seed: int | None,
     stop: tuple[str, ...],
     thinking: bool,
+    speculative: bool,
     provider: str,
     verify: bool,
     as_json: bool,
@@ -111,6 +118,7 @@ def answer(
             "stop": stop,
             "thinking": thinking,
             "max_image_tokens": max_image_tokens,
+            "speculative": speculative,
         }
         with Model.load(artifact, provider, verify) as model:
             click.echo(model.info.reason, err=True)
@@ -202,13 +210,23 @@ def _answer(model: Model, prompt: str | list[dict[str, Any]], options: dict[str,
     generation = model.generate(prompt, **options)
     if not as_json:
         _stream(generation)
+        if guesses := generation.acceptance:
+            counts = f"{guesses.accepted} of {guesses.drafted}"
+            click.echo(f"guesses accepted: {counts} ({guesses.rate:.0%})", err=True)
         return
     for _ in generation:
         pass
+    usage: dict[str, Any] = {
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": len(generation.tokens),
+    }
+    if guesses := generation.acceptance:
+        usage |= {"drafted_tokens": guesses.drafted, "accepted_tokens": guesses.accepted}
+        usage["acceptance_rate"] = guesses.rate
     result = {
         "text": generation.text,
         "finish_reason": generation.finish_reason,
-        "usage": {"prompt_tokens": generation.prompt_tokens, "completion_tokens": len(generation.tokens)},
+        "usage": usage,
         "model": model.info.name,
         "provider": model.info.provider,
     }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_runtime.prefix import State
+from qwen_runtime.speculative import Acceptance
 from qwen_runtime.stop import StopFilter
 
 Logits = npt.NDArray[np.float32]
@@ -85,9 +86,17 @@ class Generation:
         text: the pieces yielded so far.
         prompt_tokens: number of tokens of the prompt.
         cached_tokens: how many of them did not have to be read, because an earlier answer had read them.
+        acceptance: how the MTP head's guesses fare; None unless decoding is speculative.
     """
 
-    def __init__(self, state: State, tokenizer: Any, plan: Plan, release: Callable[[State], None]) -> None:
+    def __init__(
+        self,
+        state: State,
+        tokenizer: Any,
+        plan: Plan,
+        release: Callable[[State], None],
+        acceptance: Acceptance | None = None,
+    ) -> None:
         """Args:
         state: what holds the beginning of the prompt, or nothing yet.
         tokenizer: an onnxruntime_genai.Tokenizer.
@@ -96,6 +105,7 @@ class Generation:
         self.text = ""
         self.prompt_tokens = len(plan.prompt)
         self.cached_tokens = len(state.tokens)
+        self.acceptance = acceptance
         self._progress = _Progress()
         self._pieces = _run(state, tokenizer, plan, release, self._progress)
 

@@ -17,6 +17,7 @@ from qwen_runtime.generation import Generation, Plan
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
 from qwen_runtime.prefix import State, StateCache, common_prefix
 from qwen_runtime.provider import PROVIDERS, Choice, choose
+from qwen_runtime.speculative import Sessions, Speculator
 from qwen_runtime.template import render
 
 Message = Mapping[str, Any]
@@ -118,6 +119,7 @@ class Model:
         self._og = og
         self._model = model
         self._tokenizer = og.Tokenizer(model)
+        self._sessions: Sessions | None = None
 
     @classmethod
     def load(
@@ -173,7 +175,7 @@ class Model:
     def close(self) -> None:
         """Free the model's memory. Safe to call twice."""
         self._states.clear()
-        self._tokenizer = self._model = None
+        self._tokenizer = self._model = self._sessions = None
 
     def __enter__(self) -> Model:
         return self
@@ -221,6 +223,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] = (),
         guidance: Guidance | None = None,
         logprobs: int | None = None,
+        speculative: bool = False,
     ) -> Generation:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
@@ -234,6 +237,8 @@ class Model:
             tools: for messages, the functions that the model is told of, as OpenAI describes them.
             guidance: what the answer must look like. Only tokens that can lead there are considered.
             logprobs: report how likely each token was, and as many of the likeliest at its place, 0 to 20.
+            speculative: take the likeliest tokens, guessed by the artifact's MTP head and checked by the
+                model several in a run. The first call loads the graphs for it.
 
         A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
         artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
@@ -243,8 +248,9 @@ class Model:
             An iterator of pieces of text, which does its work as it is iterated.
 
         Raises:
-            UserError: the prompt is empty or does not fit the context, an option is out of range, or an image
-                cannot be read or is one too many for the artifact.
+            UserError: the prompt is empty or does not fit the context, an option is out of range, an image
+                cannot be read or is one too many for the artifact, or speculative decoding is not possible
+                with this artifact, provider or these options.
         """
         sources: list[Any] = []
         if isinstance(prompt, str):
@@ -272,7 +278,7 @@ class Model:
         sampling = sampling or Sampling()
         options = self._options(sampling)
         # What a state has drawn so far would change what it draws next; and images need a fresh generator.
-        reusable = self._states.size > 0 and not images and "random_seed" not in options
+        reusable = self._states.size > 0 and not images and "random_seed" not in options and not speculative
         limit = min(room, max_tokens or _DEFAULT_MAX_TOKENS)
         # Else ONNX Runtime GenAI cuts the prompt by itself. In pieces cancelling works in a long one too.
         appends = PROVIDERS[self.info.provider].appends
@@ -290,6 +296,10 @@ class Model:
         )
         key = {**options, "guidance": guidance}
         max_length = len(tokens) + limit
+        if speculative:
+            speculator = self._speculator(plan, key, max_length)
+            answering = State(speculator, key, max_length)
+            return Generation(answering, self._tokenizer, plan, self._release, speculator.acceptance)
         state = self._states.take(tokens, key, max_length) if reusable else None
         if state is None:
             if reusable:
@@ -395,6 +405,24 @@ class Model:
             if guidance is None or "grammar" not in str(error):
                 raise
             raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
+
+    def _speculator(self, plan: Plan, options: Mapping[str, Any], max_length: int) -> Speculator:
+        refused = {
+            "temperature": options.get("do_sample", False),
+            "repetition penalty": options.get("repetition_penalty", 1) != 1,
+            "presence or frequency penalty": plan.presence_penalty != 0 or plan.frequency_penalty != 0,
+            "guidance": options["guidance"] is not None,
+            "log probabilities": plan.logprobs is not None,
+            "images": plan.inputs is not None,
+        }
+        for what, present in refused.items():
+            if present:
+                raise UserError(
+                    f"speculative decoding chooses the likeliest token and takes no {what}: leave one off"
+                )
+        if self._sessions is None:
+            self._sessions = Sessions.load(self._artifact, self.info.provider)
+        return Speculator(self._sessions, max_length)
 
     def _tensors(self, values: Mapping[str, Any]) -> Any:
         tensors = self._og.NamedTensors()

@@ -30,11 +30,13 @@ class GraphOptions:
         max_run_tokens: the longest run of tokens of the chunked Gated DeltaNet, a power of two.
         all_logits: logits for every position, for evaluation; else for the last one only.
         embeddings: the input is embeddings, which another graph makes from tokens and images.
+        speculative: logits for the last two positions, and the final hidden states of all, for the MTP head.
     """
 
     max_run_tokens: int
     all_logits: bool = False
     embeddings: bool = False
+    speculative: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
 
     Inputs: input_ids int64 [batch, sequence] or inputs_embeds [batch, sequence, hidden], attention_mask int64
     [batch, total] (all ones), position_ids int64 [3, batch, sequence], and each layer's past states.
-    Outputs: logits float32 [batch, sequence or 1, vocab] and each layer's present states.
+    Outputs: logits float32 [batch, sequence or 1, vocab] and each layer's present states; hidden_states
+    [batch, sequence, hidden] where they are asked for.
     """
     int64 = np.dtype(np.int64)
     tokens = ("batch_size", "sequence_length")
@@ -124,20 +127,32 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
             for state, value in zip(carried[layer], present, strict=True):
                 g.output(value, state.present, state.dtype, state.present_shape)
             x, residual = _next_norm(g, config, f"{name}.post_attention_layernorm", update, residual)
-            with g.scope("mlp"):
-                if config.num_experts:
-                    update = mixture_of_experts(g, config, recipe, f"{name}.mlp", x)
-                else:
-                    update = mlp(
-                        g, recipe, f"{name}.mlp", "mlp", x, config.hidden_size, config.intermediate_size
-                    )
+            update = feed_forward(g, config, recipe, f"{name}.mlp", x)
 
     x, _ = _next_norm(g, config, "model.norm", update, residual)
-    if not options.all_logits:
-        x = g.op("Slice", x, g.ints(-1), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(1))
+    length: int | str
+    if options.speculative:
+        g.output(x, "hidden_states", g.dtype, ("batch_size", "sequence_length", config.hidden_size))
+        x, length = last_positions(g, x, 2), "logits_length"
+    elif options.all_logits:
+        length = "sequence_length"
+    else:
+        x, length = last_positions(g, x, 1), 1
     logits = g.cast(linear(g, recipe, x, lm_head), np.float32)
-    length = "sequence_length" if options.all_logits else 1
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
+
+
+def last_positions(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:
+    """x [batch, sequence, hidden] -> its last `count` positions, or all where there are fewer."""
+    return g.op("Slice", x, g.ints(-count), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(1))
+
+
+def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
+    """A layer's second block: a mixture of experts, or one MLP."""
+    with g.scope("mlp"):
+        if config.num_experts:
+            return mixture_of_experts(g, config, recipe, name, x)
+        return mlp(g, recipe, name, "mlp", x, config.hidden_size, config.intermediate_size)
 
 
 def vocabulary(config: TextConfig, recipe: Recipe) -> tuple[Weight, Weight]:

@@ -1,0 +1,67 @@
+"""Qwen3.5's multi-token-prediction head in PyTorch, which transformers leaves out.
+
+Written after vLLM's Qwen3_5MultiTokenPredictor from transformers' own layers. Row t sees the embedding of
+token t + 1, then the decoder's hidden state of token t after its final norm, at position t; it predicts token
+t + 2. Embedding and lm_head are the decoder's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
+
+CausalLM = Qwen3_5ForCausalLM | Qwen3_5MoeForCausalLM
+
+
+class MtpHead(nn.Module):
+    """The tensors `mtp.*` of a checkpoint, named as there."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
+        config._attn_implementation = "sdpa"  # causal where it is given no mask
+        size, epsilon = config.hidden_size, config.rms_norm_eps
+        layer = Qwen3_5MoeDecoderLayer if "moe" in config.model_type else Qwen3_5DecoderLayer
+        self.fc = nn.Linear(2 * size, size, bias=False)
+        self.pre_fc_norm_embedding = Qwen3_5RMSNorm(size, eps=epsilon)
+        self.pre_fc_norm_hidden = Qwen3_5RMSNorm(size, eps=epsilon)
+        self.layers = nn.ModuleList([layer(config, 0)])
+        self.norm = Qwen3_5RMSNorm(size, eps=epsilon)
+
+    def forward(self, model: CausalLM, next_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, sequence, vocab] from tokens 1, 2, ... [batch, sequence], and `model`'s hidden
+        states of tokens 0, 1, ... [batch, sequence, hidden_size]."""
+        embedded = self.pre_fc_norm_embedding(model.get_input_embeddings()(next_ids))
+        x = self.fc(torch.cat([embedded, self.pre_fc_norm_hidden(hidden)], dim=-1))
+        positions = torch.arange(next_ids.shape[1]).expand(3, len(next_ids), -1)
+        x = self.layers[0](x, position_embeddings=model.model.rotary_emb(x, positions))
+        return model.lm_head(self.norm(x))
+
+
+def with_head(source: Path, tensors: dict[str, torch.Tensor], folder: Path) -> Path:
+    """A copy of the one-file checkpoint `source` with `tensors`, named `mtp.*`, in a shard of their own."""
+    shutil.copytree(source, folder)
+    body, head = folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors").rename(body)
+    save_file(tensors, head, metadata={"format": "pt"})
+    weight_map = {}
+    for shard in (body, head):
+        with safe_open(shard, "pt") as file:
+            weight_map |= dict.fromkeys(file.keys(), shard.name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
