@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from qwen_export.config import expected_shapes, load_config
+from qwen_export.config import expected_shapes, load_config, mtp_shapes
 
 _FAMILY: dict[str, Any] = {
     "vocab_size": 248320,
@@ -108,7 +108,9 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     rng = np.random.default_rng(seed)
     block = (0.02 * rng.standard_normal(_BLOCK, dtype=np.float32)).astype(_BFLOAT16)
-    shards = list(_shards(expected_shapes(load_config(folder))))
+    geometry = load_config(folder)
+    head = mtp_shapes(geometry) if geometry.mtp_num_hidden_layers else {}
+    shards = list(_shards({**expected_shapes(geometry), **head}))
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"

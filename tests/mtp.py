@@ -62,6 +62,7 @@ def with_head(source: Path, tensors: dict[str, torch.Tensor], folder: Path) -> P
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
-    config |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    text = config.get("text_config", config)
+    text |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -14,13 +14,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from mtp import MtpHead, with_head
+from PIL import Image
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Generation, Model, Sampling
-from qwen_runtime.speculative import _Run
-from random_checkpoints import TINY, random_model, write_random_checkpoint
+from qwen_runtime.speculative import StatefulRun
+from random_checkpoints import TINY, random_model, write_random_checkpoint, write_vision_checkpoint
 from safetensors.torch import load_file, save_file
 
 from artifacts import Quiet, Session, cosine, float_profile, make_artifact
@@ -88,8 +89,8 @@ def trained_artifact(trained: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make_artifact(trained, load_profile("cpu"), tmp_path_factory.mktemp("artifact") / "cpu", False)
 
 
-def run(artifact: Path, file: str, capacity: int = 600) -> _Run:
-    return _Run(ort.InferenceSession(artifact / file, providers=["CPUExecutionProvider"]), capacity)
+def run(artifact: Path, file: str, capacity: int = 600) -> StatefulRun:
+    return StatefulRun(ort.InferenceSession(artifact / file, providers=["CPUExecutionProvider"]), capacity)
 
 
 def test_head_and_hidden_states_agree_with_pytorch(case, tmp_path: Path) -> None:
@@ -143,6 +144,19 @@ def test_greedy_output_is_the_same_with_any_head(case, tmp_path: Path) -> None:
     with Model.load(artifact) as model:
         for prompt in PROMPTS[:4]:
             assert_same(model, prompt, 60)
+
+
+def test_text_prompts_of_a_vision_language_artifact(tmp_path: Path) -> None:
+    """Its decoder takes embeddings, made by another graph; the one for speculation takes tokens."""
+    write_vision_checkpoint(tmp_path / "body")
+    head = random_head(random_model(vocab_size=2048))
+    folder = with_head(tmp_path / "body", named(head), tmp_path / "whole")
+    artifact = make_artifact(folder, with_mtp(float_profile("fused")), tmp_path / "out", False)
+    with Model.load(artifact) as model:
+        assert_same(model, PROMPTS[0], 40)
+        question = {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}
+        with pytest.raises(UserError, match="takes no images"):
+            model.generate([question], speculative=True)
 
 
 def test_greedy_output_is_the_same_with_the_trained_head(trained: Path, tmp_path: Path) -> None:

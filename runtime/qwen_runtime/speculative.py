@@ -1,9 +1,9 @@
 """Greedy speculative decoding: the checkpoint's own MTP head guesses a token, the model checks it in the run
 that makes the next one.
 
-On plain onnxruntime, because ONNX Runtime GenAI neither runs the head nor goes back in a Gated DeltaNet's
-state. Nothing goes back here either: a run leaves the states that it began with untouched, and a wrong guess
-drops the states that it led to. The token that the run did verify joins the next one.
+On plain onnxruntime, because ONNX Runtime GenAI does not run the head. A Gated DeltaNet's state cannot be cut
+back: a run leaves the states that it began with untouched, and a wrong guess drops those that it led to. The
+token that the run did verify joins the next run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DECODER, _HEAD = "speculative.onnx", "mtp.onnx"
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 # Every wrong guess makes the next run one token longer. After this many the run takes no guess, so that its
 # states may be kept.
-_MOST_VERIFIED = 3
+MOST_VERIFIED = 3
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -76,7 +76,7 @@ class Sessions:
         )
 
 
-class _Run:
+class StatefulRun:
     """One graph and its states: keys and values in buffers that every run writes into at its own place, and
     Gated DeltaNet's states twice, because they cannot be cut back."""
 
@@ -148,8 +148,8 @@ class Speculator:
     def __init__(self, sessions: Sessions, max_length: int) -> None:
         """`max_length`: most tokens of prompt and answer together."""
         self.acceptance = Acceptance()
-        self._decoder = _Run(sessions.decoder, max_length + 1)  # a guess may lie past the end
-        self._head = _Run(sessions.head, max_length + 1)
+        self._decoder = StatefulRun(sessions.decoder, max_length + 1)  # a guess may lie past the end
+        self._head = StatefulRun(sessions.head, max_length + 1)
         self._max_length = max_length
         self._length = 0
         self._verified: list[int] = []  # since the states that are kept
@@ -191,7 +191,7 @@ class Speculator:
         logits = self._head(self._unseen, hidden_states=self._hidden)["logits"]
         self._head.keep()
         guess = int(logits[0, -1].argmax())
-        guessed = len(self._verified) < _MOST_VERIFIED
+        guessed = len(self._verified) < MOST_VERIFIED
         found = self._decoder([*self._verified, guess] if guessed else self._verified)
         likeliest = found["logits"][0, -2 if guessed else -1 :].argmax(-1).tolist()
         accepted = guessed and likeliest[0] == guess
