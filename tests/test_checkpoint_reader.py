@@ -164,6 +164,7 @@ def test_other_parts_of_a_multimodal_checkpoint_are_left_alone(tmp_path: Path) -
     save_shards(folder, {**load_tensors(folder), **others}, 1)
     checkpoint = Checkpoint.open(str(folder))
     assert set(checkpoint.tensors) == set(expected_shapes(checkpoint.config))
+    assert checkpoint.mtp_problem is not None and "mtp.fc.weight" in checkpoint.mtp_problem
 
 
 def test_a_tensor_under_both_of_its_names(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.
 _WRAPPED, _PLAIN = "model.language_model.", "model."
+MTP = "mtp."  # begins the names of the multi-token-prediction head's tensors
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Checkpoint:
         tensors: every tensor by name, text models' as `model.X` whatever they are wrapped in, and in the
             model's shapes whatever form they are stored in.
         vision: the vision tower's configuration; None where there is none, or it is left out.
+        mtp_problem: why the multi-token-prediction head is not among the tensors, though the shards have one.
     """
 
     root: Path
@@ -48,6 +50,7 @@ class Checkpoint:
     config: TextConfig
     tensors: Mapping[str, Source]
     vision: VisionConfig | None = None
+    mtp_problem: str | None = None
 
     @classmethod
     def open(cls, source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
@@ -68,9 +71,15 @@ class Checkpoint:
             root, commit = _download(source, revision)
         _refuse_links_out(root)
         config = load_config(root)
-        tensors = assemble(dict(_tensors(root)), quantization_config(root))
+        stored, quantization = dict(_tensors(root)), quantization_config(root)
+        head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}
+        tensors, mtp_problem = assemble(stored, quantization), None
+        try:
+            tensors |= assemble(head, quantization)
+        except UserError as error:  # the model does without it
+            mtp_problem = str(error)
         vision = None if text_only else load_vision_config(root)
-        return cls(root, source, commit, config, tensors, vision)
+        return cls(root, source, commit, config, tensors, vision, mtp_problem)
 
     @property
     def model_type(self) -> str:

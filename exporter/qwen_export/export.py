@@ -24,7 +24,7 @@ from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile
 
 from qwen_export import package
-from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint import MTP, Checkpoint
 from qwen_export.config import expected_shapes, mtp_shapes
 from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
 from qwen_export.graph.embedding import embedding
@@ -109,14 +109,15 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
 
 def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:
     """Whether the MTP head is exported; where the checkpoint's is not, a line says why."""
-    if not any(name.startswith("mtp.") for name in checkpoint.tensors):
+    reason = checkpoint.mtp_problem
+    if reason is None and not any(name.startswith(MTP) for name in checkpoint.tensors):
         return False
     config = checkpoint.config
     if not profile.mtp:
         reason = f"profile {profile.name}'s runtime cannot use it"
-    elif config.mtp_num_hidden_layers != 1 or config.mtp_use_dedicated_embeddings:
+    elif reason is None and (config.mtp_num_hidden_layers != 1 or config.mtp_use_dedicated_embeddings):
         reason = "it is not one layer that shares the model's embedding"
-    else:
+    elif reason is None:
         try:
             checkpoint.check(mtp_shapes(config))
             return True
