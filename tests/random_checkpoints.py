@@ -21,7 +21,8 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-TINY = Path(__file__).parent / "checkpoints" / "tiny-dense"
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+TINY, TINY_MOE, TINY_VL = (_CHECKPOINTS / f"tiny-{name}" for name in ("dense", "moe", "vl"))
 
 GEOMETRY: dict[str, Any] = {
     "vocab_size": 512,

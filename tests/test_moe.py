@@ -15,7 +15,8 @@ from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import plan
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import WeightFormat, load_profile
-from random_checkpoints import random_model, save_tensors, write_random_checkpoint
+from random_checkpoints import TINY_MOE, random_model, save_tensors, write_random_checkpoint
+from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
 
 from artifacts import Session, cosine, float_profile, make_artifact
 
@@ -85,40 +86,50 @@ def snap(model) -> None:
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_choices_of_experts(lowering: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_choices_of_experts(trained: bool, lowering: str, tmp_path: Path) -> None:
     """Every layer's router sends every token where transformers does."""
-    model = random_model(num_experts=8)
-    artifact = make_artifact(
-        write_random_checkpoint(tmp_path / "checkpoint", num_experts=8),
-        float_profile(lowering),
-        tmp_path / "out",
-    )
-    expected: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda *call: expected.append(call[2][2]))
-    ids = np.random.default_rng(1).integers(2, 512, 60)
+    if trained:
+        checkpoint = TINY_MOE
+        model = Qwen3_5MoeForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
+        text = (TINY_MOE.parent / "eval.txt").read_text(encoding="utf-8")
+        ids = np.asarray(AutoTokenizer.from_pretrained(TINY_MOE)(text)["input_ids"][:60])
+    else:
+        checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
+        model = random_model(num_experts=8)
+        ids = np.random.default_rng(1).integers(2, 512, 60)
+    expected = watch_choices(model)
     with torch.no_grad():
         model(torch.tensor(ids)[None])
+    artifact = make_artifact(checkpoint, float_profile(lowering), tmp_path / "out")
     graph = onnx.load(artifact / "model.onnx")
-    product = {node.name: node for node in graph.graph.node}
-    logits = [product[f"model.layers.{layer}.mlp.FusedMatMul"].output[0] for layer in range(4)]
+    nodes = {node.name: node for node in graph.graph.node}
+    logits = [nodes[f"model.layers.{layer}.mlp.FusedMatMul"].output[0] for layer in range(4)]
     for name in logits:
         graph.graph.output.add().name = name
-    onnx.save(graph, artifact / "model.onnx", save_as_external_data=False)
-    session = Session(artifact)
-    session.outputs = [output.name for output in session._session.get_outputs()]
-    found = session.run_all(ids)
+    onnx.save(graph, artifact / "model.onnx")
+    found = Session(artifact).run_all(ids)
     for name, choice in zip(logits, expected, strict=True):
         best = np.argsort(-found[name].reshape(60, 8), axis=-1)[:, :2]
         assert (np.sort(best) == np.sort(choice.numpy())).all()
 
 
+def watch_choices(model) -> list[torch.Tensor]:
+    """Each layer's experts [tokens, chosen], once the model runs."""
+    chosen: list[torch.Tensor] = []
+
+    def keep(_gate, _inputs, outputs) -> None:
+        chosen.append(outputs[2])
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(keep)
+    return chosen
+
+
 def test_portable_decode_reads_only_the_chosen_experts(tmp_path: Path) -> None:
     """Experts that a token does not choose overflow: alone it does not notice, in a run it does."""
     model = random_model(num_experts=8)
-    chosen: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda *call: chosen.append(call[2][2]))
+    chosen = watch_choices(model)
     with torch.no_grad():
         expected = model(torch.tensor([[7]])).logits.numpy()
         for layer, choices in zip(model.model.layers, chosen, strict=True):

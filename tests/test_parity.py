@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_checkpoints import TINY, random_model, write_random_checkpoint
-from transformers import Qwen3_5ForCausalLM
+from random_checkpoints import TINY, TINY_MOE, random_model, write_random_checkpoint
+from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from artifacts import Session, cosine, float_profile, make_artifact
@@ -44,14 +44,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         }
     },
 }
+TRAINED = {"trained": TINY, "trained experts": TINY_MOE}
 MAX_RUN = 512
 
 
-@pytest.fixture(scope="module", params=[*SHAPES, "trained"])
+@pytest.fixture(scope="module", params=[*SHAPES, *TRAINED])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """A checkpoint folder and transformers' float32 model of it."""
-    if request.param == "trained":
-        return TINY, Qwen3_5ForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    if folder := TRAINED.get(request.param):
+        return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     folder = tmp_path_factory.mktemp("checkpoint")
     write_random_checkpoint(folder, **SHAPES[request.param])
     return folder, random_model(**SHAPES[request.param])
