@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +31,7 @@ async def read_json(request: Request) -> bytes:
 
     Raises:
         ApiError: it is not declared as JSON, too large, or too slow.
+        ClientGone: the client left before its end.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
@@ -44,6 +45,8 @@ async def read_json(request: Request) -> bytes:
                     raise ApiError(
                         413, f"the body is larger than {MAX_BODY} bytes", headers={"Connection": "close"}
                     )
+    except ClientDisconnect:
+        raise ClientGone from None
     except TimeoutError:
         raise ApiError(
             408, f"the body took more than {BODY_TIMEOUT:.0f} seconds", headers={"Connection": "close"}

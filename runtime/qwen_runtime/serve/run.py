@@ -47,6 +47,8 @@ def serve(
     with _listen(host, port) as listener, closing(Engine(source, parallel, queue)) as engine:
         # Until uvicorn listens to signals, and when it has shut down, for it raises them again then.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # It warns of every write to a client that has just left.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         engine.load()
         name = f"[{host}]" if ":" in host else host
         print(engine.info.reason, flush=True)

@@ -1,0 +1,306 @@
+"""Eight clients that behave badly, for five minutes: does the server stay up, and its memory flat?
+
+Half of the requests are proper chats, whole or streamed, and each answer is checked. The others leave in the
+middle, read slowly, or send what no server should take. At the end nothing may be running or waiting.
+
+    python -m benchmarks.load ARTIFACT [--minutes 5] [--clients 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+
+_WARM_UP = 60.0  # seconds before memory is expected to be flat
+_SAMPLE = 2.0  # seconds between looks at it
+_WORDS = ["assert", "yield", "list", "class", "with", "numbers", "import", "lambda", "string", "context"]
+
+
+@dataclass
+class Load:
+    """What the clients share.
+
+    Attributes:
+        seen: how often each kind of request ended in which way.
+        wrong: what should not have happened.
+    """
+
+    url: str
+    model: str
+    until: float
+    seen: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def host(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120, **options
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--clients", type=int, default=8)
+    asked = parser.parse_args()
+    command = "import sys; from qwen_runtime.cli import main; sys.exit(main())"
+    server = subprocess.Popen(
+        [sys.executable, "-c", command, "serve", str(asked.artifact), "--port", "0", "--queue", "4"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = next(
+            found[1] for line in server.stdout or () if (found := re.match(r"listening on (\S+)", line))
+        )
+        model = openai.OpenAI(base_url=f"{url}/v1", api_key="unused").models.list().data[0].id
+        load = Load(url, model, time.monotonic() + 60 * asked.minutes)
+        threads = [threading.Thread(target=_client, args=(load, seed)) for seed in range(asked.clients)]
+        for thread in threads:
+            thread.start()
+        memory = _watch(server.pid, threads)
+        _report(load, memory, server)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+    sys.exit(1 if load.wrong or server.returncode else 0)
+
+
+def _client(load: Load, seed: int) -> None:
+    rng = random.Random(seed)
+    names, weights = zip(*_WEIGHTS.items(), strict=True)
+    while time.monotonic() < load.until:
+        kind: Callable[[Load, random.Random], str] = rng.choices(names, weights)[0]
+        name = kind.__name__.strip("_")
+        try:
+            outcome = kind(load, rng)
+        except openai.RateLimitError as error:
+            outcome = "429"
+            if "Retry-After" not in error.response.headers:
+                load.wrong.append(f"{name}: 429 without Retry-After")
+            time.sleep(rng.uniform(0.05, 0.5))
+        except Exception as error:
+            outcome = "wrong"
+            load.wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
+        load.seen[f"{name}: {outcome}"] += 1
+
+
+def _chat(load: Load, rng: random.Random) -> str:
+    answer = load.client().chat.completions.create(**_question(load, rng))
+    [choice] = answer.choices
+    assert choice.finish_reason in ("stop", "length") and answer.usage
+    assert 0 < answer.usage.completion_tokens <= 60
+    return "answered"
+
+
+def _stream(load: Load, rng: random.Random) -> str:
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(load.client().chat.completions.create(**_question(load, rng), **options))
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] in (
+        ["stop"],
+        ["length"],
+    )
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens <= 60
+    return "answered"
+
+
+def _turns(load: Load, rng: random.Random) -> str:
+    messages: list[Any] = []
+    for _ in range(3):
+        messages.append({"role": "user", "content": _words(rng, 30)})
+        answer = load.client().chat.completions.create(**{**_question(load, rng), "messages": messages})
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content or ""})
+    return "answered"
+
+
+def _json(load: Load, rng: random.Random) -> str:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99}, "ok": {"type": "boolean"}},
+        "required": ["n", "ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = load.client().chat.completions.create(**_question(load, rng), response_format=form)
+    found = json.loads(answer.choices[0].message.content or "")
+    assert found.keys() == {"n", "ok"}
+    return "answered"
+
+
+def _leave_stream(load: Load, rng: random.Random) -> str:
+    stream = load.client().chat.completions.create(
+        **{**_question(load, rng), "max_tokens": 4000}, stream=True
+    )
+    for _, _ in zip(range(rng.randrange(10)), stream, strict=False):
+        pass
+    stream.close()
+    return "left"
+
+
+def _leave_waiting(load: Load, rng: random.Random) -> str:
+    client = load.client().with_options(timeout=rng.uniform(0.01, 1))
+    try:
+        client.chat.completions.create(**{**_question(load, rng), "max_tokens": 4000})
+    except openai.APITimeoutError:
+        return "left"
+    return "answered"
+
+
+def _leave_long_prompt(load: Load, rng: random.Random) -> str:
+    client = load.client().with_options(timeout=rng.uniform(0.05, 1))
+    try:
+        client.completions.create(model=load.model, prompt=_words(rng, 3000), max_tokens=4000)
+    except openai.APITimeoutError:
+        return "left"
+    return "answered"
+
+
+def _read_slowly(load: Load, rng: random.Random) -> str:
+    body = json.dumps({**_question(load, rng), "stream": True}).encode()
+    with socket.create_connection(load.host, timeout=60) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.sendall(_head(len(body)) + body)
+        received = b""
+        while (part := connection.recv(512)) and b"data: [DONE]" not in received[-2000:] + part:
+            received += part
+            time.sleep(0.01)
+        status = received.split(b" ", 2)[1].decode()
+        assert status in ("200", "429"), received[:200]
+    return "answered" if status == "200" else "429"
+
+
+def _send_rubbish(load: Load, rng: random.Random) -> str:
+    body = rng.choice(
+        [
+            b"{",
+            b"\xff\xfe\x00",
+            b"[" * 10_000,
+            b'{"messages": [], "model": 5}',
+            b'{"messages": [{"role": "king"}]}',
+        ]
+    )
+    return _expect(load, _head(len(body)) + body, "400")
+
+
+def _send_too_much(load: Load, rng: random.Random) -> str:
+    return _expect(load, _head(40_000_000) + b" " * 34_000_000, "413")
+
+
+def _send_bad_image(load: Load, rng: random.Random) -> str:
+    url = rng.choice(
+        ["https://example.org/a.png", "data:image/png;base64,AAAA", "data:image/png;base64,?", "x"]
+    )
+    parts = [{"type": "image_url", "image_url": {"url": url}}]
+    body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
+    return _expect(load, _head(len(body)) + body, "400", "429")
+
+
+def _hang_up(load: Load, rng: random.Random) -> str:
+    with socket.create_connection(load.host, timeout=60) as connection:
+        connection.sendall(_head(1000)[: rng.randrange(1, 150)])
+    return "left"
+
+
+_WEIGHTS = {
+    _chat: 20, _stream: 20, _turns: 5, _json: 5, _leave_stream: 10, _leave_waiting: 10, _leave_long_prompt: 5,
+    _read_slowly: 5, _send_rubbish: 10, _send_too_much: 2, _send_bad_image: 5, _hang_up: 5,
+}  # fmt: skip
+
+
+def _question(load: Load, rng: random.Random) -> dict[str, Any]:
+    messages = [{"role": "user", "content": _words(rng, rng.randrange(1, 200))}]
+    return {"model": load.model, "messages": messages, "max_tokens": 60, "temperature": rng.choice([0, 0.7])}
+
+
+def _words(rng: random.Random, count: int) -> str:
+    return " ".join(rng.choices(_WORDS, k=count))
+
+
+def _head(length: int) -> bytes:
+    return (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {length}\r\nConnection: close\r\n\r\n"
+    ).encode()
+
+
+def _expect(load: Load, request: bytes, *statuses: str) -> str:
+    with socket.create_connection(load.host, timeout=60) as connection:
+        with contextlib.suppress(OSError):  # the server may answer, and close, before all was sent
+            connection.sendall(request)
+        try:
+            received = connection.recv(65536)
+        except ConnectionResetError:
+            return "reset"
+    status = received.split(b" ", 2)[1].decode() if received else "nothing"
+    assert status in statuses, received[:200]
+    return status
+
+
+def _watch(pid: int, threads: list[threading.Thread]) -> list[tuple[float, int, int, int]]:
+    """Seconds since the start, resident bytes of the server and of the model's process, and open files."""
+    parent = psutil.Process(pid)
+    begun = time.monotonic()
+    samples = []
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(_SAMPLE)
+        model = max((child.memory_info().rss for child in parent.children(recursive=True)), default=0)
+        samples.append((time.monotonic() - begun, parent.memory_info().rss, model, parent.num_fds()))
+    return samples
+
+
+def _report(load: Load, memory: list[tuple[float, int, int, int]], server: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while (state := _health(load))["running"] or state["waiting"]:
+        if time.monotonic() > deadline:
+            load.wrong.append(f"still at work 30 seconds after the last client: {state}")
+            break
+        time.sleep(0.2)
+    if server.poll() is not None:
+        load.wrong.append(f"the server ended with {server.returncode}")
+    metrics = load.client()._client.get(f"{load.url}/metrics").text
+    restarts = re.search(r"^qwen_edge_model_restarts_total (\S+)", metrics, re.MULTILINE)
+    if restarts is None or float(restarts[1]):
+        load.wrong.append(f"the model's process died: {restarts and restarts[1]}")
+    for name, count in sorted(load.seen.items()):
+        print(f"{count:6}  {name}")
+    for name, column, unit in ("server, MB", 1, 1e6), ("model, MB", 2, 1e6), ("open files", 3, 1):
+        warm = [sample[column] / unit for sample in memory if sample[0] > _WARM_UP] or [0.0]
+        third = max(1, len(warm) // 3)
+        early, late = statistics.median(warm[:third]), statistics.median(warm[-third:])
+        print(f"{name}: after warm-up {early:.0f}, in the last third {late:.0f}, at most {max(warm):.0f}")
+    print(f"{sum(load.seen.values())} requests, {len(load.wrong)} that went wrong")
+    for line in load.wrong[:20]:
+        print(" ", line)
+
+
+def _health(load: Load) -> dict[str, Any]:
+    return dict(load.client()._client.get(f"{load.url}/health").json())
+
+
+if __name__ == "__main__":
+    main()
