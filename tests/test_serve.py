@@ -105,7 +105,9 @@ def test_stream_is_the_answer_in_pieces(ask: Callable[..., Any]) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
     assert len(chunks) > 20
     assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["length"]
-    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 30
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
     assert all(chunk.usage is None for chunk in ask(stream=True))
 
 
@@ -299,9 +301,8 @@ def test_next_turn_need_not_be_read_again(ask: Callable[..., Any], model: Model)
     messages: list[Any] = [{"role": "user", "content": "A list is mutable. " * 100}]
     first = ask(messages=messages)
     messages += [first.choices[0].message, *QUESTION]
-    time.sleep(1)  # in which the server reads its answer as history
     second = ask(messages=messages)
-    assert second.usage.prompt_tokens - second.usage.prompt_tokens_details.cached_tokens < 25
+    assert second.usage.prompt_tokens_details.cached_tokens > 0.9 * first.usage.prompt_tokens
     plain = [messages[0], {"role": "assistant", "content": first.choices[0].message.content}, *QUESTION]
     assert second.choices[0].message.content == "".join(model.generate(plain, max_tokens=30, sampling=GREEDY))
 
