@@ -120,7 +120,7 @@ def test_looser_forms(size: int) -> None:
         ("a <tool and </think> <tool_call", "a <tool and </think> <tool_call"),
         ('<tool_call>\n{"name": "look"}\n</tool_call>', '<tool_call>\n{"name": "look"}\n</tool_call>'),
         ("I see.\n\n<tool_call>\n<func", "I see.<tool_call>\n<func"),
-        ("  indented\n ", "indented\n "),
+        ("  indented\n ", "  indented\n "),
     ],
 )
 def test_what_only_looks_like_a_call_stays_text(text: str, content: str, size: int) -> None:

@@ -52,7 +52,7 @@ class AnswerParser:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._rest = ""
-        self._blank = True  # nothing but white space since the last mark, and none of it is passed on
+        self._blank = thinking  # nothing but white space since the last mark, and none of it is passed on
         # Each takes what it can from `_rest`, and returns False when it needs more text.
         self._state: Callable[[list[Delta]], bool] = self._thought if thinking else self._text
 
