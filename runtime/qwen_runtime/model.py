@@ -32,7 +32,7 @@ _UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a grap
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was loaded and where it runs; `reason` is one line for people."""
+    """What was loaded and where it runs; `reason` is one line for people, `images` whether it can see."""
 
     name: str
     path: Path
@@ -40,6 +40,7 @@ class ModelInfo:
     provider: str
     reason: str
     context_length: int
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Model:
             provider=choice.name,
             reason=choice.reason,
             context_length=min(artifact.context_length, context_length or artifact.context_length),
+            images=artifact.images is not None,
         )
         rewinds = artifact.rewinds and PROVIDERS[choice.name].appends
         return cls(artifact, info, og, model, StateCache(keep if rewinds else 0))

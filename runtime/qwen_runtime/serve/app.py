@@ -7,6 +7,7 @@ import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -60,7 +61,7 @@ def make_app(
                 Route("/completions", completions, methods=["POST"]),
             ],
         ),
-        Mount("/", StaticFiles(directory=Path(__file__).parent / "page", html=True)),
+        Mount("/", _Page(directory=Path(__file__).parent / "page", html=True)),
     ]
     middleware = [
         Middleware(_Count, metrics=engine.metrics),
@@ -82,6 +83,24 @@ def make_app(
     app.state.engine = engine
     app.state.thinking = thinking
     return app
+
+
+class _Page(StaticFiles):
+    """The web page's files. The browser is told to run nothing else and to ask no other host."""
+
+    _HEADERS: ClassVar = {
+        "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+        "connect-src 'self'; img-src 'self' data: blob:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(self._HEADERS)
+        return response
 
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
@@ -165,4 +184,5 @@ def _model(request: Request) -> dict[str, object]:
         "created": int(request.app.state.engine.loaded),
         "owned_by": "qwen-edge",
         "context_length": info.context_length,
+        "images": info.images,
     }
