@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from click_default_group import DefaultGroup
 from qwen_profiles.errors import UserError, reported
-from qwen_profiles.schema import load_profile, profile_names
+from qwen_profiles.schema import load_profile
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,6 +36,8 @@ Examples:
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
   qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
+  qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
+  qwen-export --profile cpu ~/models/Qwen3.5-0.8B --set weights.body=int8 --set context_length=65536
 """
 
 
@@ -72,6 +74,15 @@ def _progress(show: bool) -> Iterator[ExportProgress]:
         yield _Bar(console, bar)
 
 
+_overrides = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Change a field of the profile, such as weights.body=int8; may be repeated.",
+)
+
+
 @click.group(cls=DefaultGroup, default="export", epilog=_EPILOG)
 @click.version_option(package_name="qwen-edge")
 def main() -> None:
@@ -90,8 +101,9 @@ def main() -> None:
     "profile_name",
     required=True,
     metavar="NAME",
-    help=f"Hardware class to export for: {', '.join(profile_names())}.",
+    help="Hardware class to export for, one of `qwen-export profiles`, or the path of your own .toml.",
 )
+@_overrides
 @click.option(
     "-o",
     "--output",
@@ -115,6 +127,7 @@ def main() -> None:
 def export_command(
     checkpoint: str,
     profile_name: str,
+    overrides: tuple[str, ...],
     output: Path | None,
     max_context: int | None,
     revision: str | None,
@@ -130,7 +143,7 @@ def export_command(
     An export that was stopped goes on where it was when the same command is run again.
     """
     with reported(debug):
-        profile = load_profile(profile_name)
+        profile = load_profile(profile_name, overrides)
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
         with _progress(progress and not as_json) as shown:

@@ -107,6 +107,15 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
     return Plan(target, models, layout.stored, layout.end, None if target.has("LinearAttention") else run)
 
 
+def refuse_backend(profile: Profile) -> None:
+    """Raise the reason why nothing can be exported for `profile`'s backend, if there is one."""
+    if profile.backend != "onnx":
+        raise UserError(
+            f"profile {profile.name} is for the backend {profile.backend}, which cannot be exported yet: on "
+            "Windows give --set backend=onnx --set provider=dml, elsewhere --profile cpu"
+        )
+
+
 def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:
     """Whether the MTP head is exported; where the checkpoint's is not, a line says why."""
     reason = checkpoint.mtp_problem
@@ -145,8 +154,10 @@ def export(
 
     Raises:
         UserError: the checkpoint contradicts its config or holds NaN, the output exists, the disk is full,
-            another export is writing to the same place, or `max_context` is out of reach.
+            another export is writing to the same place, `max_context` is out of reach, or the profile's
+            backend is not there yet.
     """
+    refuse_backend(profile)
     if max_context is not None:
         config = checkpoint.config.reaching(max_context)
         if config is not checkpoint.config:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qwen_profiles.providers import PROVIDER_OPTIONS
 from qwen_profiles.schema import Profile
 
 from qwen_export.checkpoint import Checkpoint
@@ -28,8 +29,6 @@ PROCESSOR_CONFIG = "processor_config.json"
 SPECULATIVE_FILE = "speculative.onnx"
 MTP_FILE = "mtp.onnx"
 
-# GenAI captures the graph on DirectML unless told not to, and that wants states of one size.
-_OPTIONS = {"dml": {"enable_graph_capture": "0"}}
 _NO_TOKEN = -1
 _HASH_BLOCK = 1024 * 1024
 _TOKENIZER_FILES = (
@@ -70,9 +69,8 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
         # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
         # also its <|endoftext|>. One sequence is never padded.
         pad = _NO_TOKEN
-    provider_options = (
-        [] if profile.provider == "cpu" else [{profile.provider: _OPTIONS.get(profile.provider, {})}]
-    )
+    options = {**PROVIDER_OPTIONS.get(profile.provider, {}), **profile.provider_options}
+    provider_options = [] if profile.provider == "cpu" else [{profile.provider: options}]
     return {
         "model": {
             "type": checkpoint.model_type,

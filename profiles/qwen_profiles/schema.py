@@ -1,13 +1,15 @@
-"""The one schema of a hardware profile, and how profiles are found by name."""
+"""The one schema of a hardware profile, and how profiles are found, extended and overridden."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qwen_profiles.errors import UserError
 
@@ -23,57 +25,136 @@ Role = Literal[
     "vision",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
+# What `weights.body` stands for: most of the bytes, and what takes 4 bits well.
+BODY: tuple[Role, ...] = ("mlp", "experts")
+PciId = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:([0-9a-f]{4}|\*)$")]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The strings below the fields are their descriptions, which docs/profiles.md is made from.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class WeightFormat(_Frozen):
-    """How the projections of one role are stored.
-
-    Attributes:
-        precision: `int4` and `int8` are block-wise along the input features, `float` is the activations'
-            dtype.
-        block_size: input features that share one scale.
-        symmetric: one fixed zero point in the middle of the codes, instead of one stored for each block.
-    """
+    """How the projections of one role are stored. In place of a table, `"int4"` names the precision alone."""
 
     precision: Literal["int4", "int8", "float"]
+    """`int4` and `int8` are block-wise along the input features, `float` is the activations' dtype."""
+
     block_size: Literal[16, 32, 64, 128, 256] = 32
+    """Input features that share one scale."""
+
     symmetric: bool = True
+    """One fixed zero point in the middle of the codes, instead of one stored for each block."""
+
+
+class Recognise(_Frozen):
+    """How a machine of this class is told from others: any one pattern or id that is given must fit, and
+    all of the CPU flags."""
+
+    cpu: tuple[str, ...] = ()
+    """Regular expressions, searched for in the CPU's name, case ignored."""
+
+    gpu: tuple[str, ...] = ()
+    """Regular expressions, searched for in the names of the graphics devices, case ignored."""
+
+    pci: tuple[PciId, ...] = ()
+    """Graphics devices as `vendor:device`, four lower-case hexadecimal digits each; `*` for any device."""
+
+    cpu_flags: tuple[str, ...] = ()
+    """Instruction sets that the CPU must have, as Linux's /proc/cpuinfo calls them."""
+
+
+class Hardware(_Frozen):
+    """What the machine has for the model."""
+
+    memory_budget_gb: float = Field(gt=0)
+    """Memory, in 10^9 bytes, that the model, its cache and its working memory may take together."""
+
+    bandwidth_gb_s: float = Field(gt=0)
+    """Peak bandwidth of that memory, in 10^9 bytes per second."""
+
+    recognise: Recognise = Recognise()
+    """How to recognise it."""
+
+
+class Quality(_Frozen):
+    """What an artifact must reach when it is verified against its checkpoint."""
+
+    max_kl_divergence: float = Field(gt=0)
+    """Most KL divergence of the next-token distributions, in nats, mean over positions."""
+
+    min_top1_agreement: float = Field(ge=0, le=1)
+    """Least share of positions at which both find the same token the most likely."""
 
 
 class Profile(_Frozen):
-    """One hardware class: what runs there, in which precision, in which pieces.
-
-    Attributes:
-        name: as given to `--profile`; the TOML file's name.
-        description: one line for lists.
-        backend: which runtime family executes the artifact.
-        provider: ONNX Runtime execution provider that the runtime tries first.
-        lowering: `fused` uses the newest fused operators, `portable` only what DirectML has a kernel for.
-        activation_dtype: dtype of activations, scales and KV cache.
-        weights: format by role. A tied embedding follows `lm_head`; the router is always float.
-            `vision` is the vision tower.
-        accuracy_level: MatMulNBits' attribute; 4 lets the CPU quantise activations to int8.
-        mtp: exports the checkpoint's MTP head, for speculative decoding: ONNX Runtime itself, without GenAI,
-            must run the provider, and attention write into the cache that it is given (lowering `fused`).
-        prefill_chunk: tokens of a prompt that are processed in one run, a power of two.
-        context_length: tokens of prompt and answer together; at most the checkpoint's own limit.
-    """
+    """One hardware class: what runs there, in which precision, in which pieces."""
 
     name: str
+    """As given to `--profile`: the TOML file's name, not a field in it."""
+
     description: str
-    backend: Literal["onnx"] = "onnx"
-    provider: Literal["cpu", "cuda", "dml", "webgpu"]
+    """One line for lists."""
+
+    backend: Literal["onnx", "openvino"] = "onnx"
+    """Which runtime family executes the artifact. `openvino` is not there yet, and export refuses it."""
+
+    provider: Literal["cpu", "cuda", "dml", "webgpu", "openvino"]
+    """ONNX Runtime execution provider that the runtime tries first."""
+
+    device: Literal["cpu", "gpu", "npu"]
+    """What kind of device the provider runs on."""
+
+    provider_options: dict[str, str] = {}
+    """The provider's own options, added to those that every artifact needs on it."""
+
     lowering: Literal["fused", "portable"]
+    """`fused` uses the newest fused operators, `portable` only what DirectML has a kernel for."""
+
     activation_dtype: Literal["float32", "float16"]
+    """Dtype of activations and scales."""
+
+    cache_dtype: Literal["float32", "float16"] | None = None
+    """Dtype of the KV cache. Attention operators take the activations' only, which is also the default."""
+
     weights: dict[Role, WeightFormat]
+    """Format by role. A tied embedding follows `lm_head`; the router is always float; `vision` is the vision
+    tower. `weights.body` sets `mlp` and `experts` together."""
+
     accuracy_level: int = Field(default=0, ge=0, le=4)
+    """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
+
     mtp: bool = False
+    """Exports the checkpoint's MTP head, for speculative decoding: ONNX Runtime itself, without GenAI, must
+    run the provider, and attention write into the cache that it is given (lowering `fused`)."""
+
     prefill_chunk: Literal[16, 32, 64, 128, 256, 512, 1024, 2048]
+    """Tokens of a prompt that are processed in one run."""
+
     context_length: int = Field(gt=0)
+    """Tokens of prompt and answer together; at most the checkpoint's own limit."""
+
+    hardware: Hardware
+    """Memory, bandwidth, and how to recognise the machine."""
+
+    quality: Quality
+    """The quality bar."""
+
+    @field_validator("weights")
+    @classmethod
+    def _every_role(cls, weights: dict[Role, WeightFormat]) -> dict[Role, WeightFormat]:
+        if missing := [role for role in ROLES if role not in weights]:
+            raise ValueError(f"no weight format for: {', '.join(missing)}")
+        return weights
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Profile:
+        if self.cache_dtype not in (None, self.activation_dtype):
+            raise ValueError(f"cache_dtype must be activation_dtype, {self.activation_dtype}")
+        if self.lowering == "fused" and self.provider == "dml":
+            raise ValueError("provider dml has no kernels for lowering fused: set lowering to portable")
+        return self
 
 
 def profile_names() -> list[str]:
@@ -82,36 +163,102 @@ def profile_names() -> list[str]:
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
-def load_profile(name: str) -> Profile:
-    """The shipped profile called `name`.
+def load_profile(source: str, overrides: Iterable[str] = ()) -> Profile:
+    """A shipped profile by name, or the user's own by the path of a file that ends in `.toml`.
+
+    Args:
+        overrides: `field=value` each, with dots into tables: `weights.mlp=int8`, `context_length=65536`.
 
     Raises:
-        UserError: there is none; the message has the nearest name.
+        UserError: there is no such profile (the message has the nearest name), or a field is missing, unknown
+            or out of range.
     """
-    names = profile_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
-        raise UserError(f"no profile '{name}': {hint}")
-    text = (files("qwen_profiles") / f"{name}.toml").read_text(encoding="utf-8")
-    return parse_profile(name, text)
+    path = Path(source)
+    if path.suffix != ".toml":
+        return parse_profile(source, _shipped(source), overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the profile {path}: {error}") from error
+    return parse_profile(path.stem, text, overrides)
 
 
-def parse_profile(name: str, text: str) -> Profile:
+def parse_profile(name: str, text: str, overrides: Iterable[str] = ()) -> Profile:
     """A profile from TOML text.
 
     Raises:
-        UserError: it is not TOML, or a field is missing, unknown or out of range; names the first one.
+        UserError: it is not TOML, extends what is not shipped, or a field is missing, unknown or out of
+            range; names the first one.
     """
+    fields = _fields(name, text)
+    for override in overrides:
+        fields = _merged(fields, _override(override))
     try:
-        profile = Profile(name=name, **tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"profile '{name}' is not valid TOML: {error}") from error
+        return Profile(**{**fields, "name": name})
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UserError(f"profile '{name}', field '{field}': {first['msg']}") from error
-    missing = [role for role in ROLES if role not in profile.weights]
-    if missing:
-        raise UserError(f"profile '{name}' says no weight format for: {', '.join(missing)}")
-    return profile
+        field = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        message = first["msg"].removeprefix("Value error, ")
+        where = f"profile '{name}', field '{field}'" if field else f"profile '{name}'"
+        raise UserError(f"{where}: {message}") from error
+
+
+def _shipped(name: str) -> str:
+    names = profile_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
+        raise UserError(f"no profile '{name}': {hint}")
+    return (files("qwen_profiles") / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def _fields(name: str, text: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a profile over those of the one that it extends."""
+    try:
+        fields = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"profile '{name}' is not valid TOML: {error}") from error
+    fields = _merged({}, fields)
+    parent = fields.pop("extends", None)
+    if parent is None:
+        return fields
+    if not isinstance(parent, str) or parent in below:
+        raise UserError(f"profile '{name}', field 'extends': give the name of one shipped profile")
+    return _merged(_fields(parent, _shipped(parent), (*below, parent)), fields)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, table by table; weights' short forms are written out first."""
+    if isinstance(weights := over.get("weights"), Mapping):
+        over = {**over, "weights": _written_out(weights)}
+    return _deep(base, over)
+
+
+def _deep(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _deep(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _written_out(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """`"int4"` as a table, and `body` as the roles that it stands for; roles named win over it."""
+    tables = {role: {"precision": form} if isinstance(form, str) else form for role, form in weights.items()}
+    body = tables.pop("body", None)
+    return tables if body is None else _deep(dict.fromkeys(BODY, body), tables)
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`a.b=1` as {"a": {"b": 1}}; the value is TOML, or else a plain string."""
+    key, equals, raw = text.partition("=")
+    if not (equals and all(key.split("."))):
+        raise UserError(f"'{text}' sets nothing: write field=value, such as weights.body=int8")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value

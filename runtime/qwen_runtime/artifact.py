@@ -71,6 +71,11 @@ class Artifact:
         """Tokens of prompt and answer together."""
         return int(self.genai_config["model"]["context_length"])
 
+    def provider_options(self, provider: str) -> dict[str, str]:
+        """What the artifact asks of an execution provider; {} of one that it was not made for."""
+        entries = self.genai_config["model"]["decoder"]["session_options"]["provider_options"]
+        return next((dict(entry[provider]) for entry in entries if provider in entry), {})
+
     @property
     def chunk_size(self) -> int:
         """Most tokens that one run of the graph may take."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from qwen_profiles.errors import UserError
+from qwen_profiles.providers import PROVIDER_OPTIONS
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.generation import Generation, Plan
@@ -443,7 +444,8 @@ def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
     provider = PROVIDERS[choice.name]
     if provider.genai_name is not None:
         config.append_provider(provider.genai_name)
-        for name, value in provider.options:
+        options = {**PROVIDER_OPTIONS.get(choice.name, {}), **artifact.provider_options(choice.name)}
+        for name, value in options.items():
             config.set_provider_option(provider.genai_name, name, value)
     try:
         return og.Model(config)

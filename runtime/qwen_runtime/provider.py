@@ -17,7 +17,6 @@ class Provider:
         genai_name: what Config.append_provider calls it; None runs on the CPU.
         probe: function of onnxruntime_genai that says whether this install has it; None: always.
         package: what to install to get it.
-        options: provider options that every artifact needs there.
         appends: whether a generator takes its prompt in several pieces.
     """
 
@@ -25,12 +24,10 @@ class Provider:
     genai_name: str | None
     probe: str | None
     package: str
-    options: tuple[tuple[str, str], ...] = ()
     appends: bool = True
 
 
-# On DirectML, ONNX Runtime GenAI refuses a second append to a generator, and captures the graph unless told
-# not to, which asks for inputs of one size: an attention mask of max_length, and a KV cache that never grows.
+# On DirectML, ONNX Runtime GenAI refuses a second append to a generator.
 PROVIDERS = {
     "cpu": Provider("CPU", None, None, "onnxruntime-genai"),
     "cuda": Provider("CUDA", "cuda", "is_cuda_available", "onnxruntime-genai-cuda"),
@@ -39,7 +36,6 @@ PROVIDERS = {
         "dml",
         "is_dml_available",
         "onnxruntime-genai-winml",
-        options=(("enable_graph_capture", "0"),),
         appends=False,
     ),
     "openvino": Provider("OpenVINO", "OpenVINO", "is_openvino_available", "onnxruntime-ep-openvino"),

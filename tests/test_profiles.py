@@ -1,0 +1,128 @@
+"""Profiles: what is shipped parses and exports, or is refused with the reason; files, `extends`, `--set`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from qwen_export.cli import main
+from qwen_profiles.errors import UserError
+from qwen_profiles.providers import PROVIDER_OPTIONS
+from qwen_profiles.schema import load_profile, parse_profile, profile_names
+from qwen_runtime.artifact import Artifact
+from random_checkpoints import TINY, TINY_MOE, TINY_VL
+from test_ort124 import greedy
+
+from artifacts import make_artifact
+
+PROFILES = {name: load_profile(name) for name in profile_names()}
+# Those whose artifacts differ in more than names and limits, so that each kind is exported and run once.
+KINDS = ["cpu", "intel-n100", "strix-halo", "nvidia-rtx-8gb", "webgpu"]
+REFUSED = [name for name, profile in PROFILES.items() if profile.backend != "onnx"]
+
+
+def test_all_classes_of_the_plan_are_there() -> None:
+    assert set(PROFILES) >= {
+        *("strix-halo", "radeon-780m", "radeon-890m"),
+        *("intel-lunar-lake", "intel-meteor-lake", "intel-arc-b580", "intel-n100"),
+        *("nvidia-rtx-8gb", "nvidia-rtx-24gb", "dgx-spark", "apple-m4"),
+        *("cpu", "cpu-avx2", "cpu-avx512", "webgpu"),
+    }
+    assert REFUSED == ["intel-arc-b580", "intel-lunar-lake", "intel-meteor-lake"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_exports_or_says_why_not(name: str, tmp_path: Path) -> None:
+    """Each on the dense checkpoint; the kinds on the others too, below."""
+    profile = PROFILES[name]
+    if name in REFUSED:
+        with pytest.raises(UserError, match=f"profile {name} is for the backend openvino"):
+            make_artifact(TINY, profile, tmp_path / "out")
+        assert not any(tmp_path.iterdir())
+        return
+    artifact = Artifact.open(make_artifact(TINY, profile, tmp_path / "out", all_logits=False))
+    assert artifact.manifest["provider"] == profile.provider
+    expected = {} if profile.provider == "cpu" else PROVIDER_OPTIONS.get(profile.provider, {})
+    assert artifact.provider_options(profile.provider) == expected
+    assert artifact.context_length <= profile.context_length
+    assert len(greedy(sys.executable, artifact.root, [1, 2, 3], 4)["tokens"]) == 4
+    if profile.lowering == "portable" and (python := os.environ.get("QWEN_EDGE_ORT124_PYTHON")):
+        assert len(greedy(python, artifact.root, [1, 2, 3], 4)["tokens"]) == 4
+
+
+@pytest.mark.parametrize("checkpoint", [TINY_MOE, TINY_VL], ids=["experts", "vision"])
+@pytest.mark.parametrize("name", [name for name in PROFILES if name not in REFUSED])
+def test_every_profile_exports_experts_and_vision(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(checkpoint, PROFILES[name], tmp_path / "out", all_logits=False)
+    if name in KINDS and checkpoint == TINY_MOE:
+        assert len(greedy(sys.executable, artifact, [1, 2, 3], 4)["tokens"]) == 4
+        if PROFILES[name].lowering == "portable" and (python := os.environ.get("QWEN_EDGE_ORT124_PYTHON")):
+            assert len(greedy(python, artifact, [1, 2, 3], 4)["tokens"]) == 4
+
+
+def test_openvino_profiles_export_for_directml_as_they_advise(tmp_path: Path) -> None:
+    profile = load_profile("intel-lunar-lake", ["backend=onnx", "provider=dml"])
+    assert Artifact.open(make_artifact(TINY, profile, tmp_path / "out")).manifest["provider"] == "dml"
+
+
+def test_overrides() -> None:
+    sets = ["weights.body=int8", "weights.lm_head.block_size=64", "context_length=65536", 'description="x=y"']
+    profile, base = load_profile("strix-halo", sets), PROFILES["strix-halo"]
+    assert profile.weights["mlp"] == base.weights["mlp"].model_copy(update={"precision": "int8"})
+    assert profile.weights["experts"].precision == "int8"
+    assert profile.weights["lm_head"].block_size == 64 and profile.weights["lm_head"].precision == "int8"
+    assert profile.weights["attention"] == base.weights["attention"]
+    assert profile.context_length == 65536 and profile.description == "x=y"
+    both = load_profile("cpu", ["weights.body=int8", "weights.mlp=float"])
+    assert (both.weights["mlp"].precision, both.weights["experts"].precision) == ("float", "int8")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("weights.mpl=int4", "field 'weights.mpl': Input should be 'mlp'"),
+        ("weights.mlp=int3", "field 'weights.mlp.precision': Input should be 'int4'"),
+        ("weights.mlp.block_size=33", "field 'weights.mlp.block_size': Input should be 16"),
+        ("context_length=long", "field 'context_length': Input should be a valid integer"),
+        ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),
+        ("contxt=1", "field 'contxt': Extra inputs are not permitted"),
+        ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32"),
+        ("provider=dml", "provider dml has no kernels for lowering fused"),
+        ("context_length", "'context_length' sets nothing: write field=value"),
+        ("=1", "'=1' sets nothing"),
+    ],
+)
+def test_wrong_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_profile("cpu", [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
+    path = tmp_path / "kiosk.toml"
+    path.write_text(
+        'extends = "cpu-avx2"\ndescription = "lobby"\ncontext_length = 2048\n[weights]\nbody = "int8"\n'
+    )
+    output = tmp_path / "out"
+    arguments = ["--profile", str(path), str(TINY), "-o", str(output), "--json", "--set", "prefill_chunk=64"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads(done.stdout)
+    assert manifest["profile"] == "kiosk" and manifest["recipe"]["mlp"]["precision"] == "int8"
+    artifact = Artifact.open(output)
+    assert (artifact.context_length, artifact.chunk_size) == (2048, 64)
+    for text, message in {
+        'extends = "cpux"': "no profile 'cpux': did you mean 'cpu'",
+        "extends = 1": "'extends': give the name of one shipped profile",
+        'extends = "cpu"\nname = "x"\nweights = 3': "field 'weights'",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            parse_profile("mine", text)
+        assert message in str(raised.value)
+    with pytest.raises(UserError, match=r"cannot read the profile .*missing\.toml"):
+        load_profile(str(tmp_path / "missing.toml"))
