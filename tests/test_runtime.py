@@ -24,13 +24,14 @@ import pytest
 import qwen_profiles
 import qwen_runtime
 import torch
+from checkpoints.drawings import drawing
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 from qwen_runtime.provider import choose
 from qwen_runtime.stop import StopFilter
 from qwen_runtime.template import render
-from random_checkpoints import TINY
+from random_checkpoints import TINY, TINY_VL
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM
 
 from artifacts import float_profile, make_artifact
@@ -526,14 +527,17 @@ def test_chat_in_a_terminal(cpu_artifact: Path) -> None:
     terminal.wait_for("> ")
     # Python takes notice of one that comes between its prompt and the reading of a line at the next.
     terminal.type("\x03")
-    terminal.wait_for("/clear forgets", every_second="\x03")
+    terminal.wait_for("/help lists", every_second="\x03")
     terminal.wait_for("> ")
     terminal.type("What is assert?\n")
     terminal.wait_for(r"assert\?\r\n[\s\S]{30}")
     terminal.type("\x03")
     terminal.wait_for(r"\(stopped\)")
+    terminal.wait_for(r"\d+ tokens, \d+\.\d a second, first after")
     terminal.wait_for("> ")
-    terminal.type("/clear\n")
+    terminal.type("\x1b[A")  # the arrow that brings the last line back
+    terminal.wait_for("What is assert")
+    terminal.type("\x15/clear\n")
     terminal.wait_for("> ")
     terminal.type("\x04")
     _, status = os.waitpid(terminal.pid, 0)
@@ -551,6 +555,48 @@ def test_chat_remembers(cpu_artifact: Path, model: Model) -> None:
     found = run(str(cpu_artifact), "--temperature", "0", "--max-tokens", "12", stdin=typed)
     assert found.returncode == 0
     assert found.stdout.split("leaves.\n")[1] == f"> {first}\n> {second}\n> > > {alone}\n> "
+
+
+def test_chat_commands(cpu_artifact: Path, model: Model, tmp_path: Path) -> None:
+    """A message of two lines under another system message, saved as it was answered."""
+    saved = tmp_path / "saved.json"
+    typed = (
+        "/system Be brief.\nWhat is\\\nassert?\n/image photo.jpg\n/save\n"
+        f"/save {tmp_path}/no/where\n/save {saved}\n/help\n/exit\n"
+    )
+    found = run(str(cpu_artifact), "--temperature", "0", "--max-tokens", "12", stdin=typed)
+    assert found.returncode == 0
+    messages = json.loads(saved.read_text())
+    assert messages[:2] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is\nassert?"},
+    ]
+    answer = "".join(model.generate(messages[:2], max_tokens=12, sampling=GREEDY))
+    assert messages[2] == {"role": "assistant", "content": answer}
+    for text in (
+        "has no vision tower",
+        "write the file's name",
+        "cannot write",
+        "3 messages are in",
+        "/image",
+    ):
+        assert text in found.stdout.replace("\n", " ")
+
+
+def test_chat_about_an_image(tmp_path: Path) -> None:
+    item = drawing(1_000_000_003)
+    item.image.save(tmp_path / "drawing.png")
+    (tmp_path / "none.png").write_bytes(b"none")
+    artifact = make_artifact(TINY_VL, load_profile("cpu"), tmp_path / "artifact", all_logits=False)
+    typed = (
+        f"/image {tmp_path}/nowhere.png\n/image {tmp_path}/none.png\n{item.question}\n"
+        f"/image {tmp_path}/drawing.png\n{item.question}\n"
+    )
+    found = run(str(artifact), "--temperature", "0", stdin=typed)
+    assert found.returncode == 0
+    text = found.stdout.replace("\n", " ")
+    assert "there is no file" in text and "/clear forgets the conversation" in text
+    assert item.answer in text
 
 
 def test_chat_goes_on_when_the_context_is_full(cpu_artifact: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen_profiles.errors import UserError
@@ -9,8 +14,7 @@ from rich.console import Console
 
 from qwen_runtime.model import Message, Model
 
-_LEAVE = {"/exit", "/quit"}
-_HELP = "Ctrl-C stops an answer; /clear forgets the conversation; Ctrl-D or /exit leaves."
+_HELP = "Ctrl-C stops an answer; /help lists the commands; Ctrl-D leaves."
 
 
 def chat(model: Model, system: str | None, options: dict[str, Any]) -> None:
@@ -19,45 +23,139 @@ def chat(model: Model, system: str | None, options: dict[str, Any]) -> None:
     Args:
         options: keyword arguments of `Model.generate`.
     """
-    console = Console(highlight=False)
-    console.print(f"{model.info.name}. {_HELP}", style="dim", markup=False)
-    opening: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
-    while True:
-        try:
-            text = console.input("[bold]> [/bold]").strip()
-        except EOFError:
-            console.print()
-            return
-        except KeyboardInterrupt:
-            console.print(f"\n{_HELP}", style="dim", markup=False)
-            continue
-        if text in _LEAVE:
-            return
-        if text == "/clear":
-            messages = list(opening)
-        elif text:
-            question: Message = {"role": "user", "content": text}
+    with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
+        import readline  # noqa: F401 - arrow keys and history for `input`
+    _Chat(model, system, options).run()
+
+
+class _Chat:
+    def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
+        self._model = model
+        self._options = options
+        self._console = Console(highlight=False)
+        self._system = system
+        self._turns: list[Message] = []
+        self._images: list[Path] = []
+        self._commands: dict[str, tuple[Callable[[str], None], str]] = {
+            "/clear": (self._clear, "forget the conversation"),
+            "/exit": (self._exit, "leave"),
+            "/help": (self._help, "this list"),
+            "/image": (self._image, "FILE: show an image with the next message"),
+            "/quit": (self._exit, "leave"),
+            "/save": (self._save, "FILE: write the conversation as JSON"),
+            "/system": (self._set_system, "TEXT: change the system message, and start again"),
+        }
+
+    def run(self) -> None:
+        self._say(f"{self._model.info.name}. {_HELP}")
+        while True:
             try:
-                answer = _answer(model, [*messages, question], options, console)
-            except UserError as error:
-                if messages == opening:
-                    raise
-                # Most likely the context is full. What was said so far is not lost.
-                console.print(f"{error}; /clear forgets the conversation", style="dim", markup=False)
-            else:
-                messages += [question, {"role": "assistant", "content": answer}]
+                text = self._read()
+                name, _, argument = text.partition(" ")
+                if name in self._commands:
+                    self._commands[name][0](argument.strip())
+                elif text:
+                    self._ask(text)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._say(f"\n{_HELP}")
 
+    def _read(self) -> str:
+        """One message; a line that ends with a backslash goes on in the next one.
 
-def _answer(model: Model, messages: list[Message], options: dict[str, Any], console: Console) -> str:
-    """Stream one answer; Ctrl-C ends it early, and what came so far is kept."""
-    generation = model.generate(messages, **options)
-    try:
-        for piece in generation:
-            console.out(piece, end="", highlight=False)
-    except KeyboardInterrupt:
-        console.print(" [dim](stopped)[/dim]", end="")
-    finally:
-        generation.close()
-    console.print()
-    return generation.text
+        Raises:
+            EOFError: the input has ended.
+        """
+        lines = []
+        prompt = "[bold]> [/bold]"
+        try:
+            while (line := self._console.input(prompt)).endswith("\\"):
+                lines.append(line[:-1])
+                prompt = "[dim]. [/dim]"
+        except EOFError:
+            self._console.print()
+            raise
+        return "\n".join([*lines, line]).strip()
+
+    def _ask(self, text: str) -> None:
+        parts: list[dict[str, Any]] = [{"type": "image", "image": path} for path in self._images]
+        question: Message = {
+            "role": "user",
+            "content": [*parts, {"type": "text", "text": text}] if parts else text,
+        }
+        try:
+            answer = self._answer([*self._messages, question])
+        except UserError as error:
+            if not self._turns and not parts:
+                raise
+            # Most likely the context is full, or a file is no image. What was said so far is not lost.
+            self._say(f"{error}; /clear forgets the conversation")
+        else:
+            self._turns += [question, {"role": "assistant", "content": answer}]
+        self._images = []
+
+    @property
+    def _messages(self) -> list[Message]:
+        return [*([{"role": "system", "content": self._system}] if self._system else []), *self._turns]
+
+    def _answer(self, messages: list[Message]) -> str:
+        """Stream one answer; Ctrl-C ends it early, and what came so far is kept."""
+        begun = time.perf_counter()
+        first = None
+        generation = self._model.generate(messages, **self._options)
+        try:
+            for piece in generation:
+                first = first or time.perf_counter()
+                self._console.out(piece, end="", highlight=False)
+        except KeyboardInterrupt:
+            self._console.print(" [dim](stopped)[/dim]", end="")
+        finally:
+            generation.close()
+        self._console.print()
+        if first is not None and self._console.is_terminal:
+            rate = (len(generation.tokens) - 1) / max(1e-9, time.perf_counter() - first)
+            self._say(
+                f"{len(generation.tokens)} tokens, {rate:.1f} a second, first after {first - begun:.1f} s"
+            )
+        return generation.text
+
+    def _clear(self, argument: str) -> None:
+        self._turns, self._images = [], []
+
+    def _exit(self, argument: str) -> None:
+        raise EOFError
+
+    def _help(self, argument: str) -> None:
+        for name, (_, what) in self._commands.items():
+            self._say(f"{name:8} {what}")
+        self._say("A line that ends with \\ goes on in the next one.")
+
+    def _image(self, name: str) -> None:
+        path = Path(name).expanduser()
+        if not self._model.info.images:
+            self._say("this model has no vision tower: export a vision-language checkpoint")
+        elif not path.is_file():
+            self._say(f"there is no file {path}")
+        else:
+            self._images.append(path)
+            self._say(f"{path.name} goes with the next message")
+
+    def _set_system(self, text: str) -> None:
+        self._system = text or None
+        self._clear("")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            self._say("write the file's name after /save")
+            return
+        try:
+            text = json.dumps(self._messages, ensure_ascii=False, indent=2, default=str)
+            Path(name).expanduser().write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            self._say(f"cannot write {name}: {error.strerror}")
+        else:
+            self._say(f"{len(self._messages)} messages are in {name}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, style="dim", markup=False)
