@@ -228,3 +228,52 @@ def test_a_changed_file_falls_back_to_the_last_good_version(device: Path, second
     with serving(device) as port:
         assert ask(port)
     assert verified(device) == "1.0"
+
+
+def test_killed_first_installs_leave_nothing_or_a_working_version(
+    first: Path, key: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at 20 random moments of the script; then it is run to its end."""
+    target = tmp_path / "qwen-edge"
+    script = [*NO_NETWORK, "sh", str(first / "install.sh"), str(key.with_suffix(".pub")), str(target)]
+    generator = random.Random(1)
+    for _ in range(20):
+        process = subprocess.Popen(
+            script, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(generator.uniform(0, 12))
+        kill(process)
+        process.wait()
+        if (target / "current").exists():
+            assert verified(target) == "1.0"
+            shutil.rmtree(target)
+    subprocess.run(script, check=True, capture_output=True)
+    assert verified(target) == "1.0"
+
+
+@pytest.mark.parametrize("options", ["size=64k", "ro"])
+def test_logs_on_a_full_or_read_only_disk(installed: Path, options: str) -> None:
+    logs = installed / "logs"
+    logs.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(logs)], check=True)
+    try:
+        if options != "ro":
+            with suppress(OSError):
+                (logs / "filler").write_bytes(bytes(1_000_000))
+        with serving(installed) as port:
+            assert ask(port)
+    finally:
+        subprocess.run(["umount", str(logs)], check=True)
+
+
+def test_update_on_a_full_disk_is_refused(installed: Path, second: Path, tmp_path: Path) -> None:
+    """The folder of releases on a disk of 40 MB; the version in use stays."""
+    target = tmp_path / "device"
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(target)], check=True)
+    try:
+        with pytest.raises(UserError, match="free some space"):
+            Installation(target).install(second, installed / "key.pub", lambda _: None)
+        assert Installation(target).current is None
+    finally:
+        subprocess.run(["umount", str(target)], check=True)

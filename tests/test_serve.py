@@ -491,6 +491,54 @@ def test_model_process_that_dies_is_started_again(cpu_artifact: Path, model: Mod
         assert client.chat.completions.create(**{**options, "max_tokens": 2}).choices
 
 
+REMOVED_DEVICE = """
+# Stands for a CUDA device that is removed while it works: this install's CPU, claimed to be CUDA.
+import onnxruntime_genai as og
+
+cuda = []
+og.is_cuda_available = lambda: True
+og.Config.append_provider = lambda self, name: cuda.append(name)
+og.Config.set_provider_option = lambda self, *option: None
+generate_next_token = og.Generator.generate_next_token
+
+
+def removed(self):
+    if cuda:
+        raise RuntimeError("CUDA failure 46: device is not available")
+    generate_next_token(self)
+
+
+og.Generator.generate_next_token = removed
+"""
+
+
+def test_removed_device_is_left_for_the_cpu(
+    cpu_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(REMOVED_DEVICE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with serving(cpu_artifact, "--provider", "cuda") as server:
+        client = server.client()
+        assert health(server)["provider"] == "cuda"
+        options: dict[str, Any] = {"model": "tiny-dense", "messages": QUESTION, "max_tokens": 8}
+        for _ in range(2):
+            with pytest.raises(openai.APIError):
+                client.chat.completions.create(**options)
+            until_healthy(server)
+        assert health(server)["provider"] == "cpu"
+        assert client.chat.completions.create(**options).choices[0].message.content
+
+
+def until_healthy(server: Server) -> None:
+    """Wait until the model's process is gone and there again."""
+    deadline = time.monotonic() + 30
+    while health(server)["status"] == "ok" and time.monotonic() < deadline - 28:
+        time.sleep(0.05)
+    while health(server)["status"] != "ok":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_server_that_dies_takes_the_model_along(cpu_artifact: Path) -> None:
     with serving(cpu_artifact) as server:
         children = psutil.Process(server.process.pid).children()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -156,8 +157,12 @@ class Engine:
         self.loaded = time.time()
 
     async def run(self) -> None:
-        """Pass the worker's events on until cancelled, and start it again when it dies."""
+        """Pass the worker's events on until cancelled, and start it again when it dies.
+
+        When it has died early twice, it gets the CPU in place of the device's own provider.
+        """
         pause = _RESTART_PAUSE
+        early = 0
         while True:
             if self.alive:
                 started = time.monotonic()
@@ -165,7 +170,11 @@ class Engine:
                 exit_code = await asyncio.to_thread(self._exit_code)
                 _log.error("the model's process ended with %s; starting it again", exit_code)
                 if time.monotonic() - started > _LONGEST_PAUSE:
-                    pause = _RESTART_PAUSE
+                    pause, early = _RESTART_PAUSE, 0
+                early += 1
+                if early == 2 and self.info.provider != "cpu":
+                    _log.error("%s has failed twice: going on with the CPU", self.info.provider)
+                    self._source = dataclasses.replace(self._source, provider="cpu")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             try:

@@ -10,6 +10,7 @@ then `Started`, `Piece`, `Done` and `Failed` from it.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.serve.parser import AnswerParser
 
 _log = logging.getLogger(__name__)
+
+FAILED = 70  # exit code, as sysexits.h calls an internal error
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,9 @@ class _Worker:
             if answered and not self._running and not isinstance(job.prompt, str):
                 ahead = self._ahead = _Ahead(self.model, job.prompt, job.options, answered)
         self._send(last)
+        if isinstance(last, Failed) and not last.mendable:
+            # A provider that has failed, because its device was removed perhaps, fails or errs again.
+            os._exit(FAILED)
         if ahead:
             ahead.run()
 
