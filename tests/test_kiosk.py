@@ -17,8 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 from qwen_export.bundle.assemble import bundle, seal
 from qwen_export.bundle.keys import make_keys
+from qwen_export.bundle.platforms import PLATFORMS
+from qwen_export.bundle.wheels import Wheel
 from qwen_profiles.errors import UserError
 from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE
 from qwen_runtime.kiosk.install import Installation
@@ -277,3 +281,32 @@ def test_update_on_a_full_disk_is_refused(installed: Path, second: Path, tmp_pat
         assert Installation(target).current is None
     finally:
         subprocess.run(["umount", str(target)], check=True)
+
+
+def test_bundle_for_windows_has_exactly_the_wheels_that_it_lists(
+    cpu_artifact: Path, key: Path, tmp_path: Path
+) -> None:
+    """Each wheel fits Windows and CPython 3.12, and together they meet each other's requirements there."""
+    contents = bundle(cpu_artifact, tmp_path / "b", "win_amd64", "3.12", "1.0", key, lambda _: None)
+    listed = dict(
+        line.split(" --hash=sha256:")
+        for line in (tmp_path / "b" / "requirements.txt").read_text().splitlines()
+    )
+    wheels = [Wheel(path) for path in (tmp_path / "b" / "wheels").glob("*.whl")]
+    assert {f"{wheel.name}=={wheel.version}" for wheel in wheels} == listed.keys()
+    environment = {
+        **PLATFORMS["win_amd64"].markers,
+        "python_version": "3.12",
+        "python_full_version": "3.12.0",
+    }
+    versions = {wheel.name: Version(wheel.version) for wheel in wheels}
+    for wheel in wheels:
+        assert contents["files"][f"wheels/{wheel.path.name}"]["sha256"] in listed.values()
+        _, _, _, tags = parse_wheel_filename(wheel.path.name)
+        assert any(tag.platform in ("win_amd64", "any") for tag in tags)
+        extras = ["kiosk"] if wheel.name == "qwen-edge" else []
+        for item in wheel.needs(environment, extras):
+            if item.name != "qwen-edge":
+                assert item.specifier.contains(versions[canonicalize_name(item.name)], prereleases=True), item
+    assert "onnxruntime-genai" in versions and (tmp_path / "b" / "install.ps1").exists()
+    assert not (tmp_path / "b" / "install.sh").exists()
