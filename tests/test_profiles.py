@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from qwen_export.cli import main
 from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
-from qwen_profiles.schema import load_profile, parse_profile, profile_names
+from qwen_profiles.reading import profile_names
+from qwen_profiles.schema import load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
 from random_checkpoints import TINY, TINY_MOE, TINY_VL
 from test_ort124 import greedy

@@ -1,17 +1,16 @@
-"""The one schema of a hardware profile, and how profiles are found, extended and overridden."""
+"""The one schema of a hardware profile, and how one is loaded and overridden."""
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
-from importlib.resources import files
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qwen_profiles.errors import UserError
+from qwen_profiles.reading import merged, read_fields, shipped_text
 
 Role = Literal[
     "mlp",
@@ -25,8 +24,6 @@ Role = Literal[
     "vision",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
-# What `weights.body` stands for: most of the bytes, and what takes 4 bits well.
-BODY: tuple[Role, ...] = ("mlp", "experts")
 PciId = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:([0-9a-f]{4}|\*)$")]
 
 
@@ -157,12 +154,6 @@ class Profile(_Frozen):
         return self
 
 
-def profile_names() -> list[str]:
-    """Names of the shipped profiles, sorted."""
-    names = [entry.name for entry in files("qwen_profiles").iterdir()]
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
 def load_profile(source: str, overrides: Iterable[str] = ()) -> Profile:
     """A shipped profile by name, or the user's own by the path of a file that ends in `.toml`.
 
@@ -175,7 +166,7 @@ def load_profile(source: str, overrides: Iterable[str] = ()) -> Profile:
     """
     path = Path(source)
     if path.suffix != ".toml":
-        return parse_profile(source, _shipped(source), overrides)
+        return parse_profile(source, shipped_text(source), overrides)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -190,9 +181,9 @@ def parse_profile(name: str, text: str, overrides: Iterable[str] = ()) -> Profil
         UserError: it is not TOML, extends what is not shipped, or a field is missing, unknown or out of
             range; names the first one.
     """
-    fields = _fields(name, text)
+    fields = read_fields(name, text)
     for override in overrides:
-        fields = _merged(fields, _override(override))
+        fields = merged(fields, _override(override))
     try:
         return Profile(**{**fields, "name": name})
     except ValidationError as error:
@@ -201,53 +192,6 @@ def parse_profile(name: str, text: str, overrides: Iterable[str] = ()) -> Profil
         message = first["msg"].removeprefix("Value error, ")
         where = f"profile '{name}', field '{field}'" if field else f"profile '{name}'"
         raise UserError(f"{where}: {message}") from error
-
-
-def _shipped(name: str) -> str:
-    names = profile_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
-        raise UserError(f"no profile '{name}': {hint}")
-    return (files("qwen_profiles") / f"{name}.toml").read_text(encoding="utf-8")
-
-
-def _fields(name: str, text: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a profile over those of the one that it extends."""
-    try:
-        fields = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"profile '{name}' is not valid TOML: {error}") from error
-    fields = _merged({}, fields)
-    parent = fields.pop("extends", None)
-    if parent is None:
-        return fields
-    if not isinstance(parent, str) or parent in below:
-        raise UserError(f"profile '{name}', field 'extends': give the name of one shipped profile")
-    return _merged(_fields(parent, _shipped(parent), (*below, parent)), fields)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, table by table; weights' short forms are written out first."""
-    if isinstance(weights := over.get("weights"), Mapping):
-        over = {**over, "weights": _written_out(weights)}
-    return _deep(base, over)
-
-
-def _deep(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _deep(below, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def _written_out(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """`"int4"` as a table, and `body` as the roles that it stands for; roles named win over it."""
-    tables = {role: {"precision": form} if isinstance(form, str) else form for role, form in weights.items()}
-    body = tables.pop("body", None)
-    return tables if body is None else _deep(dict.fromkeys(BODY, body), tables)
 
 
 def _override(text: str) -> dict[str, Any]:

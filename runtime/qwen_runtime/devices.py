@@ -1,0 +1,209 @@
+"""What this machine has, what of it can run an artifact, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from qwen_profiles.reading import profile_names, read_fields, shipped_text
+
+from qwen_runtime.provider import PROVIDERS, is_available
+
+_VENDORS = {"1002": "AMD", "10de": "NVIDIA", "8086": "Intel", "5143": "Qualcomm"}
+_PCI = Path("/sys/bus/pci/devices")
+_DISPLAY, _ACCELERATOR = "0x03", "0x12"  # PCI base classes
+# What each provider runs on, besides the CPU: systems, and vendors of a graphics device or an NPU.
+_NEEDS = {
+    "cuda": ({"linux", "win32"}, {"10de"}),
+    "dml": ({"win32"}, set(_VENDORS)),
+    "openvino": ({"linux", "win32"}, {"8086"}),
+    "webgpu": ({"linux", "win32", "darwin"}, {*_VENDORS, "apple"}),
+}
+_WINDOWS_QUERY = """
+$v = Get-CimInstance Win32_VideoController | Select-Object Name, PNPDeviceID, AdapterRAM
+$n = Get-CimInstance Win32_PnPEntity -Filter "PNPClass='ComputeAccelerator'" | Select-Object Name, PNPDeviceID
+ConvertTo-Json @{gpu = @($v); npu = @($n)}
+"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A graphics device or NPU.
+
+    Attributes:
+        kind: "gpu" or "npu".
+        pci: `vendor:device`, four hexadecimal digits each; "apple:" for Apple's.
+        memory_bytes: of its own; None where it shares the machine's, or that is not known.
+    """
+
+    kind: str
+    name: str
+    pci: str
+    memory_bytes: int | None = None
+
+    @property
+    def vendor(self) -> str:
+        return self.pci.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One computer, as far as it matters here.
+
+    Attributes:
+        system: as sys.platform has it.
+        cpu_flags: instruction sets, as Linux's /proc/cpuinfo calls them.
+    """
+
+    system: str
+    cpu: str
+    cpu_flags: frozenset[str]
+    memory_bytes: int
+    devices: tuple[Device, ...]
+
+
+@dataclass(frozen=True)
+class Usable:
+    """One execution provider here. `advice` is the one thing to do where it is not usable."""
+
+    name: str
+    title: str
+    usable: bool
+    advice: str
+
+
+def find_machine() -> Machine:
+    """This machine."""
+    import cpuinfo
+
+    info = cpuinfo.get_cpu_info()
+    devices: Callable[[], list[Device]] = {
+        "linux": linux_devices,
+        "win32": _windows_devices,
+        "darwin": _apple_devices,
+    }.get(sys.platform, list)
+    return Machine(
+        system=sys.platform,
+        cpu=info.get("brand_raw", platform.machine()),
+        cpu_flags=frozenset(info.get("flags", ())),
+        memory_bytes=psutil.virtual_memory().total,
+        devices=tuple(devices()),
+    )
+
+
+def linux_devices(root: Path = _PCI) -> list[Device]:
+    """Graphics devices and accelerators of a tree such as /sys/bus/pci/devices."""
+    found = []
+    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+        try:
+            kind, vendor, device = (
+                (folder / name).read_text().strip() for name in ("class", "vendor", "device")
+            )
+        except OSError:
+            continue
+        if not kind.startswith((_DISPLAY, _ACCELERATOR)) or vendor.removeprefix("0x") not in _VENDORS:
+            continue  # a virtual screen, say
+        pci = f"{vendor.removeprefix('0x')}:{device.removeprefix('0x')}"
+        memory = folder / "mem_info_vram_total"  # amdgpu
+        found.append(
+            Device(
+                kind="gpu" if kind.startswith(_DISPLAY) else "npu",
+                name=f"{_VENDORS[pci[:4]]} {pci}",
+                pci=pci,
+                memory_bytes=int(memory.read_text()) if memory.is_file() else None,
+            )
+        )
+    return found
+
+
+def _windows_devices() -> list[Device]:
+    command = ["powershell", "-NoProfile", "-NonInteractive", "-Command", _WINDOWS_QUERY]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return windows_devices(answer)
+
+
+def windows_devices(answer: str) -> list[Device]:
+    """Devices from PowerShell's answer to the query above."""
+    found = []
+    for kind, entries in json.loads(answer).items():
+        for entry in entries:
+            match = re.search(r"VEN_([0-9A-F]{4})&DEV_([0-9A-F]{4})", entry["PNPDeviceID"] or "")
+            if match and match[1].lower() in _VENDORS:
+                pci = f"{match[1]}:{match[2]}".lower()
+                found.append(Device(kind, entry["Name"], pci, entry.get("AdapterRAM")))
+    return found
+
+
+def _apple_devices() -> list[Device]:
+    return [Device("gpu", "Apple GPU", "apple:")] if platform.machine() == "arm64" else []
+
+
+def providers(machine: Machine, og: Any) -> list[Usable]:
+    """Every execution provider, and whether it can be used on `machine` with this install.
+
+    Args:
+        og: the module onnxruntime_genai.
+    """
+    found = []
+    for name, provider in PROVIDERS.items():
+        systems, vendors = _NEEDS.get(name, ({machine.system}, None))
+        if machine.system not in systems:
+            advice = f"not on {machine.system}"
+        elif vendors is not None and not any(device.vendor in vendors for device in machine.devices):
+            advice = "no device here that it runs on"
+        elif not is_available(provider, og):
+            advice = f"pip install {provider.package}"
+        else:
+            advice = ""
+        found.append(Usable(name, provider.title, not advice, advice))
+    return found
+
+
+def fitting_profiles(machine: Machine) -> list[str]:
+    """Names of the shipped profiles whose hardware this is, those that tell it most closely first."""
+    recognise = {
+        name: read_fields(name, shipped_text(name))["hardware"].get("recognise", {})
+        for name in profile_names()
+    }
+    fitting = [name for name, patterns in recognise.items() if _fits(patterns, machine)]
+    # A name or an id says more than instruction sets, and more of these say more than fewer.
+    return sorted(
+        fitting,
+        key=lambda name: (not _named(recognise[name]), -len(recognise[name].get("cpu_flags", ())), name),
+    )
+
+
+def _named(patterns: Mapping[str, Any]) -> bool:
+    return any(patterns.get(key) for key in ("cpu", "gpu", "pci"))
+
+
+def _fits(patterns: Mapping[str, Any], machine: Machine) -> bool:
+    """As `Recognise` in qwen_profiles.schema says."""
+    flags = set(patterns.get("cpu_flags", ()))
+    if not flags <= machine.cpu_flags:
+        return False
+    if not _named(patterns):
+        return bool(flags)
+    names = {
+        "cpu": [machine.cpu],
+        "gpu": [device.name for device in machine.devices if device.kind == "gpu"],
+    }
+    by_name = any(
+        re.search(pattern, name, re.IGNORECASE)
+        for key, candidates in names.items()
+        for pattern in patterns.get(key, ())
+        for name in candidates
+    )
+    ids = {wanted for device in machine.devices for wanted in (device.pci, f"{device.vendor}:*")}
+    return by_name or not ids.isdisjoint(patterns.get("pci", ()))
