@@ -28,6 +28,8 @@ from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import Progress as ExportProgress
 from qwen_export.export import default_output, export
+from qwen_export.fit import compare, configured, family, require_fit, shipped_profiles
+from qwen_export.tables import compare_table, fit_table, matrix_table, profiles_table
 
 _EPILOG = """\b
 Examples:
@@ -36,6 +38,7 @@ Examples:
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
   qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
+  qwen-export plan --profile cpu Qwen/Qwen3.5-4B
   qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --set weights.body=int8 --set context_length=65536
 """
@@ -120,6 +123,7 @@ def main() -> None:
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
+@click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
 @click.option("--all-logits", is_flag=True, help="Logits for every position: slower, for evaluation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on stderr.")
@@ -133,6 +137,7 @@ def export_command(
     revision: str | None,
     force: bool,
     text_only: bool,
+    ignore_memory: bool,
     all_logits: bool,
     as_json: bool,
     progress: bool,
@@ -146,6 +151,8 @@ def export_command(
         profile = load_profile(profile_name, overrides)
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
+        if not ignore_memory:
+            require_fit(source, profile)
         with _progress(progress and not as_json) as shown:
             manifest = export(
                 source,
@@ -172,6 +179,68 @@ def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
     table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
     Console(file=sys.stdout).print(table)
     click.echo(f'next: qwen-run {folder} "Hello"')
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def profiles(as_json: bool, debug: bool) -> None:
+    """List the hardware classes that can be exported for."""
+    with reported(debug):
+        shipped = shipped_profiles()
+        if as_json:
+            click.echo(json.dumps([profile.model_dump() for profile in shipped], indent=2))
+        else:
+            Console(file=sys.stdout).print(profiles_table(shipped))
+
+
+_PLAN_EPILOG = """\b
+Examples:
+  qwen-export plan --profile intel-n100 Qwen/Qwen3.5-2B
+  qwen-export plan Qwen3.5-27B                            on all profiles
+  qwen-export plan --profile radeon-780m                  the family
+  qwen-export plan --profile cpu Qwen3.5-4B --set weights.body=int8 --json
+"""
+
+
+@main.command("plan", epilog=_PLAN_EPILOG)
+@click.argument("model", required=False)
+@click.option("--profile", "profile_name", metavar="NAME", help="Hardware class.  [default: all]")
+@_overrides
+@click.option("--revision", help="Branch, tag or commit, when MODEL is a hub id.")
+@click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def plan_command(
+    model: str | None,
+    profile_name: str | None,
+    overrides: tuple[str, ...],
+    revision: str | None,
+    text_only: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Say what MODEL would take and give, from its config.json alone.
+
+    MODEL is a checkpoint folder, a hub id, or a name like Qwen3.5-4B for a published text model; without it
+    the family is compared. Without a profile all of them are. Exit code 2 if MODEL does not fit the profile.
+    """
+    with reported(debug):
+        if overrides and not profile_name:
+            raise UserError("--set changes one profile: say which with --profile")
+        chosen = [load_profile(profile_name, overrides)] if profile_name else shipped_profiles()
+        models = [configured(model, revision, text_only)] if model else list(family().values())
+        one = bool(model and profile_name)
+        found = compare(models, chosen)
+        if as_json:
+            rows = [row.as_json() for row in found]
+            click.echo(json.dumps(rows[0] if one else rows, indent=2))
+        else:
+            many = not (model or profile_name)
+            table = fit_table(found[0]) if one else matrix_table(found) if many else compare_table(found)
+            Console(file=sys.stdout).print(table)
+        if one:
+            require_fit(models[0], chosen[0])
 
 
 _BUNDLE_EPILOG = """\b

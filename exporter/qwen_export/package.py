@@ -31,7 +31,7 @@ MTP_FILE = "mtp.onnx"
 
 _NO_TOKEN = -1
 _HASH_BLOCK = 1024 * 1024
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -161,7 +161,7 @@ def processor_config(vision: VisionConfig) -> dict[str, Any]:
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
     """Copy the tokenizer's files and chat template as they are."""
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
 

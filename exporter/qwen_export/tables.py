@@ -1,0 +1,105 @@
+"""What `profiles`, `plan` and `inspect` print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qwen_profiles.schema import Profile
+from rich.table import Table
+
+from qwen_export.fit import Fit
+
+
+def profiles_table(profiles: Iterable[Profile]) -> Table:
+    table = Table("profile", "runs on", "GB", "GB/s", "description", caption="memory budget and bandwidth")
+    for profile in profiles:
+        runs_on = f"{profile.provider} {profile.device}" if profile.provider != profile.device else "cpu"
+        hardware = profile.hardware
+        table.add_row(
+            profile.name,
+            runs_on if profile.backend == "onnx" else f"{profile.backend} (not yet)",
+            f"{hardware.memory_budget_gb:g}",
+            f"{hardware.bandwidth_gb_s:g}",
+            profile.description,
+        )
+    return table
+
+
+def fit_table(found: Fit) -> Table:
+    """One model on one profile, in full."""
+    predicted, profile = found.estimate, found.profile
+    table = Table("what", "predicted", title=f"{found.model} for {profile.name}")
+    if predicted is None:
+        table.add_row("cannot be exported", found.reason or "")
+        return table
+    budget = f"of {_gb(predicted.budget)}"
+    table.add_row("size on disk", _gb(predicted.disk))
+    table.add_row("memory at load", f"{_gb(predicted.load)} {budget}")
+    table.add_row(f"working memory, runs of {profile.prefill_chunk} tokens", _gb(predicted.working))
+    table.add_row("memory per 1024 tokens of context", _gb(1024 * predicted.cache_per_token))
+    table.add_row("largest context that fits", f"{predicted.largest_context} tokens")
+    table.add_row("context of the profile", f"{predicted.context} tokens", end_section=True)
+    table.add_row(
+        "decode, at most",
+        f"{_rate(predicted.decode_rate)} tokens/s: {_gb(predicted.decode_bytes)} per token at "
+        f"{profile.hardware.bandwidth_gb_s:g} GB/s",
+    )
+    table.add_row("prefill", "limited by computation, not memory: no prediction", end_section=True)
+    for role, size in sorted(predicted.by_role.items(), key=lambda item: -item[1]):
+        table.add_row(f"{role}: {predicted.precision[role]}", _gb(size))
+    return table
+
+
+def compare_table(found: list[Fit]) -> Table:
+    """One model on many profiles, or many models on one; sizes in GB, of 1024 tokens in MB."""
+    one_model = len({row.model for row in found}) == 1
+    title = found[0].model if one_model else f"profile {found[0].profile.name}"
+    table = Table(title=title)
+    table.add_column("profile" if one_model else "model", no_wrap=True)
+    for column in ("disk", "load", "of", "MB/1k", "context", "tokens/s", "fits"):
+        table.add_column(column, justify="right")
+    for row in found:
+        name, predicted = row.profile.name if one_model else row.model, row.estimate
+        if predicted is None:
+            table.add_row(name, *[""] * 6, "not yet")
+            continue
+        table.add_row(
+            name,
+            f"{predicted.disk / 1e9:.2f}",
+            f"{predicted.load / 1e9:.2f}",
+            f"{predicted.budget / 1e9:g}",
+            f"{1024 * predicted.cache_per_token / 1e6:.1f}",
+            str(predicted.largest_context),
+            _rate(predicted.decode_rate),
+            "yes" if row.reason is None else "no",
+        )
+    table.caption = "GB; MB for 1024 tokens of context; largest context that fits; tokens/s at most"
+    return table
+
+
+def matrix_table(found: list[Fit]) -> Table:
+    """Many models on many profiles: decode rates where they fit."""
+    models = list(dict.fromkeys(row.model for row in found))
+    table = Table("tokens/s, at most", *(model.removeprefix("Qwen3.5-") for model in models), title="Qwen3.5")
+    rows: dict[str, list[str]] = {}
+    for row in found:
+        fits = row.estimate is not None and row.reason is None
+        cell = _rate(row.estimate.decode_rate) if fits and row.estimate else "-"
+        rows.setdefault(row.profile.name, []).append(cell)
+    for profile, cells in rows.items():
+        table.add_row(profile, *cells)
+    return table
+
+
+def _gb(size: int) -> str:
+    return (
+        f"{size / 1e9:.1f} GB"
+        if size >= 1e10
+        else f"{size / 1e9:.2f} GB"
+        if size >= 1e8
+        else f"{size / 1e6:.1f} MB"
+    )
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"
