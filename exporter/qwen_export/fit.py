@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_profiles.errors import UserError
-from qwen_profiles.schema import Profile, load_profile, profile_names
+from qwen_profiles.reading import profile_names
+from qwen_profiles.schema import Profile, load_profile
 
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import TextConfig, load_config
