@@ -103,6 +103,19 @@ def test_export_checks_memory_first(tmp_path: Path) -> None:
     assert run(*arguments, "--ignore-memory", "--no-progress").exit_code == 0
 
 
+def test_a_context_that_does_not_fit_is_said(tmp_path: Path) -> None:
+    found = fit(configured(str(TINY)), load_profile("cpu")).estimate
+    assert found is not None
+    budget = (found.load + found.working + 4000 * found.cache_per_token) / 1e9
+    arguments = [TINY, "--profile", "cpu", "--set", f"hardware.memory_budget_gb={budget}", "--no-progress"]
+    done = run(*arguments, "-o", tmp_path / "out")
+    assert done.exit_code == 0
+    assert "note: a context of 8192 tokens does not fit cpu's memory, " in done.stderr
+    assert "consider --max-context 3999" in done.stderr or "consider --max-context 4000" in done.stderr
+    quiet = run(*arguments, "-o", tmp_path / "short", "--max-context", "2048")
+    assert quiet.exit_code == 0 and "does not fit" not in quiet.stderr
+
+
 def test_comparisons() -> None:
     profiles, models = [profile.name for profile in shipped_profiles()], list(family())
     by_profile = json.loads(run("plan", "Qwen3.5-4B", "--json").stdout)

@@ -7,39 +7,11 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
+from qwen_export.kernels import ANY, DIRECTML
 from qwen_profiles.schema import load_profile
 from random_checkpoints import TINY, write_random_checkpoint, write_vision_checkpoint
 
 from artifacts import make_artifact
-
-FLOAT = {"tensor(float)", "tensor(float16)"}
-INTEGERS = {f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-NUMBERS = FLOAT | INTEGERS
-ANY = NUMBERS | {"tensor(bool)", "tensor(double)"}
-# From the DirectML section of ONNX Runtime's docs/OperatorKernels.md: the types of T, the main input.
-KERNELS = {
-    "": {
-        **dict.fromkeys(["Add", "Equal", "Greater", "LessOrEqual", "Min", "Mul", "Sub", "TopK"], NUMBERS),
-        **dict.fromkeys(["Cast", "Concat", "Gather", "Reshape", "Shape", "Slice", "Split", "Squeeze"], ANY),
-        **dict.fromkeys(["ScatterElements", "Tile", "Transpose", "Unsqueeze", "Where"], ANY),
-        **dict.fromkeys(["Conv", "Cos", "Div", "Exp", "Floor", "MatMul", "Sigmoid", "Sin", "Softmax"], FLOAT),
-        **dict.fromkeys(["LayerNormalization", "Softplus", "SimplifiedLayerNormalization"], FLOAT),
-        "ReduceSum": FLOAT,
-        "CumSum": FLOAT | {"tensor(int32)", "tensor(int64)"},
-        "Range": {"tensor(float)", "tensor(int16)", "tensor(int32)", "tensor(int64)"},
-    },
-    "com.microsoft": dict.fromkeys(
-        [
-            "FusedMatMul",
-            "Gelu",
-            "MatMulNBits",
-            "MultiHeadAttention",
-            "QuickGelu",
-            "SkipSimplifiedLayerNormalization",
-        ],
-        FLOAT,
-    ),
-}
 
 
 @pytest.fixture(scope="module", params=["trained", "random", "experts", "model", "embedding", "vision"])
@@ -91,8 +63,8 @@ def test_every_node_has_a_kernel_for_its_type(model: tuple[Path, onnx.ModelProto
     path, proto = model
     types = value_types(path)
     for node in proto.graph.node:
-        assert node.op_type in KERNELS[node.domain], node.name
-        assert types[node.input[0]] in KERNELS[node.domain][node.op_type], node.name
+        assert node.op_type in DIRECTML[node.domain], node.name
+        assert types[node.input[0]] in DIRECTML[node.domain][node.op_type], node.name
         assert all(types[name] in ANY for name in node.output if name), node.name
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from qwen_export.cli import main
+from qwen_profiles.documentation import BEGIN, END, fields_table
 from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
 from qwen_profiles.reading import profile_names
@@ -127,3 +128,9 @@ def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
         assert message in str(raised.value)
     with pytest.raises(UserError, match=r"cannot read the profile .*missing\.toml"):
         load_profile(str(tmp_path / "missing.toml"))
+
+
+def test_every_field_is_documented() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "profiles.md").read_text(encoding="utf-8")
+    assert f"{BEGIN}{fields_table()}{END}" in document
+    assert "|  |" not in fields_table()

@@ -28,8 +28,9 @@ from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import Progress as ExportProgress
 from qwen_export.export import default_output, export
-from qwen_export.fit import compare, configured, family, require_fit, shipped_profiles
-from qwen_export.tables import compare_table, fit_table, matrix_table, profiles_table
+from qwen_export.fit import Fit, compare, configured, family, require_fit, shipped_profiles
+from qwen_export.inspection import inspect
+from qwen_export.tables import compare_table, fit_table, inspection_tables, matrix_table, profiles_table
 
 _EPILOG = """\b
 Examples:
@@ -152,7 +153,7 @@ def export_command(
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
         if not ignore_memory:
-            require_fit(source, profile)
+            _note_short_context(require_fit(source, profile), max_context)
         with _progress(progress and not as_json) as shown:
             manifest = export(
                 source,
@@ -167,6 +168,17 @@ def export_command(
             click.echo(json.dumps({"output": str(folder), **manifest}, indent=2))
         else:
             _summary(folder, manifest)
+
+
+def _note_short_context(found: Fit, max_context: int | None) -> None:
+    predicted = found.estimate
+    asked = max_context or (predicted.context if predicted else 0)
+    if predicted and predicted.largest_context < asked:
+        click.echo(
+            f"note: a context of {asked} tokens does not fit {found.profile.name}'s memory, "
+            f"{predicted.largest_context} do: consider --max-context {predicted.largest_context}",
+            err=True,
+        )
 
 
 def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
@@ -241,6 +253,20 @@ def plan_command(
             Console(file=sys.stdout).print(table)
         if one:
             require_fit(models[0], chosen[0])
+
+
+@main.command("inspect")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON on stdout.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def inspect_command(artifact: Path, as_json: bool, debug: bool) -> None:
+    """Say what is in ARTIFACT and which providers can run it, from its own files."""
+    with reported(debug):
+        found = inspect(artifact)
+        if as_json:
+            click.echo(json.dumps(found, indent=2))
+        else:
+            Console(file=sys.stdout).print(*inspection_tables(found))
 
 
 _BUNDLE_EPILOG = """\b

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from qwen_profiles.schema import Profile
 from rich.table import Table
@@ -89,6 +90,27 @@ def matrix_table(found: list[Fit]) -> Table:
     for profile, cells in rows.items():
         table.add_row(profile, *cells)
     return table
+
+
+def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Sizes by role, and which providers have kernels for the graphs."""
+    made = f"{found['lowering']}, context {found['context_length']}"
+    title = f"{found['model']['name']} for {found['profile']}: {made}"
+    roles = Table("role", "precision", "size", title=title)
+    for role, entry in sorted(found["roles"].items(), key=lambda item: -item[1]["bytes"]):
+        roles.add_row(role, entry["precision"], _gb(entry["bytes"]))
+    roles.add_row("all files", "", _gb(found["bytes"]))
+    providers = Table(
+        "provider", "runs", "nodes with a kernel", "missing", title=f"onnxruntime {found['onnxruntime']}"
+    )
+    for name, entry in found["providers"].items():
+        if entry["runs"] is None:
+            providers.add_row(name, "unknown", "publishes no table of kernels", "")
+            continue
+        missing = ", ".join(f"{count} {operator}" for operator, count in entry["missing"].items())
+        covered = f"{entry['covered']} of {entry['nodes']}"
+        providers.add_row(name, "yes" if entry["runs"] else "no", covered, missing)
+    return roles, providers
 
 
 def _gb(size: int) -> str:

@@ -1,0 +1,76 @@
+"""The planner against the truth: size on disk, and memory of a process that loads the artifact.
+
+    python -m benchmarks.plan [--sizes tiny 0.8B 4B] [--runs 3] [--folder FOLDER]
+
+4B needs 12 GB of disk and 5 GB of memory. Memory is VmHWM (Linux), with the runtime on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_export.fit import configured, fit
+from qwen_profiles.schema import load_profile
+
+from benchmarks.geometry import GEOMETRIES, write_checkpoint
+
+_TINY = Path(__file__).parents[1] / "tests" / "checkpoints" / "tiny-dense"
+_LOAD = (
+    "import sys; from qwen_runtime import Model; model = Model.load(sys.argv[1]);"
+    "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+)
+
+
+class _Quiet:
+    def note(self, message: str) -> None: ...
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "0.8B", "4B"])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="Where to put the checkpoints, one at a time.")
+    asked = parser.parse_args()
+    print("| model | disk, predicted MB | measured | error | load, predicted MB | measured | error |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for size in asked.sizes:
+        with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+            print(_row(size, Path(folder), asked.runs), flush=True)
+
+
+def _row(size: str, folder: Path, runs: int) -> str:
+    checkpoint, profile = _TINY, load_profile("cpu")
+    if size != "tiny":
+        checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[size])
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(_TINY / name, checkpoint)
+    predicted = fit(configured(str(checkpoint)), profile).estimate
+    assert predicted is not None
+    artifact = folder / "artifact"
+    export(Checkpoint.open(str(checkpoint)), profile, artifact, _Quiet())
+    disk = sum(path.stat().st_size for path in artifact.iterdir())
+    peaks = []
+    for _ in range(runs):
+        output = subprocess.check_output([sys.executable, "-c", _LOAD, artifact], text=True)
+        peaks.append(1024 * int(output.split("VmHWM:")[1].split()[0]))
+    pairs = ((predicted.disk, disk), (predicted.load, statistics.median(peaks)))
+    cells = [f"{was / 1e6:.1f} | {real / 1e6:.1f} | {was / real - 1:+.2%}" for was, real in pairs]
+    return f"| {size} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

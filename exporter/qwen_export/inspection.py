@@ -1,0 +1,112 @@
+"""What an artifact holds and where it can run, from its own files; reads no weight."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from qwen_profiles.errors import UserError
+
+from qwen_export import package
+from qwen_export.kernels import KERNELS
+
+# The type of what com.microsoft's operators take; others take indices and shapes too.
+_TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+
+
+def inspect(artifact: Path) -> dict[str, Any]:
+    """What `artifact` is: the manifest's facts, sizes and precisions by role, operators, and coverage.
+
+    `providers` has for each execution provider the nodes that it has kernels for, those that it lacks by
+    operator, and whether it `runs` the artifact: null where it publishes no table of kernels.
+
+    Raises:
+        UserError: not an artifact, or its files are not those that its manifest lists.
+    """
+    manifest = _manifest(artifact)
+    graphs = {name: _operators(artifact / name) for name in sorted(manifest["files"]) if _is_graph(name)}
+    total = sum(graphs.values(), Counter[tuple[str, str]]())
+    recipe, carried = manifest["recipe"], set(manifest.get("carried_over", []))
+    return {
+        "artifact": artifact.name,
+        **{key: manifest[key] for key in ("model", "source", "profile", "backend", "provider", "lowering")},
+        **{key: manifest[key] for key in ("onnxruntime", "activation_dtype", "context_length")},
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "roles": {
+            role: {"bytes": size, "precision": _precision(recipe.get(role), role in carried)}
+            for role, size in manifest["bytes_by_role"].items()
+        },
+        "graphs": {name: sum(operators.values()) for name, operators in graphs.items()},
+        "operators": {
+            f"{domain}::{name}" if domain else name: n for (domain, name), n in total.most_common()
+        },
+        "providers": {
+            provider: _coverage(provider, total, manifest["activation_dtype"]) for provider in KERNELS
+        },
+    }
+
+
+def _coverage(provider: str, operators: Counter[tuple[str, str]], dtype: str) -> dict[str, Any]:
+    nodes, kernels = sum(operators.values()), KERNELS[provider]
+    if kernels is None:
+        return {"runs": None, "nodes": nodes, "covered": None, "missing": {}}
+    missing = {
+        name: count
+        for (domain, name), count in operators.items()
+        if name not in kernels.get(domain, {}) or (domain and _TENSORS[dtype] not in kernels[domain][name])
+    }
+    covered = nodes - sum(missing.values())
+    return {"runs": not missing, "nodes": nodes, "covered": covered, "missing": missing}
+
+
+def _is_graph(name: str) -> bool:
+    return name.endswith(".onnx")
+
+
+def _operators(graph: Path) -> Counter[tuple[str, str]]:
+    """(domain, operator) of every node, those in the bodies of control flow too."""
+    try:
+        found = onnx.load(graph, load_external_data=False).graph
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{graph} cannot be read ({error}): copy the artifact again") from error
+    return _nodes(found)
+
+
+def _nodes(graph: onnx.GraphProto) -> Counter[tuple[str, str]]:
+    counts = Counter((node.domain, node.op_type) for node in graph.node)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                counts += _nodes(attribute.g)
+    return counts
+
+
+def _precision(form: dict[str, Any] | None, carried: bool) -> str:
+    if carried:
+        return "int4, as in the checkpoint"
+    if form is None or form["precision"] == "float":
+        return "float"
+    fitted = "" if form["symmetric"] else ", zero points"
+    return f"{form['precision']}, block {form['block_size']}{fitted}"
+
+
+def _manifest(artifact: Path) -> dict[str, Any]:
+    path = artifact / package.MANIFEST
+    if not path.is_file():
+        raise UserError(f"{artifact} has no {package.MANIFEST}: give the folder of a finished artifact")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, listed = manifest["format_version"], manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest ({error!r}): copy the artifact again") from error
+    if version != package.FORMAT_VERSION:
+        raise UserError(f"{artifact} has artifact format {version}: install the qwen-edge that exported it")
+    for name, entry in listed.items():
+        file = artifact / name
+        if Path(name).name != name or not file.is_file() or file.stat().st_size != entry["size"]:
+            raise UserError(f"{file} is not as the manifest says: copy the artifact again")
+    return dict(manifest)
