@@ -90,7 +90,7 @@ class _Supervisor:
         ways: list[tuple[str, Callable[[], Release], str]] = [
             ("its own provider", self._trusted, "auto"),
             ("the CPU", self._trusted, "cpu"),
-            ("the last good version", self._installation.roll_back, "auto"),
+            ("the last good version", self._last_good, "auto"),
         ]
         while not self._stopping.is_set():
             for name, release, provider in ways:
@@ -118,6 +118,14 @@ class _Supervisor:
             _log.error("%s", error)
             return self._installation.roll_back()
         return current
+
+    def _last_good(self) -> Release:
+        """Only for now: what made the newer one fail may pass, and the next start tries it again."""
+        previous = self._installation.previous
+        if previous is None:
+            raise UserError("there is no earlier version to try")
+        previous.check(self._installation.key, full=False)
+        return previous
 
     def _serve_while_good(self, release: Release, provider: str) -> None:
         failures = 0
