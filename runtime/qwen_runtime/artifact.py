@@ -141,12 +141,13 @@ def _check_file(root: Path, name: str, entry: Any, verify: bool) -> None:
         raise UserError(f"{name} is missing from {root}: copy the artifact again, or export it again")
     changed = path.stat().st_size != entry["size"]
     if not changed and (verify or entry["size"] < _ALWAYS_HASHED):
-        changed = _sha256(path) != entry["sha256"]
+        changed = sha256(path) != entry["sha256"]
     if changed:
         raise UserError(f"{path} changed since the export: copy the artifact again, or export it again")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal; a block of it in memory at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 from qwen_profiles.errors import UserError
-from qwen_runtime.artifact import Artifact
+from qwen_runtime.artifact import Artifact, sha256
 from qwen_runtime.kiosk.bundle import (
     ARTIFACT,
     CONTENTS,
@@ -23,7 +23,6 @@ from qwen_runtime.kiosk.bundle import (
     SIGNATURE,
     WHEELS,
     files_in,
-    sha256,
     version_key,
 )
 from qwen_runtime.kiosk.self_test import make_self_test

@@ -9,7 +9,6 @@ Nothing in the folder is trusted before both are checked.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,13 +18,14 @@ from typing import Any
 
 from qwen_profiles.errors import UserError
 
+from qwen_runtime.artifact import sha256
+
 FORMAT_VERSION = 1
 CONTENTS = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 ARTIFACT = "artifact"
 WHEELS = "wheels"
 REQUIREMENTS = "requirements.txt"
-_HASH_BLOCK = 1024 * 1024
 _FIELDS = {
     "name": str,
     "version": str,
@@ -149,11 +149,3 @@ def files_in(root: Path) -> Iterator[str]:
                 raise UserError(f"{path} is a link or a device: remove it, or copy the bundle again")
         for name in names:
             yield PurePosixPath(*Path(folder, name).relative_to(root).parts).as_posix()
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

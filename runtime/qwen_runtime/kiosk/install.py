@@ -23,7 +23,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from qwen_profiles.errors import UserError
 
-from qwen_runtime.kiosk.bundle import ARTIFACT, REQUIREMENTS, WHEELS, Bundle, sha256
+from qwen_runtime.artifact import sha256
+from qwen_runtime.kiosk.bundle import ARTIFACT, REQUIREMENTS, WHEELS, Bundle
 
 _LAUNCHERS = ("start.sh", "start.ps1", "qwen-edge.service", "task.xml", "README.txt")
 _RECORD = "installed.json"
