@@ -20,6 +20,10 @@ from qwen_export.bundle.wheels import Wheel, download
 from qwen_profiles.errors import UserError
 from qwen_runtime.cli import main
 from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE, Bundle, check_signature
+from qwen_runtime.kiosk.self_test import make_self_test, run_self_test
+from random_checkpoints import write_random_checkpoint
+
+from artifacts import float_profile, make_artifact
 
 FACTS = {
     "name": "tiny",
@@ -192,3 +196,21 @@ def download_only(name: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), name]
     subprocess.run(command, check=True)
     return Wheel(next(folder.glob(f"{name}-*.whl"))).path
+
+
+def test_self_test_tells_another_model(cpu_artifact: Path, tmp_path: Path) -> None:
+    recorded = make_self_test(cpu_artifact)
+    assert 1 <= len(recorded["tokens"]) <= 8
+    run_self_test(cpu_artifact, recorded)
+    other = write_random_checkpoint(tmp_path / "checkpoint", vocab_size=2048)
+    artifact = make_artifact(other, float_profile("fused"), tmp_path / "artifact", all_logits=False)
+    with pytest.raises(UserError, match="the self-test answered"):
+        run_self_test(artifact, recorded)
+
+
+def test_the_checkpoints_licence_comes_along(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint")
+    (checkpoint / "LICENSE").write_text("terms")
+    artifact = make_artifact(checkpoint, float_profile("fused"), tmp_path / "artifact", all_logits=False)
+    assert (artifact / "LICENSE").read_text() == "terms"
+    assert "LICENSE" in json.loads((artifact / "manifest.json").read_text())["files"]

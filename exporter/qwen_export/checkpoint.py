@@ -21,7 +21,7 @@ from qwen_export.config import TextConfig, load_config, quantization_config
 from qwen_export.sources import DTYPES, Source, TensorInfo, assemble
 from qwen_export.vision_config import VisionConfig, load_vision_config
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE", "NOTICE"]
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.

@@ -182,4 +182,4 @@ def _graph_bytes(planned: Plan) -> int:
 
 
 def _tokenizer_bytes(root: Path) -> int:
-    return sum(path.stat().st_size for name in package.TOKENIZER_FILES if (path := root / name).is_file())
+    return sum(path.stat().st_size for name in package.COPIED_FILES if (path := root / name).is_file())

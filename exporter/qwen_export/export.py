@@ -203,7 +203,7 @@ def _export(
     progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in planned.stored))
     write_weights(checkpoint, planned.stored, data, planned.data_bytes, journal, progress.advance)
 
-    package.copy_tokenizer(checkpoint.root, staged)
+    package.copy_files(checkpoint.root, staged)
     for name, model in planned.models.items():
         ir.save(model, staged / name)
     if checkpoint.vision:

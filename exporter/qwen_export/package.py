@@ -31,7 +31,8 @@ MTP_FILE = "mtp.onnx"
 
 _NO_TOKEN = -1
 _HASH_BLOCK = 1024 * 1024
-TOKENIZER_FILES = (
+# The tokenizer, and the terms that the weights come under.
+COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -39,6 +40,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "LICENSE",
+    "NOTICE",
 )
 # Called the same in generation_config.json and in GenAI.
 _SAMPLING = ("temperature", "top_k", "top_p", "do_sample")
@@ -159,9 +162,9 @@ def processor_config(vision: VisionConfig) -> dict[str, Any]:
     return {"processor": {"name": "qwen3_vl_image_processor", "transforms": transforms}}
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy the tokenizer's files and chat template as they are."""
-    for name in TOKENIZER_FILES:
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy the tokenizer's files, chat template and licence as they are."""
+    for name in COPIED_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
 
