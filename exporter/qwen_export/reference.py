@@ -1,0 +1,206 @@
+"""Qwen3.5's text model in numpy float32, layer by layer, its weights read from their files as they are used.
+
+Memory holds one tile of one weight and the activations, whatever the model's size. The recurrence is written
+token by token, as the paper defines it, so that it shares no algebra with the graphs that are compared to it.
+Source: transformers' Qwen3_5Model and Qwen3_5MoeModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from qwen_export.config import TextConfig
+from qwen_export.graph.yarn import inverse_frequencies
+from qwen_export.sources import Source
+
+_TILE_ELEMENTS = 16 * 1024 * 1024
+_L2_EPSILON = 1e-6  # transformers' l2norm
+
+
+class Weights:
+    """Tensors by their names in the checkpoint, as what a model does with them; all results are float32."""
+
+    def __init__(self, tensors: Mapping[str, Source]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def whole(self, name: str) -> np.ndarray:
+        """A small tensor."""
+        return float32(self._tensors[name].read(0, self._tensors[name].shape[0]))
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows [K] of a tensor [N, K] by `ids` [...] -> [..., K]."""
+        different, places = np.unique(ids, return_inverse=True)
+        read = np.concatenate([self._tensors[name].read(int(row), int(row) + 1) for row in different])
+        return float32(read)[places.reshape(ids.shape)]
+
+    def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
+        """x [..., K] times the transpose of a tensor [N, K], or of one `expert` of [experts, N, K]."""
+        tensor = self._tensors[name]
+        n, k = tensor.shape[-2:]
+        if expert is not None:
+            return x @ float32(tensor.read(expert, expert + 1))[0].T
+        result = np.empty((*x.shape[:-1], n), np.float32)
+        step = max(1, _TILE_ELEMENTS // k)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            result[..., start:stop] = x @ float32(tensor.read(start, stop)).T
+        return result
+
+
+def float32(values: np.ndarray) -> np.ndarray:
+    if values.dtype == ml_dtypes.bfloat16:  # its bits are float32's upper half: quicker than a cast
+        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def embed(config: TextConfig, weights: Weights, ids: np.ndarray) -> np.ndarray:
+    """ids [batch, sequence] -> hidden states [batch, sequence, hidden]."""
+    return weights.rows("model.embed_tokens.weight", ids)
+
+
+def logits(config: TextConfig, weights: Weights, hidden: np.ndarray) -> np.ndarray:
+    """The last layer's hidden states [..., hidden] -> logits [..., vocab]."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return weights.linear(head, _rms_norm(config, weights, "model.norm.weight", hidden))
+
+
+def layer(config: TextConfig, weights: Weights, index: int, hidden: np.ndarray) -> np.ndarray:
+    """Hidden states before layer `index` -> after it, both [batch, sequence, hidden], from position 0 on."""
+    name = f"model.layers.{index}"
+    normed = _rms_norm(config, weights, f"{name}.input_layernorm.weight", hidden)
+    mixer = {"full_attention": _attention, "linear_attention": _gated_delta_net}[config.layer_types[index]]
+    hidden = hidden + mixer(config, weights, name, normed)
+    normed = _rms_norm(config, weights, f"{name}.post_attention_layernorm.weight", hidden)
+    feed_forward = _mixture_of_experts if config.num_experts else _mlp
+    return hidden + feed_forward(config, weights, f"{name}.mlp", normed)
+
+
+def forward(config: TextConfig, weights: Weights, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Hidden states [batch, sequence, hidden] of `ids` [batch, sequence]: embedded, then after each layer."""
+    hidden = embed(config, weights, ids)
+    yield hidden
+    for index in range(config.num_hidden_layers):
+        hidden = layer(config, weights, index, hidden)
+        yield hidden
+
+
+def _mlp(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    gate = weights.linear(f"{name}.gate_proj.weight", x)
+    up = weights.linear(f"{name}.up_proj.weight", x)
+    return weights.linear(f"{name}.down_proj.weight", _silu(gate) * up)
+
+
+def _mixture_of_experts(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    assert config.num_experts is not None
+    tokens = x.reshape(-1, x.shape[-1])
+    probabilities = softmax(weights.linear(f"{name}.gate.weight", tokens))
+    chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : config.num_experts_per_tok]
+    share = np.take_along_axis(probabilities, chosen, -1)
+    share /= share.sum(-1, keepdims=True)
+    routed = np.zeros_like(tokens)
+    for expert in np.unique(chosen):
+        token, place = np.nonzero(chosen == expert)
+        both = weights.linear(f"{name}.experts.gate_up_proj", tokens[token], int(expert))
+        gate, up = np.split(both, 2, axis=-1)
+        found = weights.linear(f"{name}.experts.down_proj", _silu(gate) * up, int(expert))
+        routed[token] += found * share[token, place, None]
+    shared = _mlp(config, weights, f"{name}.shared_expert", tokens)
+    shared *= _sigmoid(weights.linear(f"{name}.shared_expert_gate.weight", tokens))
+    return (routed + shared).reshape(x.shape)
+
+
+def _attention(config: TextConfig, weights: Weights, layer: str, x: np.ndarray) -> np.ndarray:
+    name, (batch, length, _) = f"{layer}.self_attn", x.shape
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    both = weights.linear(f"{name}.q_proj.weight", x).reshape(batch, length, heads, 2, dim)
+    query, gate = both[..., 0, :], both[..., 1, :].reshape(batch, length, heads * dim)
+    key = weights.linear(f"{name}.k_proj.weight", x).reshape(batch, length, kv_heads, dim)
+    value = weights.linear(f"{name}.v_proj.weight", x).reshape(batch, length, kv_heads, dim)
+    query = _rotate(config, _rms_norm(config, weights, f"{name}.q_norm.weight", query))
+    key = _rotate(config, _rms_norm(config, weights, f"{name}.k_norm.weight", key))
+
+    query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))  # heads before tokens
+    key, value = (np.repeat(part, heads // kv_heads, axis=1) for part in (key, value))
+    scores = query @ key.swapaxes(-1, -2) * np.float32(dim**-0.5)
+    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    output = (softmax(scores) @ value).swapaxes(1, 2).reshape(batch, length, heads * dim)
+    return weights.linear(f"{name}.o_proj.weight", output * _sigmoid(gate))
+
+
+def _rotate(config: TextConfig, x: np.ndarray) -> np.ndarray:
+    """Text has the same position on all three axes, so mRoPE is plain rotation. x [batch, T, heads, dim]."""
+    frequencies, factor = inverse_frequencies(config)
+    angles = np.arange(x.shape[1], dtype=np.float32)[:, None, None] * frequencies
+    cos, sin = np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
+    half = len(frequencies)
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return np.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
+
+
+def _gated_delta_net(config: TextConfig, weights: Weights, layer: str, x: np.ndarray) -> np.ndarray:
+    name, (batch, length, _) = f"{layer}.linear_attn", x.shape
+    key_heads, heads = config.linear_num_key_heads, config.linear_num_value_heads
+    mixed = _causal_conv(
+        weights.linear(f"{name}.in_proj_qkv.weight", x), weights.whole(f"{name}.conv1d.weight")
+    )
+    query, key, value = np.split(mixed, [config.key_dim, 2 * config.key_dim], axis=-1)
+    query, key = (
+        np.repeat(_l2_norm(part.reshape(batch, length, key_heads, -1)), heads // key_heads, axis=2)
+        for part in (query, key)
+    )
+    query = query * np.float32(config.linear_key_head_dim**-0.5)
+    value = value.reshape(batch, length, heads, -1)
+    beta = _sigmoid(weights.linear(f"{name}.in_proj_b.weight", x))
+    a = weights.linear(f"{name}.in_proj_a.weight", x) + weights.whole(f"{name}.dt_bias")
+    decay = np.exp(-np.exp(weights.whole(f"{name}.A_log")) * np.logaddexp(a, np.float32(0)))
+
+    output = np.empty_like(value)
+    state = np.zeros((batch, heads, config.linear_key_head_dim, config.linear_value_head_dim), np.float32)
+    for t in range(length):
+        k = key[:, t, :, :, None]
+        state *= decay[:, t, :, None, None]
+        seen = (k.swapaxes(-1, -2) @ state)[..., 0, :]
+        state += k * (beta[:, t, :, None] * (value[:, t] - seen))[..., None, :]
+        output[:, t] = (query[:, t, :, None, :] @ state)[..., 0, :]
+
+    gate = _silu(weights.linear(f"{name}.in_proj_z.weight", x)).reshape(output.shape)
+    normed = _normed(output, config.rms_norm_eps) * weights.whole(f"{name}.norm.weight") * gate
+    return weights.linear(f"{name}.out_proj.weight", normed.reshape(batch, length, -1))
+
+
+def _causal_conv(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Depthwise, with SiLU: x [batch, T, channels], kernel [channels, 1, taps]."""
+    taps, length = kernel.shape[-1], x.shape[1]
+    padded = np.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
+    return _silu(sum(padded[:, tap : tap + length] * kernel[:, 0, tap] for tap in range(taps)))
+
+
+def _rms_norm(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    return _normed(x, config.rms_norm_eps) * (1 + weights.whole(name))
+
+
+def _normed(x: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(epsilon))
+
+
+def _l2_norm(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(_L2_EPSILON))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    raised = np.exp(x - x.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return (1 + np.tanh(x / 2)) / 2  # does not overflow
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x * _sigmoid(x)
