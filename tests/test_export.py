@@ -45,7 +45,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def command(checkpoint: Path, output: Path) -> list[str]:
-    arguments = ["--profile", "cpu", str(checkpoint), "-o", str(output), "--no-progress"]
+    arguments = ["--profile", "cpu", str(checkpoint), "-o", str(output), "--no-progress", "--no-verify"]
     return [sys.executable, "-c", "from qwen_export.cli import main; main()", *arguments]
 
 
@@ -225,7 +225,7 @@ def test_profiles_are_checked() -> None:
 
 def test_command_line(tmp_path: Path) -> None:
     runner = CliRunner()
-    arguments = ["--profile", "cpu", str(TINY), "-o", str(tmp_path / "out"), "--json"]
+    arguments = ["--profile", "cpu", str(TINY), "-o", str(tmp_path / "out"), "--json", "--no-verify"]
     done = runner.invoke(main, arguments)
     assert done.exit_code == 0
     assert json.loads(done.stdout)["profile"] == "cpu"

@@ -94,7 +94,7 @@ def test_float16_graphs_compute_angles_in_float32(tmp_path: Path) -> None:
 
 def export_with(folder: Path, output: Path, *options: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, genai_config.json (empty if there is none), and what was said on stderr."""
-    command = ["--profile", "cpu", str(folder), "-o", str(output), "--no-progress", *options]
+    command = ["--profile", "cpu", str(folder), "-o", str(output), "--no-progress", "--no-verify", *options]
     result = CliRunner().invoke(main, command)
     config = output / "genai_config.json"
     return result.exit_code, json.loads(config.read_text()) if config.exists() else {}, result.stderr

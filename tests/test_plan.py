@@ -100,14 +100,22 @@ def test_export_checks_memory_first(tmp_path: Path) -> None:
     refused = run(*arguments)
     assert refused.exit_code == 2 and "tiny-dense needs 0.1 GB" in refused.stderr
     assert not any(tmp_path.iterdir())
-    assert run(*arguments, "--ignore-memory", "--no-progress").exit_code == 0
+    assert run(*arguments, "--ignore-memory", "--no-progress", "--no-verify").exit_code == 0
 
 
 def test_a_context_that_does_not_fit_is_said(tmp_path: Path) -> None:
     found = fit(configured(str(TINY)), load_profile("cpu")).estimate
     assert found is not None
     budget = (found.load + found.working + 4000 * found.cache_per_token) / 1e9
-    arguments = [TINY, "--profile", "cpu", "--set", f"hardware.memory_budget_gb={budget}", "--no-progress"]
+    arguments = [
+        TINY,
+        "--profile",
+        "cpu",
+        "--set",
+        f"hardware.memory_budget_gb={budget}",
+        "--no-progress",
+        "--no-verify",
+    ]
     done = run(*arguments, "-o", tmp_path / "out")
     assert done.exit_code == 0
     assert "note: a context of 8192 tokens does not fit cpu's memory, " in done.stderr

@@ -111,7 +111,17 @@ def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
         'extends = "cpu-avx2"\ndescription = "lobby"\ncontext_length = 2048\n[weights]\nbody = "int8"\n'
     )
     output = tmp_path / "out"
-    arguments = ["--profile", str(path), str(TINY), "-o", str(output), "--json", "--set", "prefill_chunk=64"]
+    arguments = [
+        "--profile",
+        str(path),
+        str(TINY),
+        "-o",
+        str(output),
+        "--json",
+        "--no-verify",
+        "--set",
+        "prefill_chunk=64",
+    ]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     manifest = json.loads(done.stdout)

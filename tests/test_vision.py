@@ -237,7 +237,16 @@ def test_text_only_export_is_a_text_artifact(tmp_path: Path) -> None:
 
 def test_text_only_at_the_command(tmp_path: Path) -> None:
     checkpoint = write_vision_checkpoint(tmp_path / "checkpoint")
-    arguments = ["--profile", "cpu", str(checkpoint), "-o", str(tmp_path / "out"), "--text-only", "--json"]
+    arguments = [
+        "--profile",
+        "cpu",
+        str(checkpoint),
+        "-o",
+        str(tmp_path / "out"),
+        "--text-only",
+        "--json",
+        "--no-verify",
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0
     manifest = json.loads(result.stdout)

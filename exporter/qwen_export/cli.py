@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 from click_default_group import DefaultGroup
-from qwen_profiles.errors import UserError, reported
+from qwen_profiles.errors import BELOW_THE_BAR, UserError, reported
 from qwen_profiles.schema import load_profile
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -30,7 +33,14 @@ from qwen_export.export import Progress as ExportProgress
 from qwen_export.export import default_output, export
 from qwen_export.fit import Fit, compare, configured, family, require_fit, shipped_profiles
 from qwen_export.inspection import inspect
-from qwen_export.tables import compare_table, fit_table, inspection_tables, matrix_table, profiles_table
+from qwen_export.tables import (
+    compare_table,
+    fit_table,
+    inspection_tables,
+    matrix_table,
+    profiles_table,
+    report_table,
+)
 
 _EPILOG = """\b
 Examples:
@@ -46,11 +56,11 @@ Examples:
 
 
 class _Bar:
-    """Bytes of the checkpoint dealt with, on stderr so that stdout stays clean for --json."""
+    """How far a long task is, on stderr so that stdout stays clean for --json."""
 
-    def __init__(self, console: Console, bar: Progress) -> None:
+    def __init__(self, console: Console, bar: Progress, title: str) -> None:
         self._console, self._bar = console, bar
-        self._task = bar.add_task("weights", total=None)
+        self._task = bar.add_task(title, total=None)
 
     def note(self, message: str) -> None:
         self._console.print(message)
@@ -62,20 +72,23 @@ class _Bar:
         self._bar.advance(self._task, count)
 
 
+_BYTES: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+_STEPS: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+
+
 @contextmanager
-def _progress(show: bool) -> Iterator[ExportProgress]:
+def _progress(show: bool, title: str, columns: tuple[ProgressColumn, ...]) -> Iterator[ExportProgress]:
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *columns,
         TimeRemainingColumn(),
         console=console,
         disable=not show,
     )
     with bar:
-        yield _Bar(console, bar)
+        yield _Bar(console, bar, title)
 
 
 _overrides = click.option(
@@ -94,7 +107,8 @@ def main() -> None:
 
     Without the name of a command: export.
 
-    Exit codes: 0 done, 2 a mistake that you can mend, 1 a mistake of ours, 130 interrupted.
+    Exit codes: 0 done, 2 a mistake that you can mend, 3 an artifact below its profile's quality bar, 1 a
+    mistake of ours, 130 interrupted.
     """
 
 
@@ -125,6 +139,12 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
 @click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare the artifact with the checkpoint afterwards.",
+)
 @click.option("--all-logits", is_flag=True, help="Logits for every position: slower, for evaluation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar on stderr.")
@@ -139,6 +159,7 @@ def export_command(
     force: bool,
     text_only: bool,
     ignore_memory: bool,
+    verify: bool,
     all_logits: bool,
     as_json: bool,
     progress: bool,
@@ -154,7 +175,7 @@ def export_command(
         folder = output or default_output(source, profile)
         if not ignore_memory:
             _note_short_context(require_fit(source, profile), max_context)
-        with _progress(progress and not as_json) as shown:
+        with _progress(progress and not as_json, "weights", _BYTES) as shown:
             manifest = export(
                 source,
                 profile,
@@ -164,10 +185,44 @@ def export_command(
                 all_logits=all_logits,
                 max_context=max_context,
             )
+        report = _verified(folder, source, progress and not as_json) if verify else None
         if as_json:
-            click.echo(json.dumps({"output": str(folder), **manifest}, indent=2))
+            click.echo(json.dumps({"output": str(folder), **manifest, "verification": report}, indent=2))
         else:
             _summary(folder, manifest)
+            if report:
+                _judgement(folder, report)
+            click.echo(f'next: qwen-run {folder} "Hello"')
+        _end_with(report)
+
+
+def _verified(
+    artifact: Path,
+    checkpoint: Checkpoint,
+    progress: bool,
+    provider: str = "auto",
+    tokens: int | None = None,
+    text: Path | None = None,
+) -> dict[str, Any]:
+    from qwen_export.verify.verification import DEFAULT_TOKENS, verify
+
+    with _progress(progress, "verification", _STEPS) as shown:
+        return verify(
+            artifact, checkpoint, shown, provider=provider, tokens=tokens or DEFAULT_TOKENS, text=text
+        )
+
+
+def _judgement(folder: Path, report: dict[str, Any]) -> None:
+    console = Console(file=sys.stdout)
+    console.print(report_table(report))
+    for finding in report["findings"]:
+        console.print(finding, highlight=False)
+    click.echo(f"{'passed' if report['passed'] else 'BELOW THE BAR'}: {folder / 'REPORT.md'} has it all")
+
+
+def _end_with(report: dict[str, Any] | None) -> None:
+    if report and not report["passed"]:
+        sys.exit(BELOW_THE_BAR)
 
 
 def _note_short_context(found: Fit, max_context: int | None) -> None:
@@ -190,7 +245,60 @@ def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
     total = sum(entry["size"] for entry in manifest["files"].values())
     table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
     Console(file=sys.stdout).print(table)
-    click.echo(f'next: qwen-run {folder} "Hello"')
+
+
+_VERIFY_EPILOG = """\b
+Examples:
+  qwen-export verify artifacts/Qwen3.5-0.8B-cpu --against Qwen/Qwen3.5-0.8B
+  qwen-export verify D:/kiosk/model --against ~/models/Qwen3.5-4B --tokens 4096 --text manuals.txt
+"""
+
+
+@main.command("verify", epilog=_VERIFY_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--against", required=True, metavar="CHECKPOINT", help="What it was made from: folder or hub id."
+)
+@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@click.option(
+    "--provider",
+    default="auto",
+    show_default=True,
+    help="Execution provider: auto, cpu, cuda, dml, openvino or webgpu.",
+)
+@click.option("--tokens", type=click.IntRange(min=1), help="How many to compare on.  [default: 1024]")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Text to compare on, UTF-8; else a shipped one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout.")
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar on stderr.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def verify_command(
+    artifact: Path,
+    against: str,
+    revision: str | None,
+    provider: str,
+    tokens: int | None,
+    text: Path | None,
+    as_json: bool,
+    progress: bool,
+    debug: bool,
+) -> None:
+    """Compare ARTIFACT with the checkpoint that it was made from, and write the report into it.
+
+    The artifact runs on this machine's provider, the checkpoint layer by layer in float32, in little memory.
+    Exit code 3 if the artifact is below its profile's quality bar.
+    """
+    with reported(debug):
+        checkpoint = Checkpoint.open(against, revision)
+        report = _verified(artifact, checkpoint, progress and not as_json, provider, tokens, text)
+        if as_json:
+            click.echo(json.dumps(report, indent=2))
+        else:
+            _judgement(artifact, report)
+        _end_with(report)
 
 
 @main.command()

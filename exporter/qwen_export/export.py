@@ -24,6 +24,7 @@ from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile
 
 from qwen_export import package
+from qwen_export.card import README, model_card
 from qwen_export.checkpoint import MTP, Checkpoint
 from qwen_export.config import expected_shapes, mtp_shapes
 from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
@@ -219,6 +220,7 @@ def _export(
         context_length=config["model"]["context_length"],
         files={path.name: package.file_entry(path) for path in paths},
     )
+    manifest["settings"] = profile.model_dump(mode="json")
     manifest["bytes_by_role"] = planned.bytes_by_role()
     manifest["carried_over"] = planned.carried_roles()
     manifest["all_logits"] = all_logits
@@ -227,6 +229,8 @@ def _export(
     if checkpoint.vision:
         context = manifest["context_length"]
         manifest["image_prompt_tokens"] = min(planned.max_run_tokens or context, context)
+    (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
+    manifest["files"][README] = package.file_entry(staged / README)
     package.write_json(staged / package.MANIFEST, manifest)
     # Nothing loads without this file, so it goes in last.
     os.replace(work / package.GENAI_CONFIG, staged / package.GENAI_CONFIG)

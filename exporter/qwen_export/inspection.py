@@ -27,7 +27,7 @@ def inspect(artifact: Path) -> dict[str, Any]:
     Raises:
         UserError: not an artifact, or its files are not those that its manifest lists.
     """
-    manifest = _manifest(artifact)
+    manifest = read_manifest(artifact)
     graphs = {name: _operators(artifact / name) for name in sorted(manifest["files"]) if _is_graph(name)}
     total = sum(graphs.values(), Counter[tuple[str, str]]())
     recipe, carried = manifest["recipe"], set(manifest.get("carried_over", []))
@@ -37,7 +37,7 @@ def inspect(artifact: Path) -> dict[str, Any]:
         **{key: manifest[key] for key in ("onnxruntime", "activation_dtype", "context_length")},
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "roles": {
-            role: {"bytes": size, "precision": _precision(recipe.get(role), role in carried)}
+            role: {"bytes": size, "precision": precision_of(recipe.get(role), role in carried)}
             for role, size in manifest["bytes_by_role"].items()
         },
         "graphs": {name: sum(operators.values()) for name, operators in graphs.items()},
@@ -85,7 +85,8 @@ def _nodes(graph: onnx.GraphProto) -> Counter[tuple[str, str]]:
     return counts
 
 
-def _precision(form: dict[str, Any] | None, carried: bool) -> str:
+def precision_of(form: dict[str, Any] | None, carried: bool) -> str:
+    """A manifest's entry for one role, in words."""
     if carried:
         return "int4, as in the checkpoint"
     if form is None or form["precision"] == "float":
@@ -94,7 +95,12 @@ def _precision(form: dict[str, Any] | None, carried: bool) -> str:
     return f"{form['precision']}, block {form['block_size']}{fitted}"
 
 
-def _manifest(artifact: Path) -> dict[str, Any]:
+def read_manifest(artifact: Path) -> dict[str, Any]:
+    """The manifest of `artifact`, whose files have the sizes that it says.
+
+    Raises:
+        UserError: not an artifact, of another format, or changed since the export.
+    """
     path = artifact / package.MANIFEST
     if not path.is_file():
         raise UserError(f"{artifact} has no {package.MANIFEST}: give the folder of a finished artifact")

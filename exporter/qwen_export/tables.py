@@ -1,4 +1,4 @@
-"""What `profiles`, `plan` and `inspect` print."""
+"""What `profiles`, `plan`, `inspect` and `verify` print."""
 
 from __future__ import annotations
 
@@ -125,3 +125,18 @@ def _gb(size: int) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"
+
+
+def report_table(report: Mapping[str, Any]) -> Table:
+    """A report.json's figures beside the bar."""
+    run, weights, bar = report["run"], report["weights"], report["bar"]
+    where = f"as run ({run['provider']})" if run else "not run"
+    table = Table("", where, "its weights alone", "checkpoint", "bar")
+
+    def row(what: str, key: str, form: str, truth: str, wanted: str) -> None:
+        table.add_row(what, form.format(run[key]) if run else "", form.format(weights[key]), truth, wanted)
+
+    row("KL divergence, nats", "kl_divergence", "{:.4f}", "0", f"at most {bar['max_kl_divergence']:g}")
+    row("same likeliest token", "top1_agreement", "{:.1%}", "", f"at least {bar['min_top1_agreement']:.0%}")
+    row("perplexity", "perplexity", "{:.2f}", f"{report['reference']['perplexity']:.2f}", "")
+    return table

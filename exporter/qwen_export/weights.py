@@ -120,3 +120,9 @@ def interleave_gate_up(experts: np.ndarray) -> np.ndarray:
     """[E, 2 I, K] with I gate rows before I up rows -> gate and up in turn, as QMoE's swiglu wants them."""
     count, rows, k = experts.shape
     return experts.reshape(count, 2, rows // 2, k).swapaxes(1, 2).reshape(count, rows, k)
+
+
+def deinterleave_gate_up(experts: np.ndarray) -> np.ndarray:
+    """What `interleave_gate_up` was given, from what it gave."""
+    count, rows, k = experts.shape
+    return experts.reshape(count, rows // 2, 2, k).swapaxes(1, 2).reshape(count, rows, k)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 USER_ERROR = 2
 INTERNAL_ERROR = 1
+BELOW_THE_BAR = 3  # an artifact that is whole and not good enough
 INTERRUPTED = 130
 
 

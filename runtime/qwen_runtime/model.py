@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.generation import Generation, Plan
+from qwen_runtime.generation import Generation, Logits, Plan
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
 from qwen_runtime.prefix import State, StateCache, common_prefix
 from qwen_runtime.provider import PROVIDERS, Choice, choose
@@ -339,6 +339,32 @@ class Model:
                 f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some"
             )
         return tokens, images
+
+    def score(self, tokens: Sequence[int], prompt: int) -> Iterator[Logits]:
+        """Logits [vocab] after the first `prompt` of `tokens`, then after each of the others: the prompt is
+        read in runs, and the others one by one as if they had been generated.
+
+        Raises:
+            UserError: the tokens do not fit the context.
+        """
+        if len(tokens) >= self.info.context_length:
+            raise UserError(f"{len(tokens)} tokens do not fit the context of {self.info.context_length}")
+        appends, ends = PROVIDERS[self.info.provider].appends, self._artifact.end_tokens
+        if not appends and not ends.isdisjoint(tokens[prompt:]):
+            raise UserError(f"on {self.info.provider} the text must not have tokens that end an answer")
+        generator = self._generator({"do_sample": False}, None, len(tokens) + 1)
+        step = self._artifact.chunk_size if appends else prompt
+        State(generator, {}, len(tokens) + 1).read(tokens[:prompt], None, step, lambda: False)
+        for token in [*tokens[prompt:], None]:
+            logits: Logits = generator.get_logits()
+            yield logits.reshape(-1, logits.shape[-1])[-1].copy()
+            if token is not None and appends:
+                generator.append_tokens(np.asarray([token], np.int32))
+            elif token is not None:
+                logits[...] = -np.inf
+                logits[..., token] = 0
+                generator.set_logits(logits)
+                generator.generate_next_token()
 
     def read_ahead(
         self,

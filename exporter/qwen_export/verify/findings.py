@@ -1,0 +1,89 @@
+"""What a measurement says in words: whether it passes, what costs most, and what to set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median, median_low
+
+from qwen_profiles.schema import Profile
+
+from qwen_export.verify.measure import Loss, Measured
+
+# A role's error in one layer is its own affair when it is so many times that role's usual one.
+_ODD_ERROR = 5.0
+_LARGEST_ERROR = 0.3  # INT4 of any sane weights stays below
+# Healthy models make their hidden states much larger at once too, in early layers.
+_ODD_GROWTH = 30.0
+# Of the loss, what the weights leave unexplained must not be more than this.
+_EXPLAINED = 0.5
+_BETTER = {"int4": "int8", "int8": "float"}
+
+
+def passes(loss: Loss, profile: Profile) -> bool:
+    bar = profile.quality
+    return loss.kl_divergence <= bar.max_kl_divergence and loss.top1_agreement >= bar.min_top1_agreement
+
+
+def findings(measured: Measured, profile: Profile, settable: Mapping[str, str]) -> list[str]:
+    """Sentences, the likeliest cause first.
+
+    Args:
+        settable: role -> int4 or int8, of the roles that may be advised to have more.
+    """
+    causes = [*_odd_layers(measured), *_provider(measured, profile)] or _odd_checkpoint(measured)
+    return [*causes, *_costliest(measured, settable)]
+
+
+def _odd_layers(measured: Measured) -> list[str]:
+    """Layers whose weights are not the checkpoint's, the worst first."""
+    found = []
+    for (layer, role), error in sorted(measured.by_layer.items(), key=lambda item: -item[1]):
+        usual = median_low(other for (_, name), other in measured.by_layer.items() if name == role)
+        if error > _LARGEST_ERROR and error > _ODD_ERROR * usual:
+            found.append(
+                f"Layer {layer} is not the checkpoint's: its {role} weights change the layer's output by "
+                f"{error:.0%}, where that role's usual change is {usual:.1%}. Export again, and compare the "
+                "checkpoint's files with their source."
+            )
+    return found
+
+
+def _provider(measured: Measured, profile: Profile) -> list[str]:
+    """The runtime's arithmetic, where the weights do not explain the loss."""
+    if measured.run is None:
+        return []
+    beyond = measured.run.kl_divergence - measured.weights.kl_divergence
+    if beyond <= _EXPLAINED * profile.quality.max_kl_divergence:
+        return []
+    setting = "accuracy_level=0" if profile.accuracy_level else "activation_dtype=float32"
+    return [
+        f"The weights explain a KL divergence of {measured.weights.kl_divergence:.4f} of "
+        f"{measured.run.kl_divergence:.4f}: the rest is how the execution provider computes. Try another "
+        f"--provider, or export with --set {setting}."
+    ]
+
+
+def _odd_checkpoint(measured: Measured) -> list[str]:
+    """A layer of the checkpoint itself that drowns what came before it."""
+    worst = max(range(len(measured.growth)), key=measured.growth.__getitem__)
+    if measured.growth[worst] < _ODD_GROWTH * median(measured.growth):
+        return []
+    return [
+        f"Layer {worst} of the checkpoint makes its hidden states {measured.growth[worst]:.0f} times larger, "
+        f"where the usual is {median(measured.growth):.1f}: every error before it and in it counts more. Is "
+        "the checkpoint damaged there?"
+    ]
+
+
+def _costliest(measured: Measured, settable: Mapping[str, str]) -> list[str]:
+    if not measured.by_role:
+        return []
+    role = max(measured.by_role, key=measured.by_role.__getitem__)
+    total = sum(measured.by_role.values())
+    sentence = (
+        f"The role that costs most is {role}: alone it is a KL divergence of {measured.by_role[role]:.4f}, "
+        f"{measured.by_role[role] / total:.0%} of all roles' sum."
+    )
+    if role in settable:
+        sentence += f" --set weights.{role}={_BETTER[settable[role]]} would spare most of it."
+    return [sentence]

@@ -1,0 +1,147 @@
+"""An artifact's weights as the checkpoint would hold them: same names, same shapes, the stored values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from qwen_profiles.errors import UserError
+
+from qwen_export.export import Plan
+from qwen_export.graph.builder import DATA_FILE
+from qwen_export.quantize import Quantization, Quantized, dequantize
+from qwen_export.sources import TensorInfo
+from qwen_export.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
+
+_UNDONE: dict[Transform | None, Transform] = {
+    None: lambda rows: rows,
+    interleave_gate_up: deinterleave_gate_up,
+}
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows of the checkpoint's tensor, and where they stand in a stored weight."""
+
+    rows: Rows
+    weight: Weight
+    parts: tuple[TensorInfo, ...]
+    first: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """float32 rows `start` to `stop` of the checkpoint's tensor, all of them in this segment."""
+        first = self.first + start - self.rows.start
+        values = np.concatenate(
+            [self._stored_rows(row, count) for row, count in self._runs(first, stop - start)]
+        )
+        return _UNDONE[self.weight.transform](values.reshape(stop - start, *self.weight.row_shape))
+
+    def _runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        if self.weight.side_by_side:  # matrices beside each other are not one run of rows
+            yield from ((first + row, 1) for row in range(count))
+        else:
+            yield first, count
+
+    def _stored_rows(self, first: int, count: int) -> np.ndarray:
+        """float32 [rows, K] of `count` rows of the stack, from `first` on."""
+        k = self.weight.row_shape[-1]
+        form = self.weight.storage
+        parts = [self._read(part, first, count) for part in self.parts]
+        if not isinstance(form, Quantization):
+            return parts[0].astype(np.float32).reshape(-1, k)
+        rows = parts[0].size // (form.blocks(k) * form.block_size * form.bits // 8)
+        packed = parts[0].reshape(form.packed_shape(rows, k))
+        scales = parts[1].reshape(form.scales_shape(rows, k))
+        zeros = None if form.symmetric else parts[2].reshape(form.zero_points_shape(rows, k))
+        return dequantize(Quantized(packed, scales, zeros), k, form)
+
+    def _read(self, part: TensorInfo, first: int, count: int) -> np.ndarray:
+        if self.weight.side_by_side:
+            width = part.shape[1] // self.weight.row_count
+            return part.columns(first * width, (first + count) * width)
+        lines = part.shape[0] // self.weight.row_count
+        return part.read(first * lines, (first + count) * lines)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint, read from the artifact; a `Source`.
+
+    Attributes:
+        role: of the recipe.
+        shape: the checkpoint's.
+    """
+
+    role: str
+    shape: tuple[int, ...]
+    segments: tuple[_Segment, ...]
+    packing: None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for segment in self.segments for part in segment.parts)
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset(part.file for segment in self.segments for part in segment.parts)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """float32 rows `start` to `stop` of axis 0."""
+        found = []
+        for segment in self.segments:
+            first, last = max(start, segment.rows.start), min(stop, segment.rows.stop)
+            if first < last:
+                found.append(segment.read(first, last))
+        return np.concatenate(found)
+
+    def carry(self, start: int, stop: int, form: Quantization) -> list[np.ndarray]:
+        raise NotImplementedError("an artifact's codes are not carried into another artifact")
+
+
+def stored_tensors(
+    artifact: Path, planned: Plan, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """The matrices of `artifact` by their names in the checkpoint; vectors are not among them.
+
+    Args:
+        planned: the plan that the artifact was exported by.
+        shapes: the checkpoint's tensors.
+
+    Raises:
+        UserError: the artifact is not of that plan.
+    """
+    places = dict(_places(artifact, planned))
+    segments: dict[str, tuple[str, list[_Segment]]] = {}
+    for weight, _ in planned.stored:
+        if len(weight.row_shape) == 0 or weight.transform not in _UNDONE or weight.role == "vision":
+            continue
+        parts = []
+        for name, dtype, shape in weight.layout():
+            if name not in places or places[name][1] != shape:
+                raise UserError(
+                    f"{artifact} has no weight {name} of shape {shape}: it was exported by another version, "
+                    "or from another checkpoint; export it again"
+                )
+            parts.append(TensorInfo(name, dtype, shape, artifact / DATA_FILE, places[name][0]))
+        first = 0
+        for rows in weight.rows:
+            if rows.tensor in shapes and shapes[rows.tensor][1:] == weight.row_shape:
+                _, known = segments.setdefault(rows.tensor, (weight.role, []))
+                known.append(_Segment(rows, weight, tuple(parts), first))
+            first += rows.stop - rows.start
+    return {
+        name: StoredTensor(role, shapes[name], tuple(sorted(parts, key=lambda part: part.rows.start)))
+        for name, (role, parts) in segments.items()
+    }
+
+
+def _places(artifact: Path, planned: Plan) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
+    """(name, (offset in the data file, shape)) of every tensor that the artifact's graphs take from it."""
+    for file in planned.models:
+        for tensor in onnx.load(artifact / file, load_external_data=False).graph.initializer:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            if entries.get("location") == DATA_FILE:
+                yield tensor.name, (int(entries.get("offset", 0)), tuple(tensor.dims))

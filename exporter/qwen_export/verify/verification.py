@@ -1,0 +1,235 @@
+"""`qwen-export verify`: measure an artifact, judge it by its profile's bar, and put the report into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+from pydantic import ValidationError
+from qwen_profiles.errors import UserError
+from qwen_profiles.schema import Profile
+from qwen_runtime.bandwidth import read_bandwidth
+
+from qwen_export import package
+from qwen_export.card import README, model_card, render
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.config import expected_shapes
+from qwen_export.estimate import Estimate, estimate
+from qwen_export.export import Progress, plan
+from qwen_export.inspection import precision_of, read_manifest
+from qwen_export.verify.findings import findings, passes
+from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
+from qwen_export.verify.plots import plots
+from qwen_export.verify.running import Runner, running
+from qwen_export.verify.stored import stored_tensors
+
+REPORT, REPORT_JSON = "REPORT.md", "report.json"
+DEFAULT_TOKENS = 4 * WINDOW
+_FORMAT_VERSION = 1
+_PACKAGES = ("onnxruntime", "onnxruntime-genai", "numpy")
+# Files of an artifact that are not compared, and what they are.
+_NOT_COMPARED = {package.VISION_FILE: "the vision tower", package.MTP_FILE: "the MTP head"}
+_OWN_MEMORY = {"cuda"}  # providers whose weights are not in the computer's memory
+
+
+def verify(
+    artifact: Path,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    *,
+    provider: str = "auto",
+    tokens: int = DEFAULT_TOKENS,
+    text: Path | None = None,
+) -> dict[str, Any]:
+    """Compare `artifact` with `checkpoint`; write report.json, REPORT.md, pictures and model card into it.
+
+    Args:
+        provider: as `qwen_runtime.Model.load` takes it.
+        tokens: how many to compare on, in texts of 256.
+        text: a UTF-8 file to take them from, instead of the shipped one.
+
+    Returns:
+        What report.json holds; `passed` says whether it is above the profile's bar.
+
+    Raises:
+        UserError: not an artifact, not of this checkpoint or version, the provider does not run it, or the
+            text is too short.
+    """
+    manifest = read_manifest(artifact)
+    profile = _profile(artifact, manifest)
+    config = checkpoint.config.reaching(manifest["context_length"])
+    checkpoint = replace(checkpoint, config=config)
+    shapes = expected_shapes(config)
+    checkpoint.check(shapes)
+    planned = plan(checkpoint, profile)
+    stored = stored_tensors(artifact, planned, shapes)
+    predicted = estimate(checkpoint, profile, planned)
+    ids = _texts(artifact, manifest["context_length"], tokens, text)
+
+    not_run = _too_large(manifest["provider"], predicted)
+    if not_run:
+        progress.note(f"the artifact is not run, its weights are still compared: {not_run}")
+    with ExitStack() as stack:
+
+        def run() -> Runner | None:
+            return None if not_run else stack.enter_context(running(artifact, provider))
+
+        progress.start(steps(config, stored, len(ids)))
+        measured = measure(config, checkpoint.tensors, stored, ids, run, lambda: progress.advance(1))
+
+    loss = measured.run or measured.weights
+    passed = passes(loss, profile)
+    carried = set(manifest["carried_over"])
+    settable: dict[str, str] = {
+        role: form.precision
+        for role, form in profile.weights.items()
+        if form.precision != "float" and role not in carried
+    }
+    report = {
+        "format_version": _FORMAT_VERSION,
+        "qwen_edge": version("qwen-edge"),
+        "packages": _versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": manifest["model"]["name"],
+        "checkpoint": package.model_name(checkpoint),
+        "profile": profile.name,
+        "passed": passed,
+        "findings": findings(measured, profile, {} if passed else settable),
+        "bar": profile.quality.model_dump(),
+        "text": {
+            "name": text.name if text else "the shipped text",
+            "texts": len(ids),
+            "tokens": ids.shape[1],
+            "prompt": prompt_of(ids.shape[1]),
+            "positions": sum(len(part) for part in measured.weights.divergence),
+        },
+        "unverified": [what for file, what in _NOT_COMPARED.items() if file in manifest["files"]],
+        "reference": {"perplexity": measured.reference_perplexity},
+        "weights": _loss(measured.weights),
+        "run": _run(measured, prompt_of(ids.shape[1])),
+        "not_run": not_run,
+        "decode_bytes": predicted.decode_bytes,
+        "profile_bandwidth": profile.hardware.bandwidth_gb_s * 1e9,
+        "roles": [
+            {
+                "role": role,
+                "precision": precision_of(manifest["recipe"].get(role), role in carried),
+                "bytes": size,
+                "kl_divergence": measured.by_role.get(role),
+            }
+            for role, size in sorted(manifest["bytes_by_role"].items(), key=lambda item: -item[1])
+        ],
+        "layers": [
+            {"layer": layer, "role": role, "error": error}
+            for (layer, role), error in measured.by_layer.items()
+        ],
+    }
+    _put_into(artifact, manifest, report)
+    return report
+
+
+def _profile(artifact: Path, manifest: Mapping[str, Any]) -> Profile:
+    """The profile that the artifact was exported with, as it was then."""
+    try:
+        return Profile.model_validate(manifest["settings"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{artifact} was exported by another version of qwen-edge: export it again"
+        ) from error
+
+
+def _texts(artifact: Path, context: int, tokens: int, path: Path | None) -> np.ndarray:
+    """int64 [texts, tokens of each]."""
+    import onnxruntime_genai as og
+
+    try:
+        text = (path or files("qwen_export.verify") / "text" / "evaluation.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
+    try:
+        tokenizer = og.Tokenizer(str(artifact))
+    except RuntimeError as error:
+        raise UserError(
+            f"{artifact} has no tokenizer that can be read ({error}): put tokenizer.json and "
+            "tokenizer_config.json into the checkpoint's folder, or export with --no-verify"
+        ) from error
+    ids = np.asarray(tokenizer.encode(text), np.int64)
+    length = min(WINDOW, context - 1)
+    count = min(max(1, tokens // length), len(ids) // length)
+    if not count:
+        raise UserError(f"{path} has {len(ids)} tokens: give a text of {length} at least")
+    return ids[: count * length].reshape(count, length)
+
+
+def _too_large(provider: str, predicted: Estimate) -> str | None:
+    available = psutil.virtual_memory().available
+    if provider in _OWN_MEMORY or predicted.needed <= available:
+        return None
+    return (
+        f"it needs {predicted.needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} are free here; "
+        "qwen-export verify does it on a larger machine"
+    )
+
+
+def _loss(loss: Loss) -> dict[str, Any]:
+    return {
+        "kl_divergence": loss.kl_divergence,
+        "top1_agreement": loss.top1_agreement,
+        "perplexity": loss.perplexity,
+        "kl_by_position": loss.by_position,
+    }
+
+
+def _run(measured: Measured, prompt: int) -> dict[str, Any] | None:
+    if measured.run is None or measured.started is None:
+        return None
+    return {
+        **_loss(measured.run),
+        **asdict(measured.started),
+        "prefill_rate": prompt / median(timing.first_seconds for timing in measured.timings),
+        "decode_rate": 1 / median(second for timing in measured.timings for second in timing.next_seconds),
+        "bandwidth": read_bandwidth(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a variant of it under another name
+            continue
+    return found
+
+
+def _put_into(artifact: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Write the report and list it in the manifest. Whenever this is cut short, the artifact stays valid."""
+    contents = {
+        REPORT_JSON: (json.dumps(report, indent=2) + "\n").encode(),
+        REPORT: render(REPORT, report=report).encode(),
+        README: model_card(manifest, report).encode(),
+        **plots(report),
+    }
+    others = {name: entry for name, entry in manifest["files"].items() if name not in contents}
+    _replace(artifact / package.MANIFEST, package.as_json({**manifest, "files": others}))
+    for name, content in contents.items():
+        _replace(artifact / name, content)
+    listed = others | {name: package.file_entry(artifact / name) for name in contents}
+    _replace(artifact / package.MANIFEST, package.as_json({**manifest, "files": listed}))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
