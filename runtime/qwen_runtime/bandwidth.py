@@ -15,7 +15,7 @@ _ROUNDS = 8
 def read_bandwidth(threads: int | None = None) -> float:
     """Bytes per second that `threads` (default: one a CPU) read together; the best of several rounds."""
     threads = threads or os.cpu_count() or 1
-    parts = np.array_split(np.zeros(_BYTES // 8, np.int64) + 1, threads)
+    parts = np.array_split(np.ones(_BYTES // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
         return max(_round(pool, parts) for _ in range(_ROUNDS))
 
