@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from qwen_export.inspection import precisions
+
 README = "README.md"
 
 
@@ -29,4 +31,4 @@ def render(template: str, **values: Any) -> str:
 
 def model_card(manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
     """Markdown for `manifest`'s artifact; `report` is its report.json, None where nobody verified it."""
-    return render(README, manifest=manifest, report=report)
+    return render(README, manifest=manifest, precisions=precisions(manifest), report=report)

@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 from click_default_group import DefaultGroup
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from qwen_profiles.errors import BELOW_THE_BAR, UserError, reported
-from qwen_profiles.schema import load_profile
+from qwen_profiles.schema import Profile, load_profile
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,10 +30,11 @@ from rich.table import Table
 
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.checkpoint import Checkpoint
+from qwen_export.config import expected_shapes
 from qwen_export.export import Progress as ExportProgress
 from qwen_export.export import default_output, export
 from qwen_export.fit import Fit, compare, configured, family, require_fit, shipped_profiles
-from qwen_export.inspection import inspect
+from qwen_export.inspection import inspect, precisions
 from qwen_export.tables import (
     compare_table,
     fit_table,
@@ -49,6 +51,7 @@ Examples:
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
   qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
+  qwen-export --profile cpu Qwen/Qwen3.5-4B --auto-precision --size 3GB
   qwen-export plan --profile cpu Qwen/Qwen3.5-4B
   qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --set weights.body=int8 --set context_length=65536
@@ -138,6 +141,18 @@ def main() -> None:
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
+@click.option(
+    "--auto-precision",
+    is_flag=True,
+    help="Choose INT4 or INT8 for each layer and role by what INT4 costs there; give --size or --bits.",
+)
+@click.option("--size", metavar="SIZE", help="With --auto-precision: size of the artifact, such as 18GB.")
+@click.option("--bits", type=float, help="With --auto-precision: bits per weight, all included, such as 4.8.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --auto-precision: text to measure on, UTF-8; else a shipped one.",
+)
 @click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
 @click.option(
     "--verify/--no-verify",
@@ -158,6 +173,10 @@ def export_command(
     revision: str | None,
     force: bool,
     text_only: bool,
+    auto_precision: bool,
+    size: str | None,
+    bits: float | None,
+    calibration: Path | None,
     ignore_memory: bool,
     verify: bool,
     all_logits: bool,
@@ -173,6 +192,10 @@ def export_command(
         profile = load_profile(profile_name, overrides)
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
+        if auto_precision:
+            profile = _chosen(source, profile, size, bits, calibration, progress and not as_json)
+        elif size or bits or calibration:
+            raise UserError("--size, --bits and --calibration are for --auto-precision: add it")
         if not ignore_memory:
             _note_short_context(require_fit(source, profile), max_context)
         with _progress(progress and not as_json, "weights", _BYTES) as shown:
@@ -194,6 +217,27 @@ def export_command(
                 _judgement(folder, report)
             click.echo(f'next: qwen-run {folder} "Hello"')
         _end_with(report)
+
+
+def _chosen(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    size: str | None,
+    bits: float | None,
+    calibration: Path | None,
+    progress: bool,
+) -> Profile:
+    from qwen_export.auto_precision import auto_precision
+
+    if (size is None) == (bits is None):
+        raise UserError("--auto-precision needs a size to spend: give --size 18GB or --bits 4.8")
+    try:
+        limit = None if size is None else int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError as error:
+        raise UserError(f"'{size}' is no size: write 18GB, or 900MB") from error
+    checkpoint.check(expected_shapes(checkpoint.config))
+    with _progress(progress, "sensitivity", _STEPS) as shown:
+        return auto_precision(checkpoint, profile, calibration, shown, size=limit, bits=bits)
 
 
 def _verified(
@@ -238,10 +282,8 @@ def _note_short_context(found: Fit, max_context: int | None) -> None:
 
 def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
     table = Table("role", "precision", "MB", title=f"{folder}")
-    for role, size in manifest["bytes_by_role"].items():
-        form = manifest["recipe"].get(role, {"precision": "float"})
-        precision = "int4, as in the checkpoint" if role in manifest["carried_over"] else form["precision"]
-        table.add_row(role, precision, f"{size / 1e6:.1f}")
+    for role, precision in precisions(manifest).items():
+        table.add_row(role, precision, f"{manifest['bytes_by_role'][role] / 1e6:.1f}")
     total = sum(entry["size"] for entry in manifest["files"].values())
     table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
     Console(file=sys.stdout).print(table)

@@ -83,7 +83,9 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
     target = TARGETS[profile.lowering]
     dtype = np.dtype(profile.activation_dtype)
     layout = DataLayout()
-    recipe = Recipe(profile.weights, target, dtype, profile.accuracy_level, checkpoint.tensors)
+    recipe = Recipe(
+        profile.weights, target, dtype, profile.accuracy_level, checkpoint.tensors, profile.layer_weights
+    )
     config, vision = checkpoint.config, checkpoint.vision
 
     run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if vision else profile.prefill_chunk

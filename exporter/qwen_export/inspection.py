@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,14 @@ def inspect(artifact: Path) -> dict[str, Any]:
     manifest = read_manifest(artifact)
     graphs = {name: _operators(artifact / name) for name in sorted(manifest["files"]) if _is_graph(name)}
     total = sum(graphs.values(), Counter[tuple[str, str]]())
-    recipe, carried = manifest["recipe"], set(manifest.get("carried_over", []))
     return {
         "artifact": artifact.name,
         **{key: manifest[key] for key in ("model", "source", "profile", "backend", "provider", "lowering")},
         **{key: manifest[key] for key in ("onnxruntime", "activation_dtype", "context_length")},
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "roles": {
-            role: {"bytes": size, "precision": precision_of(recipe.get(role), role in carried)}
-            for role, size in manifest["bytes_by_role"].items()
+            role: {"bytes": manifest["bytes_by_role"][role], "precision": precision}
+            for role, precision in precisions(manifest).items()
         },
         "graphs": {name: sum(operators.values()) for name, operators in graphs.items()},
         "operators": {
@@ -85,8 +85,20 @@ def _nodes(graph: onnx.GraphProto) -> Counter[tuple[str, str]]:
     return counts
 
 
-def precision_of(form: dict[str, Any] | None, carried: bool) -> str:
-    """A manifest's entry for one role, in words."""
+def precisions(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """How each role of `bytes_by_role` is stored, in words."""
+    recipe, carried = manifest["recipe"], set(manifest.get("carried_over", []))
+    layers = manifest.get("settings", {}).get("layer_weights", {}).values()
+    found = {}
+    for role in manifest["bytes_by_role"]:
+        forms = Counter(_precision(layer[role], role in carried) for layer in layers if role in layer)
+        several = "; ".join(f"{form} in {count} layers" for form, count in forms.most_common())
+        found[role] = several if len(forms) > 1 else next(iter(forms), "")
+        found[role] = found[role] or _precision(recipe.get(role), role in carried)
+    return found
+
+
+def _precision(form: dict[str, Any] | None, carried: bool) -> str:
     if carried:
         return "int4, as in the checkpoint"
     if form is None or form["precision"] == "float":

@@ -57,6 +57,12 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`, table by table; weights' short forms are written out first."""
     if isinstance(weights := over.get("weights"), Mapping):
         over = {**over, "weights": _written_out(weights)}
+    if isinstance(layers := over.get("layer_weights"), Mapping):
+        written = {
+            layer: _written_out(weights) if isinstance(weights, Mapping) else weights
+            for layer, weights in layers.items()
+        }
+        over = {**over, "layer_weights": written}
     return _deep(base, over)
 
 

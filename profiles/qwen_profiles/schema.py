@@ -119,6 +119,9 @@ class Profile(_Frozen):
     """Format by role. A tied embedding follows `lm_head`; the router is always float; `vision` is the vision
     tower. `weights.body` sets `mlp` and `experts` together."""
 
+    layer_weights: dict[int, dict[Role, WeightFormat]] = {}
+    """By layer, the formats of roles that differ there, as `--auto-precision` chooses them."""
+
     accuracy_level: int = Field(default=0, ge=0, le=4)
     """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
 

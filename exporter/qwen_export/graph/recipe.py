@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from qwen_export.quantize import Quantization
 from qwen_export.sources import Source, common_packing
 from qwen_export.weights import Storage
 
+LAYER = re.compile(r"model\.layers\.(\d+)\.")  # begins the names of a layer's tensors
 _BITS = {"int4": 4, "int8": 8}
 _SMALLEST_BLOCK = 16  # MatMulNBits' schema
 _LARGEST_BLOCK = 128  # QMoE's on the CPU
@@ -25,6 +27,7 @@ class Recipe:
     Attributes:
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
         sources: the checkpoint's tensors. Those that are 4-bit codes already are carried over.
+        layers: by layer, the formats of roles that differ there.
     """
 
     formats: dict[Role, WeightFormat]
@@ -32,6 +35,7 @@ class Recipe:
     dtype: np.dtype
     accuracy_level: int = 0
     sources: Mapping[str, Source] = field(default_factory=dict)
+    layers: Mapping[int, Mapping[Role, WeightFormat]] = field(default_factory=dict)
 
     def storage(
         self, role: Role, in_features: int, tensors: Collection[str] = (), whole_blocks: bool = False
@@ -41,7 +45,9 @@ class Recipe:
         Where the operator wants `whole_blocks`, or the target exact ones, the block size is halved until it
         fits; a row that no block fits stays in the activations' dtype.
         """
-        return self._carried(in_features, tensors) or self._quantized(role, in_features, whole_blocks)
+        return self._carried(in_features, tensors) or self._quantized(
+            self._format(role, tensors), in_features, whole_blocks
+        )
 
     def _carried(self, in_features: int, tensors: Collection[str]) -> Quantization | None:
         """The form that takes the codes of all `tensors` as they are; None if there is none.
@@ -54,8 +60,11 @@ class Recipe:
         block = min(packing.group_size & -packing.group_size, _LARGEST_BLOCK)
         return self._fitting(4, block, packing.symmetric, in_features, whole_blocks=True, carried=True)
 
-    def _quantized(self, role: Role, in_features: int, whole_blocks: bool) -> Storage:
-        form = self.formats[role]
+    def _format(self, role: Role, tensors: Collection[str]) -> WeightFormat:
+        layer = LAYER.match(next(iter(tensors), ""))
+        return self.layers.get(int(layer[1]) if layer else -1, {}).get(role, self.formats[role])
+
+    def _quantized(self, form: WeightFormat, in_features: int, whole_blocks: bool) -> Storage:
         if form.precision == "float":
             return self.dtype
         bits, block = _BITS[form.precision], int(form.block_size)

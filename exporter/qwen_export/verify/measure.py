@@ -15,7 +15,7 @@ import numpy as np
 from qwen_export import reference
 from qwen_export.config import TextConfig
 from qwen_export.quantize import Quantization
-from qwen_export.reference import Weights
+from qwen_export.reference import Weights, log_softmax
 from qwen_export.sources import Source
 from qwen_export.verify.running import Runner, Started, Timing
 from qwen_export.verify.stored import StoredTensor
@@ -169,7 +169,7 @@ def measure(
             advance()
 
     def log_probabilities(name: str, text: int) -> np.ndarray:
-        return _log_softmax(reference.logits(config, sets[name], streams.hidden[name][text, prompt - 1 :]))
+        return log_softmax(reference.logits(config, sets[name], streams.hidden[name][text, prompt - 1 :]))
 
     runner = run()
     own, weights, timings = Loss(), Loss(), []
@@ -182,7 +182,7 @@ def measure(
         weights.add(expected, log_probabilities(_ALL, text), following)
         if runner and ran:
             logits, timing = runner.score(tokens.tolist(), prompt)
-            ran.add(expected, _log_softmax(logits), following)
+            ran.add(expected, log_softmax(logits), following)
             timings.append(timing)
         for role in roles if text < _PROBED else ():
             loss = Loss()
@@ -196,10 +196,3 @@ def measure(
 
 def _of(stored: Mapping[str, StoredTensor], role: str) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in stored.items() if tensor.role == role}
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float32, copy=False)
-    logits -= logits.max(-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    return logits

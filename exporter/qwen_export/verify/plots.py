@@ -56,7 +56,7 @@ def _by_position(figure: Figure, report: Mapping[str, Any]) -> None:
 
 def _roles(figure: Figure, report: Mapping[str, Any]) -> None:
     roles = report["roles"]
-    names = [f"{role['role']}, {role['precision']}" for role in roles]
+    names = [role["role"] for role in roles]
     left = _axes(figure, 1, 2, 1, title="KL divergence of the role alone", x="nats")
     left.barh(names, [role["kl_divergence"] or 0 for role in roles], color=_INK)
     left.invert_yaxis()

@@ -27,7 +27,7 @@ from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import expected_shapes
 from qwen_export.estimate import Estimate, estimate
 from qwen_export.export import Progress, plan
-from qwen_export.inspection import precision_of, read_manifest
+from qwen_export.inspection import precisions, read_manifest
 from qwen_export.verify.findings import findings, passes
 from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
 from qwen_export.verify.plots import plots
@@ -96,6 +96,7 @@ def verify(
         for role, form in profile.weights.items()
         if form.precision != "float" and role not in carried
     }
+    precision = precisions(manifest)
     report = {
         "format_version": _FORMAT_VERSION,
         "qwen_edge": version("qwen-edge"),
@@ -124,7 +125,7 @@ def verify(
         "roles": [
             {
                 "role": role,
-                "precision": precision_of(manifest["recipe"].get(role), role in carried),
+                "precision": precision[role],
                 "bytes": size,
                 "kl_divergence": measured.by_role.get(role),
             }
