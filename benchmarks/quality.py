@@ -1,32 +1,41 @@
-"""How much of the trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's model builder.
+"""How much of the trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's builder and NNCF.
 
-    python -m benchmarks.quality [--tokens 8192] [--json quality.json]
+    python -m benchmarks.quality [--tokens 8192] [--json quality.json] [--plot quality.png]
+                                 [--nncf-python PYTHON]
 
 Every artifact reads the held-out text in windows, and each next-token distribution is compared with that of
-transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity.
+transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity. Bytes are
+those of the weights, graphs not included. NNCF is measured by the Python of an environment with the extras
+`export` and `openvino` (`benchmarks.nncf_peer`), on OpenVINO.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from qwen_export.auto_precision import auto_precision
+from qwen_export.checkpoint import Checkpoint
+from qwen_profiles.errors import UserError
 from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM
 
 from benchmarks.builder import build, wrap
-from tests.artifacts import Session, float_profile, make_artifact
+from tests.artifacts import Quiet, Session, float_profile, make_artifact
 from tests.random_checkpoints import TINY
 
 EVALUATION = TINY.parent / "eval.txt"
 WINDOW = 512
+AUTO_BITS = (4.2, 4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 7.0, 8.0)
 # The builder's options for what its users choose between; its default block size is 32.
 BUILDER = {
     "builder, default": [],
@@ -58,6 +67,27 @@ def recipes() -> Iterator[tuple[str, Profile]]:
             )
 
 
+def chosen() -> Iterator[tuple[str, Profile]]:
+    """`--auto-precision` at every size that the profile can reach."""
+    checkpoint = Checkpoint.open(str(TINY))
+    for name in ("cpu", "strix-halo"):
+        for bits in AUTO_BITS:
+            try:
+                profile = auto_precision(checkpoint, load_profile(name), None, Quiet(), bits=bits)
+            except UserError:  # less than all in INT4
+                continue
+            yield f"{name}, --auto-precision --bits {bits:g}", profile
+
+
+def nncf(python: str, texts: np.ndarray, reference: np.ndarray) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "texts.npz")
+        calibration = windows(10**9)[-4:]  # scale estimation may see the end of the same kind of text
+        np.savez(data, texts=texts, reference=reference.astype(np.float32), calibration=calibration)
+        command = [python, "-m", "benchmarks.nncf_peer", str(TINY), str(data)]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
 def windows(tokens: int) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     ids = tokenizer(EVALUATION.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
@@ -80,7 +110,7 @@ def measure(artifact: Path, texts: np.ndarray, reference: np.ndarray) -> dict[st
         divergences.append((np.exp(expected) * (expected - found)).sum(-1))
         agreements.append(found.argmax(-1) == expected.argmax(-1))
         surprises.append(-found[np.arange(WINDOW - 1), ids[1:]])
-    size = sum(path.stat().st_size for path in artifact.glob("*.onnx*"))
+    size = sum(path.stat().st_size for path in artifact.glob("*.onnx.data"))
     return {
         "bytes": size,
         "kl": float(np.mean(divergences)),
@@ -89,12 +119,36 @@ def measure(artifact: Path, texts: np.ndarray, reference: np.ndarray) -> dict[st
     }
 
 
+def plot(results: dict[str, dict[str, float]], parameters: int, path: Path) -> None:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="bits per weight", ylabel="KL divergence, nats", yscale="log", xlim=(4, 9)
+    )
+    series = {
+        "qwen-edge, --auto-precision": ("o-", lambda name: "--auto-precision" in name),
+        "qwen-edge, one precision or profile": ("s", lambda name: name.startswith(("all int", "profile"))),
+        "onnxruntime-genai builder": ("^", lambda name: name.startswith("builder")),
+        "NNCF": ("x", lambda name: name.startswith("NNCF")),
+    }
+    for label, (style, belongs) in series.items():
+        points = sorted(
+            (row["bytes"] * 8 / parameters, row["kl"]) for name, row in results.items() if belongs(name)
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=5, linewidth=1)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--nncf-python")
     arguments = parser.parse_args()
 
     texts = windows(arguments.tokens)
@@ -107,12 +161,15 @@ def main() -> None:
     )
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, profile in recipes():
+        for name, profile in [*recipes(), *chosen()]:
             results[name] = measure(make_artifact(TINY, profile, Path(folder, name)), texts, reference)
         wrapped = wrap(TINY, Path(folder, "wrapped"))
         for name, extra in BUILDER.items():
             built = build(wrapped, Path(folder, name.replace(", ", "-")), *extra)
             results[name] = measure(built, texts, reference)
+
+    if arguments.nncf_python:
+        results |= nncf(arguments.nncf_python, texts, reference)
 
     parameters = sum(value.numel() for value in model.parameters())
     table = Table("artifact", "MB", "bits per weight", "KL, nats", "top-1", "perplexity")
@@ -127,6 +184,8 @@ def main() -> None:
             f"{row['perplexity']:.3f}",
         )
     Console(width=100).print(table)
+    if arguments.plot:
+        plot(results, parameters, arguments.plot)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
