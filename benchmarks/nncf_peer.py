@@ -2,8 +2,8 @@
 
     python -m benchmarks.nncf_peer CHECKPOINT TEXTS.npz > rows.json
 
-TEXTS.npz has `texts` int64 [texts, tokens], `reference` float32 [texts, tokens, vocab], log-probabilities, and
-`calibration` int64 [texts, tokens]. Prints {name: {"bytes": ..., "kl": ..., "top1": ..., "perplexity": ...}}.
+TEXTS.npz has `texts` int64 [texts, tokens], `reference` float32 [texts, tokens, vocab], log-probabilities,
+and `calibration` int64 [texts, tokens]. Prints {name: {"bytes", "kl", "top1", "perplexity"}}.
 """
 
 from __future__ import annotations

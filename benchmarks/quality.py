@@ -4,8 +4,8 @@
                                  [--nncf-python PYTHON]
 
 Every artifact reads the held-out text in windows, and each next-token distribution is compared with that of
-transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity. Bytes are
-those of the weights, graphs not included. NNCF is measured by the Python of an environment with the extras
+transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity. Bytes
+are those of the weights, graphs not included. NNCF is measured by the Python of an environment with extras
 `export` and `openvino` (`benchmarks.nncf_peer`), on OpenVINO.
 """
 
@@ -131,9 +131,8 @@ def plot(results: dict[str, dict[str, float]], parameters: int, path: Path) -> N
         "NNCF": ("x", lambda name: name.startswith("NNCF")),
     }
     for label, (style, belongs) in series.items():
-        points = sorted(
-            (row["bytes"] * 8 / parameters, row["kl"]) for name, row in results.items() if belongs(name)
-        )
+        rows = [row for name, row in results.items() if belongs(name)]
+        points = sorted((row["bytes"] * 8 / parameters, row["kl"]) for row in rows)
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=5, linewidth=1)
     axes.legend(frameon=False)
