@@ -1,0 +1,118 @@
+"""The native example, compiled and run: with the Linux wheel's library, and as a Windows program on Wine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from qwen_profiles.schema import load_profile
+from qwen_runtime import Model, Sampling
+from random_checkpoints import TINY
+
+from artifacts import make_artifact
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "c"
+FLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror")
+QUESTION = "What is yield?"
+# onnxruntime-genai-winml brings its own onnxruntime and DirectML; msvc-runtime is Microsoft's C++ runtime.
+WINDOWS_WHEELS = ("onnxruntime-genai-winml==0.18.0", "msvc-runtime==14.44.35112")
+NATIVE = ("msvcp140", "msvcp140_1", "msvcp140_2", "msvcp140_atomic_wait", "vcruntime140", "vcruntime140_1")
+
+
+@pytest.fixture(scope="module", params=["cpu", "strix-halo"])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact") / request.param
+    return make_artifact(TINY, load_profile(request.param), folder, all_logits=False)
+
+
+def expected(artifact: Path) -> str:
+    with Model.load(artifact, "cpu") as model:
+        messages = [{"role": "user", "content": QUESTION}]
+        return "".join(model.generate(messages, max_tokens=200, sampling=Sampling(temperature=0)))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+@pytest.mark.skipif(sys.platform != "linux", reason="links the library of the Linux wheel")
+def test_c(artifact: Path, tmp_path: Path) -> None:
+    packages = Path(sysconfig.get_path("platlib"))
+    library = packages / "onnxruntime_genai" / "libonnxruntime-genai.so"
+    program = tmp_path / "answer"
+    link = [str(library), f"-Wl,-rpath,{library.parent}"]
+    subprocess.run(["gcc", *FLAGS, EXAMPLE / "answer.c", "-o", program, *link], check=True)
+    runtime = next((packages / "onnxruntime" / "capi").glob("libonnxruntime.so*"))
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "ORT_LIB_PATH": str(runtime)}
+        return subprocess.run([program, *arguments], capture_output=True, text=True, env=environment)
+
+    done = run(artifact, QUESTION, "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected(artifact) + "\n"
+    assert run(artifact).returncode == 2
+    missing = run(tmp_path / "nothing", QUESTION)
+    assert missing.returncode == 1 and "error: " in missing.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("artifact", ["strix-halo"], indirect=True)
+@pytest.mark.skipif(
+    not (shutil.which("wine") and shutil.which("x86_64-w64-mingw32-gcc")), reason="no Wine or no mingw-w64"
+)
+def test_windows_program_with_the_winml_libraries_on_wine(artifact: Path, tmp_path: Path) -> None:
+    """On the CPU: Wine has no Direct3D 12, so DirectML must say so and not crash."""
+    wheels = tmp_path / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    command += ["--platform", "win_amd64", "--python-version", "3.11", "-d", wheels, *WINDOWS_WHEELS]
+    subprocess.run(command, check=True)
+    folder = tmp_path / "program"
+    folder.mkdir()
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as content:
+            for name in content.namelist():
+                if name.lower().endswith(".dll"):
+                    (folder / Path(name).name).write_bytes(content.read(name))
+    compiler = "x86_64-w64-mingw32-gcc"
+    stand_in = Path(__file__).parent / "wine" / "bcryptprimitives.c"
+    subprocess.run(
+        [compiler, "-shared", stand_in, "-o", folder / "bcryptprimitives.dll", "-ladvapi32"], check=True
+    )
+    program = folder / "answer.exe"
+    library = folder / "onnxruntime-genai.dll"
+    subprocess.run([compiler, *FLAGS, EXAMPLE / "answer.c", "-o", program, library], check=True)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "WINEDEBUG": "-all",
+            "WINEPREFIX": str(tmp_path / "prefix"),
+            "WINEDLLOVERRIDES": f"{','.join(NATIVE)}=n",
+        }
+        command = ["wine", str(program), f"Z:{artifact}", QUESTION, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    done = run("cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace("\r\n", "\n") == expected(artifact) + "\n"
+    refused = run()
+    assert refused.returncode == 1 and "dml" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("artifact", ["cpu"], indirect=True)
+def test_frozen_with_pyinstaller(artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PyInstaller", reason="pip install pyinstaller")
+    source = EXAMPLE.parent / "pyinstaller" / "answer.spec"
+    command = [sys.executable, "-m", "PyInstaller", "--log-level", "ERROR", str(source)]
+    subprocess.run(
+        [*command, "--distpath", tmp_path / "dist", "--workpath", tmp_path / "work"], check=True, cwd=tmp_path
+    )
+    program = tmp_path / "dist" / "answer" / "answer"
+    done = subprocess.run([program, artifact, QUESTION], capture_output=True, text=True, env={})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected(artifact) + "\n"
