@@ -32,7 +32,7 @@ class FakeGenAI:
     """Stands for an onnxruntime_genai built with providers that this machine does not have."""
 
     def __init__(self, *available: str) -> None:
-        for name in ("cuda", "dml", "openvino", "webgpu"):
+        for name in ("cuda", "dml"):
             setattr(self, f"is_{name}_available", lambda name=name: name in available)
 
 

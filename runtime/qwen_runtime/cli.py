@@ -36,6 +36,13 @@ Examples:
   QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
 """
 
+_BENCH_EPILOG = """\b
+Examples:
+  qwen-run bench artifacts/Qwen3.5-0.8B-cpu
+  qwen-run bench artifacts/Qwen3.5-0.8B-cpu --contexts 512,4096 --rounds 5 --plot speed.png
+  qwen-run bench artifacts/Qwen3.5-0.8B-cpu --json > speed.json
+"""
+
 
 @click.group(cls=DefaultGroup, default="answer", epilog=_EPILOG)
 @click.version_option(package_name="qwen-edge")
@@ -157,6 +164,62 @@ def devices(as_json: bool, debug: bool) -> None:
         for item in usable:
             click.echo(f"{item.title:9} {'usable' if item.usable else item.advice}")
         click.echo(f"profiles  {', '.join(profiles) or 'none is made for this machine; cpu always works'}")
+
+
+def _lengths(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter("give numbers of tokens with commas between them, such as 128,512") from None
+
+
+@main.command(epilog=_BENCH_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--contexts",
+    callback=_lengths,
+    metavar="N,N,...",
+    help="Lengths of prompt, in tokens.  [default: 128,512,2048, as far as they fit]",
+)
+@click.option(
+    "--tokens", default=32, show_default=True, type=click.IntRange(1), help="To decode after each prompt."
+)
+@click.option(
+    "--rounds", default=3, show_default=True, type=click.IntRange(1), help="The medians of so many are shown."
+)
+@click.option(
+    "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
+)
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it too, into this PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def bench(
+    artifact: Path,
+    contexts: list[int] | None,
+    tokens: int,
+    rounds: int,
+    provider: str,
+    picture: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Measure ARTIFACT here: first token, prefill, decode, memory, share of the memory bandwidth."""
+    with reported(debug):
+        import dataclasses
+
+        from rich.console import Console
+
+        from qwen_runtime import bench as measuring
+
+        with Console(stderr=True).status("starting") as status:
+            found = measuring.bench(artifact, provider, contexts, tokens, rounds, status.update)
+        if picture is not None:
+            measuring.plot(found, picture)
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+            return
+        Console().print(measuring.table(found))
+        click.echo(measuring.summary(found))
 
 
 @main.command(epilog=_SERVE_EPILOG)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from qwen_profiles.reading import profile_names, read_fields, shipped_text
 
-from qwen_runtime.provider import PROVIDERS, is_available
+from qwen_runtime.provider import PROVIDERS, has_device, is_available
 
 _VENDORS = {"1002": "AMD", "10de": "NVIDIA", "8086": "Intel", "5143": "Qualcomm"}
 _PCI = Path("/sys/bus/pci/devices")
@@ -164,6 +164,8 @@ def providers(machine: Machine, og: Any) -> list[Usable]:
             advice = "no device here that it runs on"
         elif not is_available(provider, og):
             advice = f"pip install {provider.package}"
+        elif not has_device(provider):
+            advice = "its plug-in finds no device here"
         else:
             advice = ""
         found.append(Usable(name, provider.title, not advice, advice))

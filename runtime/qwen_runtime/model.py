@@ -17,7 +17,8 @@ from qwen_runtime.artifact import Artifact
 from qwen_runtime.generation import Generation, Logits, Plan
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
 from qwen_runtime.prefix import State, StateCache, common_prefix
-from qwen_runtime.provider import PROVIDERS, Choice, choose
+from qwen_runtime.provider import PROVIDERS, load_first
+from qwen_runtime.resident import release_mapped
 from qwen_runtime.speculative import Sessions, Speculator
 from qwen_runtime.template import render
 
@@ -137,7 +138,7 @@ class Model:
 
         Args:
             provider: `cpu`, `cuda`, `dml`, `openvino` or `webgpu`; `auto` takes the one that the artifact
-                was made for, or the CPU where that is missing or does not start.
+                was made for, or else the first other one that loads it, the CPU last.
             verify: compare every file's SHA-256 with the manifest, not only the small ones'.
             context_length: most tokens of prompt and answer together, if fewer than the artifact's own.
             keep: how many states to keep after their answers, each with a KV cache of some 4096 tokens more
@@ -152,17 +153,9 @@ class Model:
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()
-        choice = choose(provider, artifact.manifest["provider"], og)
-        try:
-            model = _open(og, artifact, choice)
-        except Exception as error:
-            title = PROVIDERS[choice.name].title
-            if choice.name == "cpu":
-                raise
-            if provider != "auto":
-                raise UserError(f"{title} could not load {artifact.root}: {_one_line(error)}") from error
-            choice = Choice("cpu", f"CPU: {title} did not start ({_one_line(error)})")
-            model = _open(og, artifact, choice)
+        choice, model = load_first(
+            provider, artifact.manifest["provider"], og, lambda name: _open(og, artifact, name)
+        )
         info = ModelInfo(
             name=artifact.manifest["model"]["name"],
             path=artifact.root,
@@ -464,17 +457,17 @@ class Model:
             self._states.put(state)
 
 
-def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
+def _open(og: Any, artifact: Artifact, name: str) -> Any:
     config = og.Config(str(artifact.root))
     config.clear_providers()
-    provider = PROVIDERS[choice.name]
+    provider = PROVIDERS[name]
     if provider.genai_name is not None:
         config.append_provider(provider.genai_name)
-        options = {**PROVIDER_OPTIONS.get(choice.name, {}), **artifact.provider_options(choice.name)}
-        for name, value in options.items():
-            config.set_provider_option(provider.genai_name, name, value)
+        options = {**PROVIDER_OPTIONS.get(name, {}), **artifact.provider_options(name)}
+        for option, value in options.items():
+            config.set_provider_option(provider.genai_name, option, value)
     try:
-        return og.Model(config)
+        model = og.Model(config)
     except Exception as error:
         if _UNKNOWN_OPERATOR not in str(error):
             raise
@@ -482,6 +475,9 @@ def _open(og: Any, artifact: Artifact, choice: Choice) -> Any:
             f"{artifact.root} needs onnxruntime {artifact.manifest['onnxruntime']}: install it, or export "
             "with a profile for older ones"
         ) from error
+    if name == "cpu":
+        release_mapped(artifact.root)
+    return model
 
 
 def _one_line(error: Exception) -> str:

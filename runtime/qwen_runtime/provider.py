@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 from qwen_profiles.errors import UserError
+
+T = TypeVar("T")
+
+# ONNX Runtime GenAI of a plug-in that is registered, but has no device on this machine.
+_NO_DEVICE = "is not supported in this build"
+_LONGEST_CAUSE = 240  # characters; OpenVINO's fill a page
 
 
 @dataclass(frozen=True)
@@ -17,6 +27,8 @@ class Provider:
         genai_name: what Config.append_provider calls it; None runs on the CPU.
         probe: function of onnxruntime_genai that says whether this install has it; None: always.
         package: what to install to get it.
+        plugin: module of that package, where it is a plug-in: a library that ONNX Runtime loads, and that
+            lists the devices it can use.
         appends: whether a generator takes its prompt in several pieces.
     """
 
@@ -24,6 +36,7 @@ class Provider:
     genai_name: str | None
     probe: str | None
     package: str
+    plugin: str | None = None
     appends: bool = True
 
 
@@ -38,9 +51,12 @@ PROVIDERS = {
         "onnxruntime-genai-winml",
         appends=False,
     ),
-    "openvino": Provider("OpenVINO", "OpenVINO", "is_openvino_available", "onnxruntime-ep-openvino"),
-    "webgpu": Provider("WebGPU", "webgpu", "is_webgpu_available", "onnxruntime-ep-webgpu"),
+    "webgpu": Provider("WebGPU", "webgpu", None, "onnxruntime-ep-webgpu", plugin="onnxruntime_ep_webgpu"),
+    "openvino": Provider(
+        "OpenVINO", "OpenVINO", None, "onnxruntime-ep-openvino", plugin="onnxruntime_ep_openvino"
+    ),
 }
+_registered: set[str] = set()  # plug-ins, of this process
 
 
 @dataclass(frozen=True)
@@ -51,33 +67,88 @@ class Choice:
     reason: str
 
 
-def choose(wanted: str, artifact_provider: str, og: Any) -> Choice:
-    """The provider to try first.
+def load_first(wanted: str, made_for: str, og: Any, load: Callable[[str], T]) -> tuple[Choice, T]:
+    """What `load` returns for the first provider that it succeeds with.
 
     Args:
-        wanted: a key of `PROVIDERS`, or "auto" for the artifact's own, or else the CPU.
+        wanted: a key of `PROVIDERS`, or "auto" for the one that the artifact was made for, then the others
+            of this install, in the order of `PROVIDERS`, and the CPU last.
+        made_for: the artifact's provider.
         og: the module onnxruntime_genai.
+        load: called with a provider's key; may raise anything.
 
     Raises:
-        UserError: no such provider, or one that was asked for by name is not in this install.
+        UserError: no such provider, or one that was asked for by name is not in this install or cannot load
+            the artifact. What the CPU raises is passed on.
     """
-    if wanted == "auto":
-        if artifact_provider not in PROVIDERS:
-            raise UserError(
-                f"the artifact was made for '{artifact_provider}', which this qwen-edge does not know: "
-                "install a newer one, or choose another provider"
-            )
-        provider = PROVIDERS[artifact_provider]
-        if is_available(provider, og):
-            return Choice(artifact_provider, f"{provider.title}: the artifact was made for it")
-        return Choice("cpu", f"CPU: {provider.title} is not in this install ({provider.package} has it)")
-    if wanted not in PROVIDERS:
-        raise UserError(f"no provider '{wanted}': there are auto, {', '.join(PROVIDERS)}")
-    provider = PROVIDERS[wanted]
-    if not is_available(provider, og):
-        raise UserError(f"{provider.title} is not in this install: install {provider.package}")
-    return Choice(wanted, f"{provider.title}: asked for")
+    refusals: list[str] = []
+    for name in _candidates(wanted, made_for):
+        provider = PROVIDERS[name]
+        if not is_available(provider, og):
+            missing = f"{provider.title} is not in this install"
+            if wanted != "auto":
+                raise UserError(f"{missing}: install {provider.package}")
+            if name == made_for:  # the others were never promised
+                refusals.append(f"{missing} ({provider.package} has it)")
+            continue
+        try:
+            _register(provider, og)
+            loaded = load(name)
+        except Exception as error:
+            if name == "cpu":
+                raise
+            if wanted != "auto":
+                raise UserError(f"{provider.title} could not load the artifact: {_cause(error)}") from error
+            refusals.append(f"{provider.title} did not start ({_cause(error)})")
+            continue
+        reason = "; ".join(refusals) or ("asked for" if wanted != "auto" else "the artifact was made for it")
+        return Choice(name, f"{provider.title}: {reason}"), loaded
+    raise AssertionError("the CPU is a candidate, and loads or raises")
+
+
+def _candidates(wanted: str, made_for: str) -> Iterator[str]:
+    if wanted != "auto":
+        if wanted not in PROVIDERS:
+            raise UserError(f"no provider '{wanted}': there are auto, {', '.join(PROVIDERS)}")
+        yield wanted
+        return
+    if made_for not in PROVIDERS:
+        raise UserError(
+            f"the artifact was made for '{made_for}', which this qwen-edge does not know: "
+            "install a newer one, or choose another provider"
+        )
+    yield made_for
+    if made_for != "cpu":
+        yield from (name for name in PROVIDERS if name not in (made_for, "cpu"))
+        yield "cpu"
 
 
 def is_available(provider: Provider, og: Any) -> bool:
+    """Whether this install has it. ONNX Runtime GenAI's own answer is yes for every plug-in."""
+    if provider.plugin is not None:
+        return find_spec(provider.plugin) is not None
     return provider.probe is None or bool(getattr(og, provider.probe)())
+
+
+def has_device(provider: Provider) -> bool:
+    """Whether a plug-in that is installed finds something to run on here; of others True."""
+    if provider.plugin is None:
+        return True
+    import onnxruntime
+
+    plugin = import_module(provider.plugin)
+    if all(device.ep_name != plugin.get_ep_name() for device in onnxruntime.get_ep_devices()):
+        onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+    return any(device.ep_name == plugin.get_ep_name() for device in onnxruntime.get_ep_devices())
+
+
+def _register(provider: Provider, og: Any) -> None:
+    if provider.plugin is not None and provider.plugin not in _registered:
+        plugin = import_module(provider.plugin)
+        og.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+        _registered.add(provider.plugin)
+
+
+def _cause(error: Exception) -> str:
+    text = textwrap.shorten(str(error), _LONGEST_CAUSE)
+    return "it finds no device here" if _NO_DEVICE in text else text

@@ -32,10 +32,12 @@ from qwen_export.bundle.keys import sign
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.wheels import Wheel, build_own_wheel, download
 
-# What a provider's build of ONNX Runtime takes the place of; "" for nothing.
+# What a provider's build of ONNX Runtime takes the place of; "" for nothing. A plug-in takes its own place.
 _REPLACED = {
     "cuda": {"onnxruntime": "onnxruntime-gpu", "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19"},
     "dml": {"onnxruntime": "", "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19"},
+    "openvino": {"onnxruntime-ep-openvino": "onnxruntime-ep-openvino>=1.8,<2"},
+    "webgpu": {"onnxruntime-ep-webgpu": "onnxruntime-ep-webgpu>=0.4,<1"},
 }
 _SCRIPTS = {
     True: ("install.ps1", "start.ps1", "task.xml"),
