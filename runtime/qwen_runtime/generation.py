@@ -47,6 +47,7 @@ class Plan:
         stop: texts at which to stop.
         presence_penalty: subtracted from the logit of each token that the answer has already.
         frequency_penalty: the same, as often as it has it.
+        logit_bias: added to these tokens' logits at each place.
         logprobs: how many of the likeliest tokens to report at each place; None reports nothing.
         inputs: prompt and images as onnxruntime_genai.NamedTensors, where the prompt has images. They are
             read all at once: only a generator's first run takes images and their positions.
@@ -60,6 +61,7 @@ class Plan:
     stop: Sequence[str] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     inputs: Any = None
 
@@ -205,9 +207,9 @@ def _answer(generator: Any, tokenizer: Any, plan: Plan, progress: _Progress) -> 
 
 
 def _prepare(generator: Any, plan: Plan, seen: Mapping[int, int]) -> Logits | None:
-    """Apply the penalties that ONNX Runtime GenAI does not know. The logits before, if they are reported."""
+    """Apply penalties and bias, which ONNX Runtime GenAI does not know. The logits before, if reported."""
     penalised = bool(seen) and (plan.presence_penalty != 0 or plan.frequency_penalty != 0)
-    if plan.logprobs is None and not penalised:
+    if plan.logprobs is None and not penalised and not plan.logit_bias:
         return None
     logits: Logits = generator.get_logits()
     reported = logits.reshape(-1, logits.shape[-1])[-1].copy() if plan.logprobs is not None else None
@@ -215,6 +217,9 @@ def _prepare(generator: Any, plan: Plan, seen: Mapping[int, int]) -> Logits | No
         tokens = np.fromiter(seen, np.int64)
         counts = np.fromiter(seen.values(), np.float32)
         logits[..., tokens] -= plan.presence_penalty + plan.frequency_penalty * counts
+    if plan.logit_bias:
+        logits[..., list(plan.logit_bias)] += np.fromiter(plan.logit_bias.values(), np.float32)
+    if penalised or plan.logit_bias:
         generator.set_logits(logits)
     return reported
 

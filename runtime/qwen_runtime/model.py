@@ -57,6 +57,7 @@ class Sampling:
         seed: the same seed, prompt and provider give the same text.
         presence_penalty: subtracted from the logit of every token that the answer has already.
         frequency_penalty: the same, as often as it has it.
+        logit_bias: added to the logits of tokens, by id; -100 rules one out, 100 all others.
     """
 
     temperature: float | None = None
@@ -66,9 +67,10 @@ class Sampling:
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def search_options(self) -> dict[str, Any]:
-        """As ONNX Runtime GenAI's search options, which know no presence or frequency penalty.
+        """As ONNX Runtime GenAI's search options, which know no bias, presence or frequency penalty.
 
         Raises:
             UserError: a value is out of range.
@@ -83,6 +85,7 @@ class Sampling:
             ),
             "presence_penalty": (_is_finite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (_is_finite(self.frequency_penalty), "a finite number"),
+            "logit_bias": (all(map(math.isfinite, (self.logit_bias or {}).values())), "finite numbers"),
             "seed": (self.seed is None or 0 <= self.seed < 2**31, "from 0 to 2147483647"),
         }
         for name, (holds, range_text) in valid.items():
@@ -90,7 +93,7 @@ class Sampling:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be {range_text}")
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         options["random_seed"] = options.pop("seed")
-        del options["presence_penalty"], options["frequency_penalty"]
+        del options["presence_penalty"], options["frequency_penalty"], options["logit_bias"]
         options = {name: value for name, value in options.items() if value is not None}
         if self.temperature == 0:
             del options["temperature"]
@@ -272,6 +275,12 @@ class Model:
         if logprobs is not None and not 0 <= logprobs <= _MAX_LOGPROBS:
             raise UserError(f"logprobs is {logprobs}, but must be from 0 to {_MAX_LOGPROBS}")
         sampling = sampling or Sampling()
+        if wrong := [
+            token for token in sampling.logit_bias or {} if not 0 <= token < self._artifact.vocab_size
+        ]:
+            raise UserError(
+                f"logit_bias has token {wrong[0]}, but they go from 0 to {self._artifact.vocab_size - 1}"
+            )
         options = self._options(sampling)
         # What a state has drawn so far would change what it draws next; and images need a fresh generator.
         reusable = self._states.size > 0 and not images and "random_seed" not in options and not speculative
@@ -287,6 +296,7 @@ class Model:
             stop=[stop] if isinstance(stop, str) else list(stop),
             presence_penalty=sampling.presence_penalty or 0.0,
             frequency_penalty=sampling.frequency_penalty or 0.0,
+            logit_bias=sampling.logit_bias or {},
             logprobs=logprobs,
             inputs=self._tensors(vision_inputs(tokens, images)) if images else None,
         )
@@ -433,6 +443,7 @@ class Model:
             "temperature": options.get("do_sample", False),
             "repetition penalty": options.get("repetition_penalty", 1) != 1,
             "presence or frequency penalty": plan.presence_penalty != 0 or plan.frequency_penalty != 0,
+            "logit bias": bool(plan.logit_bias),
             "guidance": options["guidance"] is not None,
             "log probabilities": plan.logprobs is not None,
             "images": plan.inputs is not None,

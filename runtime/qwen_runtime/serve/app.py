@@ -25,6 +25,7 @@ from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
 from qwen_runtime.serve.metrics import Metrics, metrics
+from qwen_runtime.serve.responses import responses
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
@@ -59,6 +60,7 @@ def make_app(
                 Route("/models/{name:path}", model),
                 Route("/chat/completions", chat_completions, methods=["POST"]),
                 Route("/completions", completions, methods=["POST"]),
+                Route("/responses", responses, methods=["POST"]),
             ],
         ),
         Mount("/", _Page(directory=Path(__file__).parent / "page", html=True)),
@@ -103,7 +105,15 @@ class _Page(StaticFiles):
         return response
 
 
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
+_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/models",
+    "/health",
+    "/metrics",
+    "/",
+)
 
 
 class _Count:

@@ -36,8 +36,25 @@ from qwen_runtime.serve.schema import (
 async def chat_completions(request: Request) -> Response:
     engine: Engine = request.app.state.engine
     asked = parse(ChatRequest, await read_json(request))
+    answer, parser = await while_connected(request, answer_for(asked, engine, request.app.state.thinking))
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
+    if asked.stream:
+        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return EventStream(_chunks(answer, parser, head, include_usage), answer.close)
+    with closing(answer):
+        return await while_connected(request, _whole(answer, parser, head))
+
+
+async def answer_for(
+    asked: ChatRequest, engine: Engine, thinking_default: bool
+) -> tuple[Answer, AnswerParser]:
+    """The answer, whose prompt was accepted, and what takes its text apart.
+
+    Raises:
+        ApiError: the request cannot be obeyed, or has to wait for too many others.
+    """
     check_model(asked.model, engine)
-    thinking = _thinking(asked, request.app.state.thinking)
+    thinking = _thinking(asked, thinking_default)
     tools, guidance = _tools(asked, thinking)
     options = {
         "max_tokens": asked.max_completion_tokens or asked.max_tokens,
@@ -49,14 +66,7 @@ async def chat_completions(request: Request) -> Response:
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
     }
     messages = [_for_template(message, at) for at, message in enumerate(asked.messages)]
-    answer = await while_connected(request, engine.submit(messages, options))
-    parser = AnswerParser(thinking, tools)
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
-    if asked.stream:
-        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_chunks(answer, parser, head, include_usage), answer.close)
-    with closing(answer):
-        return await while_connected(request, _whole(answer, parser, head))
+    return await engine.submit(messages, options), AnswerParser(thinking, tools)
 
 
 async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) -> Response:

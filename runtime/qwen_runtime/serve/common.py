@@ -33,6 +33,7 @@ def sampling(asked: SharedRequest) -> Sampling:
         repetition_penalty=asked.repetition_penalty,
         presence_penalty=asked.presence_penalty,
         frequency_penalty=asked.frequency_penalty,
+        logit_bias=asked.logit_bias,
         seed=None if asked.seed is None else asked.seed % 2**31,  # any integer is OpenAI's range
     )
 

@@ -67,7 +67,7 @@ class EventStream(Response):
     """Server-sent events.
 
     Args:
-        events: JSON objects; None is OpenAI's mark of the end.
+        events: JSON objects, named by their `type` where they have one; None is OpenAI's mark of the end.
         close: called when they have ended, the client left, or it stopped reading.
     """
 
@@ -91,7 +91,9 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
             data = "[DONE]" if event is None else json.dumps(event, ensure_ascii=False)
-            body = {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
+            name = f"event: {event['type']}\n" if event is not None and "type" in event else ""
+            text = f"{name}data: {data}\n\n"
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": True}
             async with asyncio.timeout(SEND_TIMEOUT):
                 await send(body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -6,6 +6,7 @@ answer, but cannot be obeyed, are refused.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -152,7 +153,7 @@ class SharedRequest(_Part):
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Annotated[Any, _only(1)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+    logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     min_p: Annotated[Any, _only(0)] = None
@@ -183,6 +184,124 @@ class CompletionRequest(SharedRequest):
     suffix: Annotated[Any, _only("")] = None
     best_of: Annotated[Any, _only(1)] = None
     logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class InputText(_Part):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "text", "text": self.text}
+
+
+class InputImage(_Part):
+    type: Literal["input_image"]
+    image_url: str
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": self.image_url}}
+
+
+class InputMessage(_Part):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+
+    def as_chat(self) -> dict[str, Any]:
+        content = self.content if isinstance(self.content, str) else [part.as_chat() for part in self.content]
+        return {"role": self.role, "content": content}
+
+
+class InputCall(_Part):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+    def as_chat(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"role": "assistant", "tool_calls": [{"id": self.call_id, "function": function}]}
+
+
+class InputCallOutput(_Part):
+    type: Literal["function_call_output"]
+    output: str
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"role": "tool", "content": self.output}
+
+
+class InputReasoning(_Part):
+    """A thought of an earlier answer: Qwen3.5's template leaves it out of the history."""
+
+    type: Literal["reasoning"]
+
+
+class ResponseReasoning(_Part):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class ResponseText(_Part):
+    format: dict[str, Any] | None = None
+
+
+class ResponseRequest(_Part):
+    """`/v1/responses`. Nothing is stored, so what refers to an earlier response is refused."""
+
+    model: str | None = None
+    input: (
+        str
+        | Annotated[list[InputCall | InputCallOutput | InputReasoning | InputMessage], Field(min_length=1)]
+    )
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ResponseReasoning | None = None
+    text: ResponseText | None = None
+    metadata: dict[str, str] | None = None
+    previous_response_id: Annotated[Any, _only()] = None
+    conversation: Annotated[Any, _only()] = None
+    prompt: Annotated[Any, _only()] = None
+    background: Annotated[Any, _only(False)] = None
+    truncation: Annotated[Any, _only("disabled")] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+
+    def as_chat(self) -> ChatRequest:
+        """The same request in the older form.
+
+        Raises:
+            ApiError: a tool or a format is not one.
+        """
+        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        if isinstance(self.input, str):
+            messages.append({"role": "user", "content": self.input})
+        else:
+            messages += [item.as_chat() for item in self.input if not isinstance(item, InputReasoning)]
+        fields = {
+            "model": self.model,
+            "messages": messages,
+            "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "tools": None if self.tools is None else [_nested(tool, "function") for tool in self.tools],
+            "tool_choice": _nested(self.tool_choice, "function"),
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "response_format": _nested(self.text.format, "json_schema") if self.text else None,
+        }
+        return parse(ChatRequest, json.dumps(fields).encode())
+
+
+def _nested(value: Any, kind: str) -> Any:
+    """{"type": kind, ...} with the rest under the name of its kind, as chat completions have it."""
+    if not isinstance(value, dict) or value.get("type") != kind:
+        return value
+    return {"type": kind, kind: {name: entry for name, entry in value.items() if name != "type"}}
 
 
 def parse(kind: type[Request], body: bytes) -> Request:
