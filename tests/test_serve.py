@@ -603,3 +603,12 @@ def test_text_models_take_no_images(ask: Callable[..., Any]) -> None:
     for name in ("image", "input_audio"):
         with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content"):
             ask(messages=[{"role": "user", "content": [{"type": name, name: "/etc/passwd"}]}])
+
+
+def test_kiosk_page(cpu_artifact: Path) -> None:
+    with serving(cpu_artifact, "--kiosk") as server:
+        status, headers, _ = request(server, "GET", "/")
+        assert (status, headers["location"]) == (307, "/?kiosk")
+        status, _, page = request(server, "GET", "/?kiosk&idle=60")
+        assert status == 200 and b"<html" in page
+        assert request(server, "GET", "/app.js")[0] == 200

@@ -262,6 +262,7 @@ def bench(
 @click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
 )
+@click.option("--kiosk", is_flag=True, help="Show the page in its kiosk mode.")
 @click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 def serve(

@@ -7,14 +7,14 @@ import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,7 +32,12 @@ _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
 
 
 def make_app(
-    engine: Engine, *, hosts: list[str] | None = None, api_key: str | None = None, thinking: bool = False
+    engine: Engine,
+    *,
+    hosts: list[str] | None = None,
+    api_key: str | None = None,
+    thinking: bool = False,
+    kiosk: bool = False,
 ) -> Starlette:
     """The web application.
 
@@ -41,6 +46,7 @@ def make_app(
             site could point its own name at this machine and read the answers.
         api_key: what requests to `/v1` and `/metrics` must carry as a bearer token.
         thinking: whether the model thinks first where a request does not say.
+        kiosk: whether the page comes in its kiosk mode without being asked for it.
     """
 
     @asynccontextmanager
@@ -63,7 +69,7 @@ def make_app(
                 Route("/responses", responses, methods=["POST"]),
             ],
         ),
-        Mount("/", _Page(directory=Path(__file__).parent / "page", html=True)),
+        Mount("/", _Page(kiosk, directory=Path(__file__).parent / "page", html=True)),
     ]
     middleware = [
         Middleware(_Count, metrics=engine.metrics),
@@ -99,7 +105,13 @@ class _Page(StaticFiles):
         "Cache-Control": "no-cache",
     }
 
+    def __init__(self, kiosk: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._kiosk = kiosk
+
     async def get_response(self, path: str, scope: Scope) -> Response:
+        if self._kiosk and scope["path"] == "/" and b"kiosk" not in scope["query_string"]:
+            return RedirectResponse("/?kiosk")
         response = await super().get_response(path, scope)
         response.headers.update(self._HEADERS)
         return response

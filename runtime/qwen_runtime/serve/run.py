@@ -30,6 +30,7 @@ def serve(
     queue: int,
     thinking: bool,
     grace: int,
+    kiosk: bool,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, which let running answers finish for `grace` seconds.
 
@@ -55,7 +56,7 @@ def serve(
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
         hosts = [*LOOPBACK, host] if local else None
         config = uvicorn.Config(
-            make_app(engine, hosts=hosts, api_key=api_key, thinking=thinking),
+            make_app(engine, hosts=hosts, api_key=api_key, thinking=thinking, kiosk=kiosk),
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
