@@ -32,7 +32,7 @@ from qwen_export.graph.embedding import embedding
 from qwen_export.graph.model import GraphOptions, cache_bytes_per_token, decoder
 from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.targets import TARGETS, Target
+from qwen_export.graph.targets import Target, target_for
 from qwen_export.graph.vision import vision_tower
 from qwen_export.stream import Journal, Stored, source_bytes, write_weights
 from qwen_export.vision_config import vision_shapes
@@ -80,7 +80,7 @@ class Plan:
 
 def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp: bool = False) -> Plan:
     """Build the graphs from the config and lay out the data file; reads no weight."""
-    target = TARGETS[profile.lowering]
+    target = target_for(profile.lowering, profile.provider)
     dtype = np.dtype(profile.activation_dtype)
     layout = DataLayout()
     recipe = Recipe(

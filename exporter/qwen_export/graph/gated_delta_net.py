@@ -105,7 +105,7 @@ def gated_delta_net(
     output, present_state = recurrence(g, config, mixed, decay, beta, past_state, masks)
 
     # The portable form keeps this norm in float32, as the recurrence before it.
-    norm_dtype = g.dtype if g.target.has("GatedRMSNorm") else _FLOAT32
+    norm_dtype = g.dtype if g.target.has("LinearAttention") else _FLOAT32
     norm = Weight(
         f"{name}.norm.weight",
         "norm",
@@ -142,9 +142,12 @@ def _causal_conv(
     if g.target.has("CausalConvWithState"):
         # The schema says that the bias may be absent; the CPU kernel wants it.
         bias = g.constant(np.zeros(channels))
+        activation = "silu" if g.target.silu_inside else "none"
         convolved, present = g.ops(
-            "CausalConvWithState", mixed, weight, bias, past, outputs=2, activation="silu"
+            "CausalConvWithState", mixed, weight, bias, past, outputs=2, activation=activation
         )
+        if not g.target.silu_inside:
+            convolved = g.op("QuickGelu", convolved, alpha=1.0)
     else:
         seen = g.op("Concat", past, mixed, axis=2)
         convolved = g.op("QuickGelu", g.op("Conv", seen, weight, group=channels), alpha=1.0)

@@ -138,8 +138,15 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
         length = "sequence_length"
     else:
         x, length = last_positions(g, x, 1), 1
-    logits = g.cast(linear(g, recipe, x, lm_head), np.float32)
+    logits = vocabulary_logits(g, recipe, x, lm_head)
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
+
+
+def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: ir.Value, lm_head: Weight) -> ir.Value:
+    """x [batch, sequence, hidden] -> float32 [batch, sequence, vocab]."""
+    logits = linear(g, recipe, x, lm_head)
+    # A cast to the same dtype would copy all of them at every token: a graph's output keeps it alive.
+    return logits if g.dtype == np.float32 else g.cast(logits, np.float32)
 
 
 def last_positions(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:

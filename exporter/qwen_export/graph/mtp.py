@@ -9,7 +9,7 @@ from qwen_export.config import TextConfig
 from qwen_export.graph.attention import attention, span
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection, take_rows
-from qwen_export.graph.model import feed_forward, last_positions, states, vocabulary
+from qwen_export.graph.model import feed_forward, last_positions, states, vocabulary, vocabulary_logits
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
@@ -64,5 +64,5 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     for state, value in zip(carried, present, strict=True):
         g.output(value, state.present, state.dtype, state.present_shape)
     x, _ = add_rms_norm(g, update, residual, scale("mtp.norm"), epsilon)
-    logits = g.cast(linear(g, recipe, last_positions(g, x, 1), lm_head), np.float32)
+    logits = vocabulary_logits(g, recipe, last_positions(g, x, 1), lm_head)
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", 1, config.vocab_size))

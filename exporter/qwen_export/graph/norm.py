@@ -36,14 +36,16 @@ def gated_rms_norm(
 ) -> ir.Value:
     """rms_norm(x) * silu(gate) per head, for x and gate [batch, sequence, heads * head_dim].
 
-    x may be float32 where the activations are float16; the result has the activations' dtype.
+    x has the dtype of `scale`, which may be float32 where the activations are float16; the result has theirs.
     Source: transformers' Qwen3_5RMSNormGated; com.microsoft::GatedRMSNorm.
     """
     (weight,) = g.weight(scale)
-    if g.target.has("GatedRMSNorm"):
+    if g.target.has("GatedRMSNorm") and g.target.silu_inside:
         return g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon, activation="silu")
     (head_dim,) = scale.shape
     normed = rms_norm(g, g.reshape(x, 0, 0, heads, head_dim), weight, epsilon)
     normed = g.reshape(normed, 0, 0, heads * head_dim)
-    gate = g.cast(gate, np.float32)
-    return g.cast(g.op("Mul", normed, g.op("QuickGelu", gate, alpha=1.0)), g.dtype)
+    if scale.storage != g.dtype:
+        gate = g.cast(gate, np.float32)
+    gated = g.op("Mul", normed, g.op("QuickGelu", gate, alpha=1.0))
+    return gated if scale.storage == g.dtype else g.cast(gated, g.dtype)
