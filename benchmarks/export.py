@@ -42,7 +42,7 @@ def watched(arguments: list[str]) -> tuple[float, int]:
         peak = 0
         while process.poll() is None:
             try:
-                peak = max(peak, _peak(watcher))
+                peak = max(peak, peak_bytes(watcher))
             except psutil.Error:
                 break
             time.sleep(_POLL)
@@ -52,7 +52,7 @@ def watched(arguments: list[str]) -> tuple[float, int]:
     return time.perf_counter() - started, peak
 
 
-def _peak(process: psutil.Process) -> int:
+def peak_bytes(process: psutil.Process) -> int:
     """The maximum so far, as the kernel keeps it where it does."""
     status = Path(f"/proc/{process.pid}/status")
     if status.exists():

@@ -49,12 +49,12 @@ def make_artifact(checkpoint: Path, profile: Profile, output: Path, all_logits: 
 class Session:
     """A graph run piece by piece, its states carried along."""
 
+    providers: Sequence[str] = ("CPUExecutionProvider",)
+
     def __init__(self, artifact: Path, batch: int = 1) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(
-            artifact / "model.onnx", options, providers=["CPUExecutionProvider"]
-        )
+        self._session = ort.InferenceSession(artifact / "model.onnx", options, providers=list(self.providers))
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._artifact = artifact
         self._batch = batch

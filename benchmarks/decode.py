@@ -1,0 +1,289 @@
+"""Prefill and decode beside llama.cpp and others, as ratios within one run.
+
+    python -m benchmarks.decode --llama llama-env/bin/python [--builder] [--json F] [--plot F.png]
+    python -m benchmarks.decode --size 0.8B --peer "openvino=python my_peer.py IR"
+
+Random weights of a published geometry, one prompt, tokens decoded greedily. Each peer is a process of its own
+that stays loaded; the peers take turns, round by round, so that what else the machine does meets them all. A
+ratio is taken within a round, and the median of the rounds counts. The bandwidth is that of reading memory
+with every core, in the same rounds; a peer's ceiling is that bandwidth by the bytes of the weights that
+a token reads.
+
+llama.cpp is another environment, built for this machine:
+
+    python -m venv llama-env
+    CMAKE_ARGS="-DGGML_NATIVE=ON" llama-env/bin/pip install llama-cpp-python
+
+On CPUs with AMX, GCC 12 makes a build that crashes (llama.cpp issue 20824); there, without it:
+
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
+
+Its model is written here with the package gguf: every projection Q4_0, the tied embedding too.
+Another peer is any command that does what benchmarks/peers/turns.py says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.config import load_config
+from qwen_export.export import export, plan
+from qwen_profiles.schema import Profile, load_profile
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.builder import build, wrap
+from benchmarks.export import peak_bytes
+from benchmarks.geometry import GEOMETRIES, write_checkpoint
+from tests.artifacts import Quiet
+from tests.random_checkpoints import TINY, copy_tokenizer
+
+PROMPT = 512
+LLAMA = "llama.cpp Q4_0"
+BANDWIDTH = "bandwidth"
+SPEEDS = ("prefill", "decode")
+
+
+@dataclass
+class Peer:
+    """One process that takes turns.
+
+    Attributes:
+        bytes: of the weights that a token reads; None: not known, or it is no model.
+        facts: what it said of itself.
+        turns: what it measured, a round each.
+    """
+
+    name: str
+    command: list[str]
+    bytes: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    turns: list[dict[str, float]] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sys.stderr,
+            text=True,
+            start_new_session=True,  # Ctrl-C is ours to deal with
+        ) as process:
+            assert process.stdin and process.stdout
+            self._process, self._to, self._from = process, process.stdin, process.stdout
+            try:
+                self.facts = self._heard()
+                yield
+            finally:
+                process.terminate()
+
+    def take_turn(self) -> None:
+        self._to.write("\n")
+        self._to.flush()
+        self.turns.append(self._heard())
+        self.peak_bytes = peak_bytes(psutil.Process(self._process.pid))
+
+    def _heard(self) -> dict[str, Any]:
+        line = self._from.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with {self._process.wait()}: {shlex.join(self.command)}")
+        return dict(json.loads(line))
+
+    _process: subprocess.Popen[str] = field(init=False, repr=False)
+    _to: IO[str] = field(init=False, repr=False)
+    _from: IO[str] = field(init=False, repr=False)
+
+
+def bytes_read(checkpoint: Path, profile: Profile) -> int:
+    """Bytes of the weights that a token needs: of routed experts the chosen ones, no untied embedding."""
+    config = load_config(checkpoint)
+    sizes = plan(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
+    if not config.tie_word_embeddings:
+        sizes.pop("embedding")
+    if config.num_experts:
+        sizes["experts"] = sizes["experts"] * config.num_experts_per_tok // config.num_experts
+    return sum(sizes.values())
+
+
+def file_bytes(artifact: Path) -> int:
+    return sum(path.stat().st_size for path in artifact.glob("model.onnx*"))
+
+
+def onnx_peer(name: str, artifact: Path, asked: argparse.Namespace, read: int) -> Peer:
+    command = [sys.executable, "-m", "benchmarks.peers.genai", str(artifact), *_lengths(asked)]
+    return Peer(name, command, read)
+
+
+def llama_peer(file: Path, asked: argparse.Namespace) -> Peer:
+    command = [asked.llama, "-m", "benchmarks.peers.llama", str(file), *_lengths(asked)]
+    return Peer(LLAMA, command, file.stat().st_size)
+
+
+def _lengths(asked: argparse.Namespace) -> list[str]:
+    return ["--prompt", str(PROMPT), "--tokens", str(asked.tokens)]
+
+
+def profiles(names: list[str]) -> Iterator[tuple[str, Profile]]:
+    """`cpu`, or `cpu:weights.lm_head=int8` with overrides; a portable profile runs on the CPU in float32."""
+    for text in names:
+        name, *overrides = text.split(";")
+        profile = load_profile(name, overrides)
+        if profile.lowering == "portable":
+            profile = profile.model_copy(
+                update={"provider": "cpu", "activation_dtype": "float32", "accuracy_level": 4}
+            )
+        yield f"ours, {text}", profile
+
+
+def prepare(asked: argparse.Namespace, folder: Path) -> list[Peer]:
+    """Make what each peer reads. The bandwidth comes first."""
+    checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[asked.size])
+    copy_tokenizer(TINY, checkpoint)
+    peers = [Peer(BANDWIDTH, [sys.executable, "-m", "benchmarks.peers.bandwidth"])]
+    for number, (name, profile) in enumerate(profiles(asked.profiles)):
+        output = folder / f"ours{number}"
+        export(Checkpoint.open(str(checkpoint)), profile, output, Quiet())
+        peers.append(onnx_peer(name, output, asked, bytes_read(checkpoint, profile)))
+    if asked.llama:
+        from benchmarks.peers.gguf_file import write_gguf
+
+        peers.append(llama_peer(write_gguf(folder / "model.gguf", load_config(checkpoint)), asked))
+    if asked.builder:
+        built = build(wrap(checkpoint, folder / "wrapped"), folder / "built")
+        peers.append(onnx_peer("builder, default", built, asked, file_bytes(built)))
+    for text in asked.peer:
+        name, _, command = text.partition("=")
+        peers.append(Peer(name, shlex.split(command)))
+    return peers
+
+
+def ratios(peer: Peer, other: Peer, speed: str) -> list[float]:
+    return [ours[speed] / theirs[speed] for ours, theirs in zip(peer.turns, other.turns, strict=True)]
+
+
+def ceiling_shares(peer: Peer, bandwidth: Peer) -> list[float]:
+    """Bytes read a second while decoding, as a share of what the memory can give."""
+    assert peer.bytes
+    return [
+        turn["decode"] * peer.bytes / most["bandwidth"]
+        for turn, most in zip(peer.turns, bandwidth.turns, strict=True)
+    ]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def report(peers: list[Peer], base: Peer, console: Console) -> dict[str, Any]:
+    bandwidth, *models = peers
+    speed = statistics.median(turn["bandwidth"] for turn in bandwidth.turns)
+    console.print(f"read bandwidth {speed / 1e9:.1f} GB/s; ratios to {base.name}; median (least to most)")
+    table = Table(
+        "peer", "MB", "prefill tok/s", "decode tok/s", "prefill ratio", "decode ratio", "of ceiling"
+    )
+    for column in ("load s", "peak MB"):
+        table.add_column(column)
+    results: dict[str, Any] = {BANDWIDTH: {"bytes_per_second": speed, "turns": bandwidth.turns}}
+    for peer in models:
+        medians = {speed: statistics.median(turn[speed] for turn in peer.turns) for speed in SPEEDS}
+        relative = {speed: ratios(peer, base, speed) for speed in SPEEDS}
+        shares = ceiling_shares(peer, bandwidth) if peer.bytes else None
+        table.add_row(
+            peer.name,
+            f"{peer.bytes / 1e6:.0f}" if peer.bytes else "",
+            *(f"{medians[speed]:.1f}" for speed in SPEEDS),
+            *(spread(relative[speed]) for speed in SPEEDS),
+            spread(shares) if shares else "",
+            f"{peer.facts['load_seconds']:.1f}",
+            f"{peer.peak_bytes / 1e6:.0f}",
+        )
+        results[peer.name] = {
+            "bytes": peer.bytes,
+            "facts": peer.facts,
+            "peak_bytes": peer.peak_bytes,
+            "turns": peer.turns,
+            "median": medians,
+            "ratio": relative,
+            "share_of_ceiling": shares,
+        }
+    console.print(table)
+    return results
+
+
+def plot(results: dict[str, Any], base: str, path: Path) -> None:
+    """Ratios to `base`, a bar each for prefill and decode, with the spread of the rounds."""
+    import matplotlib.pyplot as plt
+
+    names = [name for name in results if name != BANDWIDTH]
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.6 * len(names)), layout="constrained")
+    for offset, speed in ((-0.2, "prefill"), (0.2, "decode")):
+        found = [results[name]["ratio"][speed] for name in names]
+        middle = [statistics.median(values) for values in found]
+        below = [value - min(values) for value, values in zip(middle, found, strict=True)]
+        above = [max(values) - value for value, values in zip(middle, found, strict=True)]
+        places = [place + offset for place in range(len(names))]
+        axes.barh(places, middle, 0.38, xerr=[below, above], label=speed)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"speed, {base} = 1")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=GEOMETRIES, default="0.8B")
+    parser.add_argument(
+        "--profiles", nargs="+", default=["cpu", "cpu-int4", "strix-halo"], help="name[;override;...]"
+    )
+    parser.add_argument("--llama", help="a Python with llama-cpp-python")
+    parser.add_argument("--builder", action="store_true", help="GenAI's model builder, its default int4")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
+    parser.add_argument("--folder", type=Path, help="keep checkpoint and artifacts there")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    asked = parser.parse_args()
+    with ExitStack() as stack:
+        folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        peers = prepare(asked, folder)
+        base = next((peer for peer in peers if peer.name == LLAMA), peers[1])
+        for peer in peers:
+            stack.enter_context(peer.running())
+        with suppress(KeyboardInterrupt):  # Ctrl-C: what was measured so far is told
+            for _ in range(asked.rounds + 1):
+                for peer in peers:
+                    peer.take_turn()
+        whole = min(len(peer.turns) for peer in peers)
+        if whole < 2:
+            raise SystemExit("no round was finished")
+        for peer in peers:
+            peer.turns = peer.turns[1:whole]  # the first one warms up
+        results = report(peers, base, Console(width=150))
+    if asked.json:
+        asked.json.write_text(json.dumps(results, indent=2) + "\n")
+    if asked.plot:
+        plot(results, base.name, asked.plot)
+
+
+if __name__ == "__main__":
+    main()
