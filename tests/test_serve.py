@@ -32,6 +32,12 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)
 
 
+def endless(artifact: Path) -> dict[str, int]:
+    """`logit_bias` that rules out the tokens that end an answer: it goes on to `max_tokens`."""
+    config = json.loads((artifact / "genai_config.json").read_text())
+    return {str(token): -100 for token in config["model"]["eos_token_id"]}
+
+
 @pytest.fixture(scope="module")
 def model(cpu_artifact: Path) -> Iterator[Model]:
     with Model.load(cpu_artifact) as loaded:
@@ -411,8 +417,9 @@ def test_other_sites_have_no_business_here(server: Server) -> None:
     assert status >= 400
 
 
-def test_leaving_stops_the_work(server: Server, client: OpenAI, model: Model) -> None:
+def test_leaving_stops_the_work(server: Server, client: OpenAI, model: Model, cpu_artifact: Path) -> None:
     long: dict[str, Any] = {"model": model.info.name, "prompt": "The", "max_tokens": 8000, "temperature": 0}
+    long["logit_bias"] = endless(cpu_artifact)
     stream = client.completions.create(**long, stream=True)
     next(iter(stream))
     stream.close()
@@ -426,6 +433,7 @@ def test_busy_server_says_when_to_come_back(cpu_artifact: Path, model: Model) ->
     with serving(cpu_artifact, "--queue", "1") as server:
         client = server.client()
         options: dict[str, Any] = {"model": model.info.name, "messages": QUESTION, "max_tokens": 3000}
+        options["logit_bias"] = endless(cpu_artifact)
         first = client.chat.completions.create(**options, stream=True)
         next(iter(first))
         second = threading.Thread(
@@ -477,6 +485,7 @@ def test_model_process_that_dies_is_started_again(cpu_artifact: Path, model: Mod
     with serving(cpu_artifact) as server:
         client = server.client()
         options: dict[str, Any] = {"model": model.info.name, "messages": QUESTION, "max_tokens": 3000}
+        options["logit_bias"] = endless(cpu_artifact)
         stream = client.chat.completions.create(**options, stream=True)
         next(iter(stream))
         children = psutil.Process(server.process.pid).children()
