@@ -211,12 +211,12 @@ def plot(found: Bench, path: Path) -> None:
         axes.plot(lengths, values, "o-", color="#3b6ea5")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("tokens of prompt")
-        axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         if title.startswith("Decode") and found.decode_bytes:
             ceiling = found.bandwidth / found.decode_bytes
             axes.axhline(ceiling, color="#a33", linestyle="--", linewidth=1, label="memory bandwidth")
             axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(bottom=0)
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
