@@ -208,6 +208,9 @@ def export_command(
                 all_logits=all_logits,
                 max_context=max_context,
             )
+        if verify and profile.backend != "onnx":
+            click.echo("note: OpenVINO artifacts are not verified yet", err=True)
+            verify = False
         report = _verified(folder, source, progress and not as_json) if verify else None
         if as_json:
             click.echo(json.dumps({"output": str(folder), **manifest, "verification": report}, indent=2))

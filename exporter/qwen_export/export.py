@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,15 +111,6 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
     return Plan(target, models, layout.stored, layout.end, None if target.has("LinearAttention") else run)
 
 
-def refuse_backend(profile: Profile) -> None:
-    """Raise the reason why nothing can be exported for `profile`'s backend, if there is one."""
-    if profile.backend != "onnx":
-        raise UserError(
-            f"profile {profile.name} is for the backend {profile.backend}, which cannot be exported yet: on "
-            "Windows give --set backend=onnx --set provider=dml, elsewhere --profile cpu"
-        )
-
-
 def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:
     """Whether the MTP head is exported; where the checkpoint's is not, a line says why."""
     reason = checkpoint.mtp_problem
@@ -158,9 +150,8 @@ def export(
     Raises:
         UserError: the checkpoint contradicts its config or holds NaN, the output exists, the disk is full,
             another export is writing to the same place, `max_context` is out of reach, or the profile's
-            backend is not there yet.
+            backend is not installed.
     """
-    refuse_backend(profile)
     if max_context is not None:
         config = checkpoint.config.reaching(max_context)
         if config is not checkpoint.config:
@@ -175,14 +166,21 @@ def export(
     checkpoint.check(expected_shapes(checkpoint.config))
     if checkpoint.vision:
         checkpoint.check(vision_shapes(checkpoint.vision))
-    planned = plan(checkpoint, profile, all_logits, _has_mtp(checkpoint, profile, progress))
+    if profile.backend == "openvino":
+        from qwen_export.openvino.artifact import require_libraries, write_artifact
+
+        require_libraries()
+        write = partial(write_artifact, checkpoint, profile)
+    else:
+        planned = plan(checkpoint, profile, all_logits, _has_mtp(checkpoint, profile, progress))
+        write = partial(_export, checkpoint, profile, planned, all_logits)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.parent / f".{output.name}.partial"
     work.mkdir(exist_ok=True)
     try:
         with FileLock(work / "lock", timeout=0):
-            written = _export(checkpoint, profile, planned, work, progress, all_logits)
-            _put_in_place(work / "artifact", output)
+            written = write(work, progress)
+            _put_in_place(work / package.STAGED, output)
     except Timeout as error:
         raise UserError(f"another export is writing {output}: wait for it to end") from error
     except OSError as error:
@@ -196,9 +194,9 @@ def export(
 
 
 def _export(
-    checkpoint: Checkpoint, profile: Profile, planned: Plan, work: Path, progress: Progress, all_logits: bool
+    checkpoint: Checkpoint, profile: Profile, planned: Plan, all_logits: bool, work: Path, progress: Progress
 ) -> dict[str, Any]:
-    staged = work / "artifact"
+    staged = work / package.STAGED
     journal = _begin(work, _fingerprint(checkpoint, profile, planned), progress)
     data = staged / DATA_FILE
     _check_space(data, planned.data_bytes)
@@ -212,13 +210,13 @@ def _export(
     if checkpoint.vision:
         processor = package.processor_config(checkpoint.vision)
         package.write_json(staged / package.PROCESSOR_CONFIG, processor)
-    config = package.genai_config(checkpoint, profile, _generation_config(checkpoint.root))
+    config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
     package.write_json(work / package.GENAI_CONFIG, config)
     paths = [*sorted(staged.iterdir()), work / package.GENAI_CONFIG]
     manifest = package.manifest(
         checkpoint,
         profile,
-        planned.target,
+        {"lowering": planned.target.name, "onnxruntime": planned.target.onnxruntime},
         context_length=config["model"]["context_length"],
         files={path.name: package.file_entry(path) for path in paths},
     )
@@ -241,7 +239,7 @@ def _export(
 
 def _begin(work: Path, fingerprint: str, progress: Progress) -> Journal:
     """Open the journal of an earlier export of the same thing, or start over."""
-    staged, journal_path, mark = work / "artifact", work / "journal.jsonl", work / "fingerprint"
+    staged, journal_path, mark = work / package.STAGED, work / "journal.jsonl", work / "fingerprint"
     if mark.exists() and mark.read_text() == fingerprint and (staged / DATA_FILE).exists():
         journal = Journal(journal_path)
         progress.note(f"an earlier export did not finish: going on after {len(journal.done)} weights")
@@ -282,15 +280,6 @@ def _check_space(data: Path, data_bytes: int) -> None:
             f"the artifact needs {needed / 1e9:.1f} GB more and {data.parent.parent.parent} has "
             f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
         )
-
-
-def _generation_config(root: Path) -> dict[str, Any]:
-    path = root / "generation_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path.name} is not valid JSON: download it again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _put_in_place(staged: Path, output: Path) -> None:

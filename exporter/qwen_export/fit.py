@@ -15,7 +15,7 @@ from qwen_profiles.schema import Profile, load_profile
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import TextConfig, load_config
 from qwen_export.estimate import Estimate, estimate
-from qwen_export.export import plan, refuse_backend
+from qwen_export.export import plan
 from qwen_export.vision_config import load_vision_config
 
 _NAMED = 3  # as many alternatives as an error's one line names
@@ -26,18 +26,17 @@ class Fit:
     """One model on one profile.
 
     Attributes:
-        estimate: None where the profile's backend is not there yet.
         reason: why it cannot be; None where it fits.
     """
 
     model: str
     profile: Profile
-    estimate: Estimate | None
+    estimate: Estimate
     reason: str | None
 
     def as_json(self) -> dict[str, Any]:
         found = {"model": self.model, "profile": self.profile.name, "fits": self.reason is None}
-        predicted = {} if self.estimate is None else {**asdict(self.estimate), "needed": self.estimate.needed}
+        predicted = {**asdict(self.estimate), "needed": self.estimate.needed}
         return {**found, "reason": self.reason, **predicted}
 
 
@@ -82,10 +81,6 @@ def _download(source: str, revision: str | None) -> Path:
 def fit(checkpoint: Checkpoint, profile: Profile) -> Fit:
     """Whether and how well `checkpoint` fits `profile`'s memory; reads no weight."""
     name = Path(checkpoint.source).name
-    try:
-        refuse_backend(profile)
-    except UserError as error:
-        return Fit(name, profile, None, str(error))
     config = checkpoint.config
     mtp = profile.mtp and config.mtp_num_hidden_layers == 1 and not config.mtp_use_dedicated_embeddings
     predicted = estimate(checkpoint, profile, plan(checkpoint, profile, mtp=mtp))
@@ -115,8 +110,6 @@ def require_fit(checkpoint: Checkpoint, profile: Profile) -> Fit:
     found = fit(checkpoint, profile)
     if found.reason is None:
         return found
-    if found.estimate is None:
-        raise UserError(found.reason)
     smaller = [other.model for other in compare(list(family().values()), [profile]) if other.reason is None]
     roomy = [
         other for other in shipped_profiles() if other.hardware.memory_budget_gb > found.estimate.budget / 1e9

@@ -121,6 +121,10 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
         version, listed = manifest["format_version"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest ({error!r}): copy the artifact again") from error
+    if manifest.get("backend") == "openvino":
+        raise UserError(
+            f"{artifact} is for OpenVINO: only artifacts for ONNX Runtime are inspected and verified"
+        )
     if version != package.FORMAT_VERSION:
         raise UserError(f"{artifact} has artifact format {version}: install the qwen-edge that exported it")
     for name, entry in listed.items():

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
 from qwen_profiles.schema import Profile
 
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.graph.model import states
-from qwen_export.graph.targets import Target
 from qwen_export.vision_config import VisionConfig
 
 FORMAT_VERSION = 1
+STAGED = "artifact"  # in the hidden folder of an export, what becomes the output
 MANIFEST = "manifest.json"
 GENAI_CONFIG = "genai_config.json"
 MODEL_FILE = "model.onnx"
@@ -109,6 +110,16 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
     }
 
 
+def generation_config(root: Path) -> dict[str, Any]:
+    """The checkpoint's generation_config.json, {} if it has none."""
+    path = root / "generation_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path.name} is not valid JSON: download it again") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _multimodal(vision: VisionConfig) -> dict[str, Any]:
     """The models before the decoder; both take their session options from its section."""
     return {
@@ -170,9 +181,17 @@ def copy_files(source: Path, destination: Path) -> None:
 
 
 def manifest(
-    checkpoint: Checkpoint, profile: Profile, target: Target, context_length: int, files: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    profile: Profile,
+    runs_on: Mapping[str, Any],
+    context_length: int,
+    files: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What this artifact is, where it came from, and the size and SHA-256 of each of its files."""
+    """What this artifact is, where it came from, and the size and SHA-256 of each of its files.
+
+    Args:
+        runs_on: what it needs of its backend.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "qwen_edge": version("qwen-edge"),
@@ -181,8 +200,7 @@ def manifest(
         "profile": profile.name,
         "backend": profile.backend,
         "provider": profile.provider,
-        "lowering": target.name,
-        "onnxruntime": target.onnxruntime,
+        **runs_on,
         "activation_dtype": profile.activation_dtype,
         "recipe": {role: form.model_dump() for role, form in profile.weights.items()},
         "context_length": context_length,

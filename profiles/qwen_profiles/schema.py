@@ -95,7 +95,7 @@ class Profile(_Frozen):
     """One line for lists."""
 
     backend: Literal["onnx", "openvino"] = "onnx"
-    """Which runtime family executes the artifact. `openvino` is not there yet, and export refuses it."""
+    """Which runtime family executes the artifact: ONNX Runtime or OpenVINO GenAI."""
 
     provider: Literal["cpu", "cuda", "dml", "webgpu", "openvino"]
     """ONNX Runtime execution provider that the runtime tries first."""

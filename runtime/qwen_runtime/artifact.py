@@ -16,9 +16,15 @@ from qwen_runtime.images import ImageSettings
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
 _GENAI_CONFIG = "genai_config.json"
+_OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
 _ALWAYS_HASHED = 16 * 1024 * 1024  # bytes; larger files are compared by size unless asked
 _HASH_BLOCK = 1024 * 1024
-_FIELDS = {"model": dict, "profile": str, "provider": str, "onnxruntime": str, "files": dict}
+_FIELDS = {"model": dict, "profile": str, "provider": str, "files": dict}
+# What a backend's artifact has besides: a file without which nothing loads, and fields of the manifest.
+_BACKENDS: dict[str, tuple[str, dict[str, type]]] = {
+    "onnx": (_GENAI_CONFIG, {"onnxruntime": str}),
+    "openvino": (_OPENVINO_TOKENIZER, {"openvino": str, "runtime": dict}),
+}
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,10 @@ class Artifact:
     """One exported model.
 
     Attributes:
-        root: its folder, which is also an ONNX Runtime GenAI model folder.
+        root: its folder, which is also one that ONNX Runtime GenAI, or OpenVINO GenAI, opens.
         manifest: what the exporter wrote about it.
-        genai_config: ONNX Runtime GenAI's description of it.
+        genai_config: ONNX Runtime GenAI's description of it. For OpenVINO, which has nothing like it, the
+            manifest's `runtime`: those of its fields that are needed here.
     """
 
     root: Path
@@ -55,16 +62,27 @@ class Artifact:
                 f"{root} has artifact format {manifest.get('format_version')}, this qwen-edge reads "
                 f"{FORMAT_VERSION}: install the qwen-edge that exported it, or export it again"
             )
-        for name, kind in _FIELDS.items():
+        backend = manifest.get("backend", "onnx")
+        if backend not in _BACKENDS:
+            raise UserError(f"{root} was made for the backend {backend}: install the qwen-edge that knows it")
+        needed, fields = _BACKENDS[backend]
+        for name, kind in {**_FIELDS, **fields}.items():
             if not isinstance(manifest.get(name), kind):
                 raise UserError(
                     f"{root / _MANIFEST} has no valid '{name}': copy the artifact again, or export it again"
                 )
-        if _GENAI_CONFIG not in manifest["files"]:
-            raise UserError(f"{root / _MANIFEST} does not list {_GENAI_CONFIG}: export the artifact again")
+        if needed not in manifest["files"]:
+            raise UserError(f"{root / _MANIFEST} does not list {needed}: export the artifact again")
         for name, entry in manifest["files"].items():
             _check_file(root, name, entry, verify)
+        if backend == "openvino":
+            return cls(root, manifest, manifest["runtime"])
         return cls(root, manifest, _read_json(root / _GENAI_CONFIG))
+
+    @property
+    def backend(self) -> str:
+        """`onnx` or `openvino`."""
+        return str(self.manifest.get("backend", "onnx"))
 
     @property
     def context_length(self) -> int:

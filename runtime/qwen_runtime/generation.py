@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_runtime.backends import Tokenizer
 from qwen_runtime.prefix import State
 from qwen_runtime.speculative import Acceptance
 from qwen_runtime.stop import StopFilter
@@ -49,8 +50,8 @@ class Plan:
         frequency_penalty: the same, as often as it has it.
         logit_bias: added to these tokens' logits at each place.
         logprobs: how many of the likeliest tokens to report at each place; None reports nothing.
-        inputs: prompt and images as onnxruntime_genai.NamedTensors, where the prompt has images. They are
-            read all at once: only a generator's first run takes images and their positions.
+        inputs: prompt and images as the backend's `image_inputs` made them, where the prompt has images.
+            They are read all at once: only a generator's first run takes images and their positions.
     """
 
     prompt: Sequence[int]
@@ -94,14 +95,14 @@ class Generation:
     def __init__(
         self,
         state: State,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         plan: Plan,
         release: Callable[[State], None],
         acceptance: Acceptance | None = None,
     ) -> None:
         """Args:
         state: what holds the beginning of the prompt, or nothing yet.
-        tokenizer: an onnxruntime_genai.Tokenizer.
+        tokenizer: the backend's.
         release: called at the end with the state, if it can be used again.
         """
         self.text = ""
@@ -152,7 +153,7 @@ class Generation:
 
 
 def _run(
-    state: State, tokenizer: Any, plan: Plan, release: Callable[[State], None], progress: _Progress
+    state: State, tokenizer: Tokenizer, plan: Plan, release: Callable[[State], None], progress: _Progress
 ) -> Generator[str]:
     usable = True
     try:
@@ -176,7 +177,7 @@ def _read(state: State, plan: Plan, cancelled: Callable[[], bool]) -> bool:
     return True
 
 
-def _answer(generator: Any, tokenizer: Any, plan: Plan, progress: _Progress) -> Generator[str]:
+def _answer(generator: Any, tokenizer: Tokenizer, plan: Plan, progress: _Progress) -> Generator[str]:
     decoder = tokenizer.create_stream()
     stop = StopFilter(plan.stop)
     seen: Counter[int] = Counter()
@@ -186,7 +187,10 @@ def _answer(generator: Any, tokenizer: Any, plan: Plan, progress: _Progress) -> 
             break
         logits = _prepare(generator, plan, seen)
         generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
+        new = generator.get_next_tokens()
+        if not len(new):  # a piece of a long prompt was read, and there is more of it
+            continue
+        token = int(new[0])
         if token in plan.end_tokens:
             progress.finish_reason = "stop"
             break
@@ -224,7 +228,7 @@ def _prepare(generator: Any, plan: Plan, seen: Mapping[int, int]) -> Logits | No
     return reported
 
 
-def _logprob(logits: Logits, token: int, count: int, tokenizer: Any) -> TokenLogprob:
+def _logprob(logits: Logits, token: int, count: int, tokenizer: Tokenizer) -> TokenLogprob:
     def text(token: int) -> str:
         return str(tokenizer.decode(np.array([token], np.int32)))
 

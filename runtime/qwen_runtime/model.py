@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from qwen_profiles.errors import UserError
-from qwen_profiles.providers import PROVIDER_OPTIONS
 
+from qwen_runtime import backends
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends import Backend, Guidance
 from qwen_runtime.generation import Generation, Logits, Plan
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
 from qwen_runtime.prefix import State, StateCache, common_prefix
-from qwen_runtime.provider import PROVIDERS, load_first
-from qwen_runtime.resident import release_mapped
 from qwen_runtime.speculative import Sessions, Speculator
 from qwen_runtime.template import render
 
@@ -29,7 +28,6 @@ _MAX_IMAGE_TOKENS = 1024
 _ROOM_TO_GROW = 4096  # tokens by which the KV cache of a kept state is rounded up
 _MAX_LOGPROBS = 20
 _AHEAD_STEP = 64  # tokens; a question that comes meanwhile waits for one step
-_UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
 
 
 @dataclass(frozen=True)
@@ -108,23 +106,14 @@ def _is_finite(value: float | None) -> bool:
     return value is None or math.isfinite(value)
 
 
-class Guidance(NamedTuple):
-    """What an answer must look like: a JSON schema, a regular expression, or a grammar for llguidance."""
-
-    kind: Literal["json_schema", "regex", "lark_grammar"]
-    text: str
-
-
 class Model:
     """A loaded artifact. Use it as a context manager, or call `close`."""
 
-    def __init__(self, artifact: Artifact, info: ModelInfo, og: Any, model: Any, states: StateCache) -> None:
+    def __init__(self, artifact: Artifact, info: ModelInfo, backend: Backend, states: StateCache) -> None:
         self.info = info
         self._states = states
         self._artifact = artifact
-        self._og = og
-        self._model = model
-        self._tokenizer = og.Tokenizer(model)
+        self._backend: Any = backend  # a Backend; None once closed
         self._sessions: Sessions | None = None
 
     @classmethod
@@ -140,8 +129,9 @@ class Model:
         """Load the artifact in the folder `path`.
 
         Args:
-            provider: `cpu`, `cuda`, `dml`, `openvino` or `webgpu`; `auto` takes the one that the artifact
-                was made for, or else the first other one that loads it, the CPU last.
+            provider: `cpu`, `cuda`, `dml`, `openvino` or `webgpu`, or of an OpenVINO artifact the device,
+                `cpu`, `gpu` or `npu`; `auto` takes the one that the artifact was made for, or else the first
+                other one that loads it, the CPU last.
             verify: compare every file's SHA-256 with the manifest, not only the small ones'.
             context_length: most tokens of prompt and answer together, if fewer than the artifact's own.
             keep: how many states to keep after their answers, each with a KV cache of some 4096 tokens more
@@ -153,28 +143,22 @@ class Model:
                 provider is not in this install.
         """
         artifact = Artifact.open(path, verify)
-        import onnxruntime_genai as og
-
-        og.disable_telemetry_events()
-        choice, model = load_first(
-            provider, artifact.manifest["provider"], og, lambda name: _open(og, artifact, name)
-        )
+        backend = backends.load(artifact, provider, keep)
         info = ModelInfo(
             name=artifact.manifest["model"]["name"],
             path=artifact.root,
             profile=artifact.manifest["profile"],
-            provider=choice.name,
-            reason=choice.reason,
+            provider=backend.provider,
+            reason=backend.reason,
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
         )
-        rewinds = artifact.rewinds and PROVIDERS[choice.name].appends
-        return cls(artifact, info, og, model, StateCache(keep if rewinds else 0))
+        return cls(artifact, info, backend, StateCache(keep if backend.rewinds else 0))
 
     def close(self) -> None:
         """Free the model's memory. Safe to call twice."""
         self._states.clear()
-        self._tokenizer = self._model = self._sessions = None
+        self._backend = self._sessions = None
 
     def __enter__(self) -> Model:
         return self
@@ -196,10 +180,10 @@ class Model:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError("the text is not valid UTF-8: convert it first") from error
-        return [int(token) for token in self._tokenizer.encode(text)]
+        return [int(token) for token in self._backend.tokenizer.encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(np.asarray(tokens, np.int32)))
+        return str(self._backend.tokenizer.decode(np.asarray(tokens, np.int32)))
 
     def apply_chat_template(
         self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
@@ -285,34 +269,44 @@ class Model:
         # What a state has drawn so far would change what it draws next; and images need a fresh generator.
         reusable = self._states.size > 0 and not images and "random_seed" not in options and not speculative
         limit = min(room, max_tokens or _DEFAULT_MAX_TOKENS)
-        # Else ONNX Runtime GenAI cuts the prompt by itself. In pieces cancelling works in a long one too.
-        appends = PROVIDERS[self.info.provider].appends
+        penalties = {
+            "presence_penalty": sampling.presence_penalty or 0.0,
+            "frequency_penalty": sampling.frequency_penalty or 0.0,
+        }
+        if not self._backend.shows_logits:
+            if logprobs is not None or sampling.logit_bias:
+                raise UserError(
+                    f"{self.info.provider} shows no logits, which logprobs and logit_bias need: export with "
+                    "a profile for ONNX Runtime"
+                )
+            options |= {name: value for name, value in penalties.items() if value}
+            penalties = {}
         plan = Plan(
             prompt=tokens,
             snapshot=snapshot if reusable else None,
-            step=self._artifact.chunk_size if appends else len(tokens),
+            # In pieces cancelling works in a long one too.
+            step=self._backend.appends or len(tokens),
             max_tokens=limit,
             end_tokens=self._artifact.end_tokens,
             stop=[stop] if isinstance(stop, str) else list(stop),
-            presence_penalty=sampling.presence_penalty or 0.0,
-            frequency_penalty=sampling.frequency_penalty or 0.0,
             logit_bias=sampling.logit_bias or {},
             logprobs=logprobs,
-            inputs=self._tensors(vision_inputs(tokens, images)) if images else None,
+            inputs=self._backend.image_inputs(vision_inputs(tokens, images)) if images else None,
+            **penalties,
         )
         key = {**options, "guidance": guidance}
         max_length = len(tokens) + limit
         if speculative:
             speculator = self._speculator(plan, key, max_length)
             answering = State(speculator, key, max_length)
-            return Generation(answering, self._tokenizer, plan, self._release, speculator.acceptance)
+            return Generation(answering, self._backend.tokenizer, plan, self._release, speculator.acceptance)
         state = self._states.take(tokens, key, max_length) if reusable else None
         if state is None:
             if reusable:
                 grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
                 max_length = min(grown, self.info.context_length)
-            state = State(self._generator(options, guidance, max_length), key, max_length)
-        return Generation(state, self._tokenizer, plan, self._release)
+            state = State(self._backend.generator(options, guidance, max_length), key, max_length)
+        return Generation(state, self._backend.tokenizer, plan, self._release)
 
     def _place_images(
         self, tokens: list[int], sources: Sequence[Any], max_tokens: int | None
@@ -348,15 +342,17 @@ class Model:
         read in runs, and the others one by one as if they had been generated.
 
         Raises:
-            UserError: the tokens do not fit the context.
+            UserError: the tokens do not fit the context, or the backend shows no logits.
         """
         if len(tokens) >= self.info.context_length:
             raise UserError(f"{len(tokens)} tokens do not fit the context of {self.info.context_length}")
-        appends, ends = PROVIDERS[self.info.provider].appends, self._artifact.end_tokens
+        if not self._backend.shows_logits:
+            raise UserError(f"{self.info.provider} shows no logits: they cannot be scored")
+        appends, ends = self._backend.appends, self._artifact.end_tokens
         if not appends and not ends.isdisjoint(tokens[prompt:]):
             raise UserError(f"on {self.info.provider} the text must not have tokens that end an answer")
-        generator = self._generator({"do_sample": False}, None, len(tokens) + 1)
-        step = self._artifact.chunk_size if appends else prompt
+        generator = self._backend.generator({"do_sample": False}, None, len(tokens) + 1)
+        step = appends or prompt
         State(generator, {}, len(tokens) + 1).read(tokens[:prompt], None, step, lambda: False)
         for token in [*tokens[prompt:], None]:
             logits: Logits = generator.get_logits()
@@ -399,7 +395,7 @@ class Model:
         options = self._options(sampling or Sampling())
         state = self._states.take(one[:end], {**options, "guidance": guidance}, end + 1)
         if state is not None:
-            state.read(one[:end], end, min(_AHEAD_STEP, self._artifact.chunk_size), cancelled)
+            state.read(one[:end], end, min(_AHEAD_STEP, self._backend.appends or _AHEAD_STEP), cancelled)
             self._release(state)
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:
@@ -426,18 +422,6 @@ class Model:
         except UserError:  # a template with rules of its own about who speaks when
             return 0
 
-    def _generator(self, options: dict[str, Any], guidance: Guidance | None, max_length: int) -> Any:
-        parameters = self._og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=max_length, **options)
-        if guidance is not None:
-            parameters.set_guidance(*guidance)
-        try:
-            return self._og.Generator(self._model, parameters)
-        except Exception as error:
-            if guidance is None or "grammar" not in str(error):
-                raise
-            raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
-
     def _speculator(self, plan: Plan, options: Mapping[str, Any], max_length: int) -> Speculator:
         refused = {
             "temperature": options.get("do_sample", False),
@@ -457,39 +441,6 @@ class Model:
             self._sessions = Sessions.load(self._artifact, self.info.provider)
         return Speculator(self._sessions, max_length)
 
-    def _tensors(self, values: Mapping[str, Any]) -> Any:
-        tensors = self._og.NamedTensors()
-        for name, value in values.items():
-            tensors[name] = value
-        return tensors
-
     def _release(self, state: State) -> None:
         if state.tokens:
             self._states.put(state)
-
-
-def _open(og: Any, artifact: Artifact, name: str) -> Any:
-    config = og.Config(str(artifact.root))
-    config.clear_providers()
-    provider = PROVIDERS[name]
-    if provider.genai_name is not None:
-        config.append_provider(provider.genai_name)
-        options = {**PROVIDER_OPTIONS.get(name, {}), **artifact.provider_options(name)}
-        for option, value in options.items():
-            config.set_provider_option(provider.genai_name, option, value)
-    try:
-        model = og.Model(config)
-    except Exception as error:
-        if _UNKNOWN_OPERATOR not in str(error):
-            raise
-        raise UserError(
-            f"{artifact.root} needs onnxruntime {artifact.manifest['onnxruntime']}: install it, or export "
-            "with a profile for older ones"
-        ) from error
-    if name == "cpu":
-        release_mapped(artifact.root)
-    return model
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

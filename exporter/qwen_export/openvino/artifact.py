@@ -1,0 +1,147 @@
+"""An artifact for OpenVINO GenAI: converted, compressed, looked at, described."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from qwen_profiles.errors import UserError
+from qwen_profiles.schema import Profile, Role
+
+from qwen_export import package
+from qwen_export.card import README, model_card
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.graph.model import cache_bytes_per_token
+from qwen_export.openvino.compress import check, compress
+from qwen_export.openvino.convert import convert
+from qwen_export.openvino.load import load_model
+
+if TYPE_CHECKING:
+    from qwen_export.export import Progress
+
+_GENERATION_CONFIG = "generation_config.json"
+_LIBRARIES = ("openvino", "openvino_tokenizers", "nncf", "optimum.intel", "torch", "transformers")
+_INSTALL = "pip install 'qwen-edge[export,openvino]', in an environment of its own"
+# What of ONNX Runtime GenAI's description our runtime needs here too.
+_MODEL_FIELDS = ("type", "vocab_size", "context_length", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_artifact(
+    checkpoint: Checkpoint, profile: Profile, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write every file of the artifact to `work`/artifact; returns the manifest.
+
+    Raises:
+        UserError: the checkpoint has a vision tower, or a weight holds NaN or Inf, or was not stored as the
+            recipe says.
+    """
+    import openvino
+
+    if checkpoint.vision:
+        raise UserError("OpenVINO artifacts have no vision tower yet: leave it out with --text-only")
+    staged, plain = work / package.STAGED, work / "plain"
+    for folder in (plain, staged):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    sizes: dict[Role, int] = {}
+    try:
+        with _quiet():
+            progress.note("tracing the model: minutes for a large one")
+            convert(load_model(checkpoint), plain)
+            for path in sorted(plain.glob("*.xml")):
+                progress.note(f"compressing {path.stem}")
+                model = compress(openvino.Core().read_model(path), profile.weights)
+                for role, size in check(model, profile.weights).items():
+                    sizes[role] = sizes.get(role, 0) + size
+                openvino.save_model(model, staged / path.name, compress_to_fp16=False)
+            if missing := _roles(checkpoint) - sizes.keys():
+                raise UserError(f"the IR has no weights of {', '.join(sorted(missing))}: {_INSTALL}")
+            for path in (*plain.glob("*.json"), checkpoint.root / _GENERATION_CONFIG):
+                if path.is_file():
+                    shutil.copyfile(path, staged / path.name)
+            package.copy_files(checkpoint.root, staged)
+            _write_tokenizers(checkpoint.root, staged)
+    finally:
+        shutil.rmtree(plain)
+    return _describe(checkpoint, profile, staged, sizes)
+
+
+def _describe(
+    checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: dict[Role, int]
+) -> dict[str, Any]:
+    config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
+    model = {name: config["model"][name] for name in _MODEL_FIELDS}
+    model["decoder"] = {"session_options": config["model"]["decoder"]["session_options"]}
+    manifest = package.manifest(
+        checkpoint,
+        profile,
+        {"device": profile.device, "openvino": version("openvino"), "nncf": version("nncf")},
+        context_length=model["context_length"],
+        files={path.name: package.file_entry(path) for path in sorted(staged.iterdir())},
+    )
+    manifest["bytes_by_role"] = sizes
+    manifest["carried_over"] = []
+    manifest["all_logits"] = True
+    manifest["cache_bytes_per_token"] = cache_bytes_per_token(
+        checkpoint.config, np.dtype(profile.activation_dtype)
+    )
+    manifest["runtime"] = {"model": model, "search": config["search"]}
+    (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
+    manifest["files"][README] = package.file_entry(staged / README)
+    package.write_json(staged / package.MANIFEST, manifest)
+    return manifest
+
+
+def _roles(checkpoint: Checkpoint) -> set[Role]:
+    """Those that a model like this has weights of."""
+    config = checkpoint.config
+    roles: set[Role] = {"embedding", "lm_head"}
+    roles |= {"experts", "shared_expert"} if config.num_experts else {"mlp"}
+    if "full_attention" in config.layer_types:
+        roles.add("attention")
+    if "linear_attention" in config.layer_types:
+        roles |= {"linear_attention", "gate"}
+    return roles
+
+
+def _write_tokenizers(source: Path, staged: Path) -> None:
+    """The tokenizer and the way back, as models that OpenVINO runs."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    models = convert_tokenizer(AutoTokenizer.from_pretrained(source), with_detokenizer=True)
+    for model, name in zip(models, ("openvino_tokenizer", "openvino_detokenizer"), strict=True):
+        openvino.save_model(model, staged / f"{name}.xml")
+
+
+def require_libraries() -> None:
+    """Raise a UserError that says what to install, if something is missing."""
+    for name in _LIBRARIES:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"exporting for OpenVINO needs {error.name or name}: {_INSTALL}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries print: warnings of the tracing, progress bars, tables on stdout."""
+    import nncf
+    import transformers
+
+    logs: Any = transformers.utils.logging
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    nncf.set_log_level(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings(action="ignore"):
+        yield

@@ -1,0 +1,109 @@
+"""The seam between the runtime and the library that runs a model: what a backend must do, and which to take.
+
+Nothing above knows which backend it has. A backend's library is imported only when an artifact of its kind is
+loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_runtime.artifact import Artifact
+
+
+class Guidance(NamedTuple):
+    """What an answer must look like: a JSON schema, a regular expression, or a grammar for llguidance."""
+
+    kind: Literal["json_schema", "regex", "lark_grammar"]
+    text: str
+
+
+class TokenStream(Protocol):
+    """Tokens to text, one after the other."""
+
+    def decode(self, token: int) -> str:
+        """The text that is whole with `token`; "" in the middle of a character."""
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    def encode(self, text: str) -> Sequence[int] | npt.NDArray[Any]:
+        """Ids; special tokens written in `text` are recognised."""
+
+    def decode(self, tokens: npt.NDArray[np.int32]) -> str: ...
+
+    def create_stream(self) -> TokenStream: ...
+
+
+class Generator(Protocol):
+    """One sequence that grows. The methods are those of onnxruntime_genai.Generator that make an answer."""
+
+    def append_tokens(self, tokens: npt.NDArray[np.int32]) -> None: ...
+
+    def generate_next_token(self) -> None: ...
+
+    def get_next_tokens(self) -> npt.NDArray[Any]:
+        """The token that was just generated, as an array of one, or of none while a prompt is being read."""
+
+    def is_done(self) -> bool: ...
+
+
+class Backend(Protocol):
+    """A loaded artifact.
+
+    Attributes:
+        provider: what runs it, in one word.
+        reason: why, in one line for people.
+        rewinds: generators have `snapshot_state` and `rewind_to`.
+        shows_logits: generators have `get_logits` and `set_logits`. Without them there are no log
+            probabilities, and presence and frequency penalty go to `generator` as options.
+        appends: most tokens that a generator takes at a time; None: the whole prompt at once.
+    """
+
+    provider: str
+    reason: str
+    rewinds: bool
+    shows_logits: bool
+    appends: int | None
+    tokenizer: Tokenizer
+
+    def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> Generator:
+        """A generator for one sequence of at most `max_length` tokens, prompt included.
+
+        Args:
+            options: as `Sampling.search_options` gives them.
+
+        Raises:
+            UserError: the guidance is not valid, or the backend does not know it.
+        """
+
+    def image_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
+        """What a generator's `set_inputs` takes in place of tokens, from what `images.vision_inputs` gives.
+
+        Raises:
+            UserError: the backend takes no images.
+        """
+
+
+def load(artifact: Artifact, provider: str, keep: int) -> Backend:
+    """The backend that the artifact was made for, with its weights loaded.
+
+    Args:
+        provider: as in `Model.load`.
+        keep: conversations whose history shall not be read again, as in `Model.load`.
+
+    Raises:
+        UserError: the artifact is for a backend that is unknown here, or it cannot be loaded.
+    """
+    if artifact.backend == "openvino":
+        from qwen_runtime.backends.openvino import OpenVINO
+
+        return OpenVINO.load(artifact, provider, keep)
+    from qwen_runtime.backends.genai import GenAI
+
+    return GenAI.load(artifact, provider)

@@ -1,0 +1,89 @@
+"""ONNX Runtime GenAI, on whichever execution provider is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+from qwen_profiles.errors import UserError
+from qwen_profiles.providers import PROVIDER_OPTIONS
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends import Guidance
+from qwen_runtime.provider import PROVIDERS, Choice, load_first
+from qwen_runtime.resident import release_mapped
+
+_UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
+
+
+class GenAI:
+    """An artifact in ONNX Runtime GenAI; attributes as in `Backend`."""
+
+    shows_logits = True
+
+    def __init__(self, artifact: Artifact, choice: Choice, og: Any, model: Any) -> None:
+        self.provider, self.reason = choice.name, choice.reason
+        # Where a generator cannot take a second piece ONNX Runtime GenAI cuts the prompt by itself.
+        appends = PROVIDERS[choice.name].appends
+        self.appends = artifact.chunk_size if appends else None
+        self.rewinds = artifact.rewinds and appends
+        self._og = og
+        self._model = model
+        self.tokenizer = og.Tokenizer(model)
+
+    @classmethod
+    def load(cls, artifact: Artifact, provider: str) -> GenAI:
+        """As `backends.load`."""
+        import onnxruntime_genai as og
+
+        og.disable_telemetry_events()
+        choice, model = load_first(
+            provider, artifact.manifest["provider"], og, lambda name: _open(og, artifact, name)
+        )
+        return cls(artifact, choice, og, model)
+
+    def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> Any:
+        parameters = self._og.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=max_length, **options)
+        if guidance is not None:
+            parameters.set_guidance(*guidance)
+        try:
+            return self._og.Generator(self._model, parameters)
+        except Exception as error:
+            if guidance is None or "grammar" not in str(error):
+                raise
+            raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
+
+    def image_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
+        tensors = self._og.NamedTensors()
+        for name, value in inputs.items():
+            tensors[name] = value
+        return tensors
+
+
+def _open(og: Any, artifact: Artifact, name: str) -> Any:
+    config = og.Config(str(artifact.root))
+    config.clear_providers()
+    provider = PROVIDERS[name]
+    if provider.genai_name is not None:
+        config.append_provider(provider.genai_name)
+        options = {**PROVIDER_OPTIONS.get(name, {}), **artifact.provider_options(name)}
+        for option, value in options.items():
+            config.set_provider_option(provider.genai_name, option, value)
+    try:
+        model = og.Model(config)
+    except Exception as error:
+        if _UNKNOWN_OPERATOR not in str(error):
+            raise
+        raise UserError(
+            f"{artifact.root} needs onnxruntime {artifact.manifest['onnxruntime']}: install it, or export "
+            "with a profile for older ones"
+        ) from error
+    if name == "cpu":
+        release_mapped(artifact.root)
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

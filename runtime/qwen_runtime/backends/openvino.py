@@ -1,0 +1,226 @@
+"""OpenVINO GenAI on Intel's CPUs, graphics devices and NPUs.
+
+Through its continuous-batching pipeline: its attention is paged, its Gated DeltaNet runs in fused kernels,
+and it is asked for tokens one step at a time, where the others call back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from qwen_profiles.errors import UserError
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends import Guidance, Tokenizer, TokenStream
+
+_DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+_INSTALL = "pip install 'qwen-edge[openvino]'"
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, and a token has at least one
+# OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
+_RENAMED = {"random_seed": "rng_seed"}
+
+
+class OpenVINO:
+    """An artifact in OpenVINO GenAI; attributes as in `Backend`."""
+
+    rewinds = False  # the pipeline's own prefix cache does what rewinding is for
+    shows_logits = False
+    appends: int | None = None
+    tokenizer: Tokenizer
+
+    def __init__(self, artifact: Artifact, device: str, reason: str, genai: Any, pipeline: Any) -> None:
+        self.provider, self.reason = f"openvino-{device}", reason
+        self._end_tokens = artifact.end_tokens
+        self._genai = genai
+        self._pipeline = pipeline
+        self._lock = threading.Lock()  # of the pipeline, which several answers may share
+        self._numbers = itertools.count()
+        self.tokenizer = _Tokenizer(pipeline.get_tokenizer())
+
+    @classmethod
+    def load(cls, artifact: Artifact, provider: str, keep: int) -> OpenVINO:
+        """As `backends.load`; `provider` is `auto` or a device."""
+        try:
+            import openvino
+            import openvino_genai
+            import openvino_tokenizers  # noqa: F401 - without it OpenVINO GenAI cannot read the tokenizer
+        except ImportError as error:
+            raise UserError(f"{artifact.root} needs OpenVINO: {_INSTALL}") from error
+        _check_version(artifact)
+        available = openvino.Core().available_devices
+        device, reason = choose_device(provider, artifact.manifest["device"], available)
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.max_num_batched_tokens = artifact.chunk_size
+        scheduler.enable_prefix_caching = keep > 0
+        try:
+            pipeline = openvino_genai.ContinuousBatchingPipeline(
+                artifact.root, scheduler, _DEVICES[device], _properties(artifact, device)
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"OpenVINO could not load {artifact.root} on {_DEVICES[device]}: {_last_line(error)}"
+            ) from error
+        return cls(artifact, device, reason, openvino_genai, pipeline)
+
+    def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> _Generator:
+        config = self._pipeline.get_config()
+        for name, value in {"random_seed": random.randrange(2**31), **options}.items():
+            setattr(config, _RENAMED.get(name, name), value)
+        config.max_length = max_length
+        config.stop_token_ids = set(self._end_tokens)
+        if guidance is not None:
+            config.structured_output_config = self._structure(guidance)
+        return _Generator(self._pipeline, self._lock, next(self._numbers), config)
+
+    def image_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
+        raise UserError("OpenVINO takes no images yet: export with a profile for ONNX Runtime")
+
+    def _structure(self, guidance: Guidance) -> Any:
+        if guidance.kind == "lark_grammar":
+            raise UserError(
+                "OpenVINO takes no llguidance grammar: give a JSON schema or a regular expression"
+            )
+        return self._genai.StructuredOutputConfig(**{guidance.kind: guidance.text})
+
+
+class _Generator:
+    """One request to the pipeline, begun with the first token that is asked for."""
+
+    def __init__(self, pipeline: Any, lock: threading.Lock, number: int, config: Any) -> None:
+        self._pipeline, self._lock, self._number, self._config = pipeline, lock, number, config
+        self._prompt: list[int] = []
+        self._request: Any = None
+        self._ready: deque[int] = deque()
+        self._token: list[int] = []
+
+    def append_tokens(self, tokens: npt.NDArray[np.int32]) -> None:
+        self._prompt += [int(token) for token in tokens]
+
+    def generate_next_token(self) -> None:
+        """One step of the pipeline, which may only read a piece of a long prompt."""
+        with self._lock:
+            if self._request is None:
+                self._request = self._begin()
+            if not self._ready and not self._request.can_read():  # another answer's step may have made it
+                self._pipeline.step()
+            while self._request.can_read():
+                for output in self._request.read().values():
+                    self._ready.extend(output.generated_ids)
+        self._token = [self._ready.popleft()] if self._ready else []
+
+    def get_next_tokens(self) -> npt.NDArray[np.int64]:
+        """The new token, or none while the prompt is still being read."""
+        return np.array(self._token, np.int64)
+
+    def is_done(self) -> bool:
+        running = type(self._request.get_status()).RUNNING
+        return not self._ready and self._request.get_status() != running and not self._request.can_read()
+
+    def _begin(self) -> Any:
+        import openvino
+
+        prompt = openvino.Tensor(np.asarray([self._prompt], np.int64))
+        return self._pipeline.add_request(self._number, prompt, self._config)
+
+
+class _Tokenizer:
+    """The tokenizer and detokenizer models of the artifact, as `backends.Tokenizer`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> npt.NDArray[Any]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoded.input_ids.data)[0]
+
+    def decode(self, tokens: npt.NDArray[np.int32]) -> str:
+        return str(self._tokenizer.decode([int(token) for token in tokens]))
+
+    def create_stream(self) -> TokenStream:
+        return _Stream(self)
+
+
+class _Stream:
+    """Holds tokens back that end in the middle of a character."""
+
+    def __init__(self, tokenizer: _Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []
+
+    def decode(self, token: int) -> str:
+        self._held.append(token)
+        text = self._tokenizer.decode(np.array(self._held, np.int32))
+        if text.endswith("\ufffd") and len(self._held) < _LONGEST_CHARACTER:
+            return ""
+        self._held.clear()
+        return text
+
+
+def choose_device(wanted: str, made_for: str, available: Sequence[str]) -> tuple[str, str]:
+    """The device to run on, a key of `_DEVICES`, and the reason in one line.
+
+    Args:
+        wanted: a device, or "auto" for the artifact's own, or else the CPU.
+        made_for: the artifact's device.
+        available: what OpenVINO finds here, such as "CPU" and "GPU.0".
+
+    Raises:
+        UserError: no such device, or one that was asked for is not there or cannot run language models.
+    """
+    found = {name.partition(".")[0] for name in available}
+    device = made_for if wanted == "auto" else wanted
+    if device not in _DEVICES:
+        raise UserError(f"no OpenVINO device '{device}': there are auto, {', '.join(_DEVICES)}")
+    title = _DEVICES[device]
+    problem = None
+    if title not in found:
+        problem = f"OpenVINO finds no {title} on this machine, only {', '.join(sorted(found)) or 'nothing'}"
+    elif device == "npu":
+        problem = "OpenVINO GenAI's paged attention does not run on the NPU"
+    if problem is None:
+        return (
+            device,
+            f"OpenVINO on {title}: {'the artifact was made for it' if wanted == 'auto' else 'asked for'}",
+        )
+    if wanted == "auto":
+        return "cpu", f"OpenVINO on CPU: {problem}"
+    raise UserError(f"{problem}: install its driver, or choose another device")
+
+
+def _check_version(artifact: Artifact) -> None:
+    """OpenVINO reads what older versions wrote, not what newer ones did."""
+    made, here = artifact.manifest["openvino"], version("openvino")
+    if _release(made) > _release(here):
+        raise UserError(
+            f"{artifact.root} was made with OpenVINO {made}, and this is {here}: install openvino, "
+            f"openvino-genai and openvino-tokenizers {made} or newer, or export it again"
+        )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """Year and release; a patch changes no format."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _properties(artifact: Artifact, device: str) -> dict[str, str]:
+    """The artifact's own, and a place for kernels compiled for a graphics device. The CPU compiles as quickly
+    as it would read them."""
+    properties = artifact.provider_options("openvino")
+    if device != "cpu":
+        from platformdirs import user_cache_dir
+
+        properties["CACHE_DIR"] = user_cache_dir("qwen-edge", appauthor=False)
+    return properties
+
+
+def _last_line(error: Exception) -> str:
+    """OpenVINO's errors begin with the places in its source, and end with what is wrong."""
+    return str(error).strip().splitlines()[-1].strip()
