@@ -1,4 +1,4 @@
-"""The native example, compiled and run: with the Linux wheel's library, and as a Windows program on Wine."""
+"""The native examples, compiled and run: with the Linux wheel's library, and as a Windows program on Wine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from random_checkpoints import TINY
 from artifacts import make_artifact
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "c"
-FLAGS = ("-std=c11", "-Wall", "-Wextra", "-Werror")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+COMPILERS = {"c": ("gcc", "-std=c11", *WARNINGS), "cpp": ("g++", "-std=c++17", *WARNINGS)}
 QUESTION = "What is yield?"
 # onnxruntime-genai-winml brings its own onnxruntime and DirectML; msvc-runtime is Microsoft's C++ runtime.
 WINDOWS_WHEELS = ("onnxruntime-genai-winml==0.18.0", "msvc-runtime==14.44.35112")
@@ -37,14 +38,16 @@ def expected(artifact: Path) -> str:
         return "".join(model.generate(messages, max_tokens=200, sampling=Sampling(temperature=0)))
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+@pytest.mark.parametrize("language", ["c", "cpp"])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no gcc")
 @pytest.mark.skipif(sys.platform != "linux", reason="links the library of the Linux wheel")
-def test_c(artifact: Path, tmp_path: Path) -> None:
+def test_native(artifact: Path, tmp_path: Path, language: str) -> None:
     packages = Path(sysconfig.get_path("platlib"))
     library = packages / "onnxruntime_genai" / "libonnxruntime-genai.so"
     program = tmp_path / "answer"
     link = [str(library), f"-Wl,-rpath,{library.parent}"]
-    subprocess.run(["gcc", *FLAGS, EXAMPLE / "answer.c", "-o", program, *link], check=True)
+    source = EXAMPLE.parent / language / f"answer.{language}"
+    subprocess.run([*COMPILERS[language], source, "-o", program, *link], check=True)
     runtime = next((packages / "onnxruntime" / "capi").glob("libonnxruntime.so*"))
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -84,7 +87,7 @@ def test_windows_program_with_the_winml_libraries_on_wine(artifact: Path, tmp_pa
     )
     program = folder / "answer.exe"
     library = folder / "onnxruntime-genai.dll"
-    subprocess.run([compiler, *FLAGS, EXAMPLE / "answer.c", "-o", program, library], check=True)
+    subprocess.run([compiler, *COMPILERS["c"][1:], EXAMPLE / "answer.c", "-o", program, library], check=True)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {

@@ -115,7 +115,7 @@ def test_answers_that_stop_early(kept: Model, fresh: Model) -> None:
 def test_a_prompt_cancelled_half_way_is_not_read_again(
     kept: Model, fresh: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(kept._artifact), "chunk_size", 100)
+    monkeypatch.setattr(kept._backend, "appends", 100)
     cancelled = kept.generate([LONG], sampling=GREEDY)
     appended = []
 

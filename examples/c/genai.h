@@ -1,9 +1,13 @@
-/* The part of ONNX Runtime GenAI's C interface that answer.c uses, for programs that link the library of the
+/* The part of ONNX Runtime GenAI's C interface that the examples use, for programs that link the library of the
  * Python wheel, which comes without headers. With the NuGet package use its own ort_genai_c.h instead. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 typedef struct OgaResult OgaResult; /* NULL: it worked */
 typedef struct OgaConfig OgaConfig;
@@ -41,3 +45,7 @@ void OgaDestroyTokenizer(OgaTokenizer *);
 void OgaDestroyModel(OgaModel *);
 void OgaDestroyConfig(OgaConfig *);
 void OgaShutdown(void);
+
+#ifdef __cplusplus
+}
+#endif

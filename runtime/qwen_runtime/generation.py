@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -82,8 +82,9 @@ class _Progress:
 
 
 class Generation:
-    """One answer as it grows: iterate it for pieces of text. A context manager, or call `close`; one that is
-    dropped frees what it holds too.
+    """One answer as it grows: iterate it for pieces of text, with `for` or `async for`, or `run` it.
+
+    A context manager, or call `close`; one that is dropped frees what it holds too.
 
     Attributes:
         text: the pieces yielded so far.
@@ -138,6 +139,30 @@ class Generation:
         piece = next(self._pieces)
         self.text += piece
         return piece
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next piece, made in a thread. Cancelling the task stops the answer."""
+        import asyncio  # most programs do without
+
+        step = asyncio.ensure_future(asyncio.to_thread(next, self, None))
+        try:
+            piece = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.cancel()
+            await asyncio.wait([step])  # so that the caller may close what nobody uses any more
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def run(self, on_text: Callable[[str], object] = lambda piece: None) -> str:
+        """Make the rest of the answer and call `on_text` with each piece, in this thread; the whole text."""
+        for piece in self:
+            on_text(piece)
+        return self.text
 
     def close(self) -> None:
         """Free what the generation holds; what it would still have yielded is lost."""

@@ -113,7 +113,7 @@ class Model:
         self.info = info
         self._states = states
         self._artifact = artifact
-        self._backend: Any = backend  # a Backend; None once closed
+        self._loaded: Backend | None = backend  # None once closed
         self._sessions: Sessions | None = None
 
     @classmethod
@@ -158,7 +158,13 @@ class Model:
     def close(self) -> None:
         """Free the model's memory. Safe to call twice."""
         self._states.clear()
-        self._backend = self._sessions = None
+        self._loaded = self._sessions = None
+
+    @property
+    def _backend(self) -> Backend:
+        if self._loaded is None:
+            raise UserError(f"the model {self.info.name} is closed: load it again")
+        return self._loaded
 
     def __enter__(self) -> Model:
         return self
@@ -351,7 +357,7 @@ class Model:
         appends, ends = self._backend.appends, self._artifact.end_tokens
         if not appends and not ends.isdisjoint(tokens[prompt:]):
             raise UserError(f"on {self.info.provider} the text must not have tokens that end an answer")
-        generator = self._backend.generator({"do_sample": False}, None, len(tokens) + 1)
+        generator: Any = self._backend.generator({"do_sample": False}, None, len(tokens) + 1)
         step = appends or prompt
         State(generator, {}, len(tokens) + 1).read(tokens[:prompt], None, step, lambda: False)
         for token in [*tokens[prompt:], None]:
