@@ -125,7 +125,8 @@ def plot(results: dict[str, dict[str, float]], parameters: int, path: Path) -> N
         xlabel="bits per weight", ylabel="KL divergence, nats", yscale="log", xlim=(4, 9)
     )
     series = {
-        "qwen-edge, --auto-precision": ("o-", lambda name: "--auto-precision" in name),
+        "strix-halo, --auto-precision": ("o-", lambda name: name.startswith("strix-halo, ")),
+        "cpu, --auto-precision": ("o-", lambda name: name.startswith("cpu, ")),
         "qwen-edge, one precision or profile": ("s", lambda name: name.startswith(("all int", "profile"))),
         "onnxruntime-genai builder": ("^", lambda name: name.startswith("builder")),
         "NNCF": ("x", lambda name: name.startswith("NNCF")),
