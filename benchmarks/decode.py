@@ -1,7 +1,7 @@
 """Prefill and decode beside llama.cpp and others, as ratios within one run.
 
-    python -m benchmarks.decode --llama llama-env/bin/python [--builder] [--json F] [--plot F.png]
-    python -m benchmarks.decode --size 0.8B --peer "openvino=python my_peer.py IR"
+    python -m benchmarks.decode --llama llama-env/bin/python --openvino .venv-openvino/bin/python
+                                [--builder] [--json F] [--plot F.png]
 
 Random weights of a published geometry, one prompt, tokens decoded greedily. Each peer is a process of its own
 that stays loaded; the peers take turns, round by round, so that what else the machine does meets them all. A
@@ -19,6 +19,7 @@ On CPUs with AMX, GCC 12 makes a build that crashes (llama.cpp issue 20824); the
     CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 
 Its model is written here with the package gguf: every projection Q4_0, the tied embedding too.
+OpenVINO's environment is that of docs/testing.md.
 Another peer is any command that does what benchmarks/peers/turns.py says.
 """
 
@@ -134,6 +135,15 @@ def llama_peer(file: Path, asked: argparse.Namespace) -> Peer:
     return Peer(LLAMA, command, file.stat().st_size)
 
 
+def openvino_peer(checkpoint: Path, output: Path, asked: argparse.Namespace) -> Peer:
+    program = "from qwen_export.cli import main; main()"
+    options = ["--profile", "intel-lunar-lake", "--no-verify", "--output", output]
+    subprocess.run([asked.openvino, "-c", program, *options, checkpoint], check=True, stdout=sys.stderr)
+    sizes = json.loads((output / "manifest.json").read_text())["bytes_by_role"]
+    command = [asked.openvino, "-m", "benchmarks.peers.openvino", str(output), *_lengths(asked)]
+    return Peer("ours, intel-lunar-lake (OpenVINO)", command, sum(sizes.values()))
+
+
 def _lengths(asked: argparse.Namespace) -> list[str]:
     return ["--prompt", str(PROMPT), "--tokens", str(asked.tokens)]
 
@@ -163,6 +173,8 @@ def prepare(asked: argparse.Namespace, folder: Path) -> list[Peer]:
         from benchmarks.peers.gguf_file import write_gguf
 
         peers.append(llama_peer(write_gguf(folder / "model.gguf", load_config(checkpoint)), asked))
+    if asked.openvino:
+        peers.append(openvino_peer(checkpoint, folder / "openvino", asked))
     if asked.builder:
         built = build(wrap(checkpoint, folder / "wrapped"), folder / "built")
         peers.append(onnx_peer("builder, default", built, asked, file_bytes(built)))
@@ -255,6 +267,7 @@ def main() -> None:
         "--profiles", nargs="+", default=["cpu", "cpu-int4", "strix-halo"], help="name[;override;...]"
     )
     parser.add_argument("--llama", help="a Python with llama-cpp-python")
+    parser.add_argument("--openvino", help="a Python with the extras export and openvino")
     parser.add_argument("--builder", action="store_true", help="GenAI's model builder, its default int4")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,0 +1,47 @@
+"""An OpenVINO artifact through our backend: python -m benchmarks.peers.openvino ARTIFACT [--prompt 512]"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qwen_runtime import backends
+from qwen_runtime.artifact import Artifact
+
+from benchmarks.peers.turns import Measure, take_turns
+
+
+def load(artifact: str, prompt: int, tokens: int) -> tuple[Measure, dict[str, Any]]:
+    opened = Artifact.open(Path(artifact))
+    backend = backends.load(opened, "auto", keep=0)
+    ids = np.random.default_rng(0).integers(0, 100_000, prompt).astype(np.int32)
+
+    def measure() -> dict[str, float]:
+        generator = backend.generator({"do_sample": False}, None, prompt + tokens + 2)
+        generator.append_tokens(ids)
+        times = [time.perf_counter()]
+        while len(times) < tokens + 2:
+            generator.generate_next_token()
+            if len(generator.get_next_tokens()):
+                times.append(time.perf_counter())
+            elif generator.is_done():
+                raise SystemExit("the answer ended by itself: choose another --tokens")
+        return {"prefill": prompt / (times[1] - times[0]), "decode": tokens / (times[-1] - times[1])}
+
+    return measure, {"version": f"openvino {opened.manifest['openvino']}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=32)
+    asked = parser.parse_args()
+    take_turns(lambda: load(asked.artifact, asked.prompt, asked.tokens))
+
+
+if __name__ == "__main__":
+    main()
