@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,3 +211,26 @@ def test_damage_is_named(damage: Callable[[dict], None], message: str, tmp_path:
     save_tensors(checkpoint, random_model(num_experts=8), damage)
     with pytest.raises(UserError, match=message):
         make_artifact(checkpoint, load_profile("cpu"), tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages that were used are read from /proc")
+def test_a_decode_step_touches_the_chosen_experts_alone(tmp_path: Path) -> None:
+    shape = {
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "hidden_size": 512,
+        "moe_intermediate_size": 1024,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+    }
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", dtype=torch.bfloat16, **shape)
+    profile = load_profile("cpu")
+    artifact = make_artifact(checkpoint, profile, tmp_path / "out", all_logits=False)
+    script = Path(__file__).parent / "touched_bytes.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(artifact)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    sizes = plan(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
+    needed = sum(sizes.values()) - sizes["experts"] + sizes["experts"] * 4 // 64
+    # More than the weights, for activations and the interpreter are in memory too, but far from all experts.
+    assert needed <= int(found.stdout) < sizes["experts"] / 4
