@@ -92,7 +92,9 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
     run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if vision else profile.prefill_chunk
 
     g = GraphBuilder(target, dtype, layout)
-    decoder(g, config, recipe, GraphOptions(run, all_logits, embeddings=vision is not None))
+    decoder(
+        g, config, recipe, GraphOptions(run, all_logits, embeddings=vision is not None, hidden_states=mtp)
+    )
     models = {package.MODEL_FILE: g.model("qwen3_5")}
     if vision:
         g = GraphBuilder(target, dtype, layout)
@@ -102,8 +104,8 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
         vision_tower(g, vision, recipe)
         models[package.VISION_FILE] = g.model("qwen3_5_vision")
     if mtp:
-        g = GraphBuilder(target, dtype, layout)
-        decoder(g, config, recipe, GraphOptions(run, speculative=True))
+        g = GraphBuilder(target, dtype, layout, pairs=True)
+        decoder(g, config, recipe, GraphOptions(run, hidden_states=True))
         models[package.SPECULATIVE_FILE] = g.model("qwen3_5_speculative")
         g = GraphBuilder(target, dtype, layout)
         mtp_head(g, config, recipe)

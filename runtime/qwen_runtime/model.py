@@ -445,7 +445,8 @@ class Model:
                 )
         if self._sessions is None:
             self._sessions = Sessions.load(self._artifact, self.info.provider)
-        return Speculator(self._sessions, max_length)
+        generator = self._backend.generator({"do_sample": False}, None, max_length)
+        return Speculator(self._sessions, generator, max_length)
 
     def _release(self, state: State) -> None:
         if state.tokens:

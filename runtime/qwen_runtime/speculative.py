@@ -1,15 +1,15 @@
 """Greedy speculative decoding: the checkpoint's own MTP head guesses a token, the model checks it in the run
 that makes the next one.
 
-On plain onnxruntime, because ONNX Runtime GenAI does not run the head. A Gated DeltaNet's state cannot be cut
-back: a run leaves the states that it began with untouched, and a wrong guess drops those that it led to. The
-token that the run did verify joins the next run.
+ONNX Runtime GenAI reads the prompt, as always. From there on other graphs run on plain onnxruntime. The
+decoder's takes the token verified last and a guess, gives each the bits that GenAI's run of one token would,
+and tells the states after one of them and after both: a wrong guess leaves no trace.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ from qwen_runtime.artifact import Artifact
 
 _DECODER, _HEAD = "speculative.onnx", "mtp.onnx"
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
-# Every wrong guess makes the next run one token longer. After this many the run takes no guess, so that its
-# states may be kept.
-MOST_VERIFIED = 3
+_PAIR = 2
+_PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_APART, _AT_ONCE = np.array([1, 1]), np.array([2, 0])  # rows of a pair, in two products or in one
 
 
 @dataclass
@@ -40,10 +40,15 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Sessions:
-    """The decoder that also tells its hidden states, and the head. Both read the artifact's one data file."""
+    """The decoder that reads pairs of tokens, and the head. Both read the artifact's one data file.
+
+    Attributes:
+        rows: inputs of every run of the decoder, see `exact_rows`.
+    """
 
     decoder: Any
     head: Any
+    rows: dict[str, np.ndarray]
 
     @classmethod
     def load(cls, artifact: Artifact, provider: str) -> Sessions:
@@ -68,44 +73,88 @@ class Sessions:
         options.log_severity_level = 3
         # Two sessions take turns: the threads of one must not keep the cores busy while the other works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        return cls(
-            *(
-                ort.InferenceSession(artifact.root / name, options, providers=[_PROVIDERS[provider]])
-                for name in (_DECODER, _HEAD)
-            )
+        decoder, head = (
+            ort.InferenceSession(artifact.root / name, options, providers=[_PROVIDERS[provider]])
+            for name in (_DECODER, _HEAD)
         )
+        return cls(decoder, head, exact_rows(decoder))
+
+
+def exact_rows(decoder: Any) -> dict[str, np.ndarray]:
+    """How each kind of product in `decoder` takes the rows of a pair, by the input that tells it: at once
+    where they then have the same bits as one by one, which depends on the processor.
+
+    Found out by running the model with and without, and comparing all that comes out.
+    """
+
+    def outcome(rows: dict[str, np.ndarray]) -> list[np.ndarray]:
+        run = StatefulRun(decoder, zeros(decoder, _PAIR), inputs=rows)
+        return list(run(range(_PAIR)).values())
+
+    found = {value.name: _APART for value in decoder.get_inputs() if value.name.startswith("rows.")}
+    expected = outcome(found)
+    for name in found:
+        trial = found | {name: _AT_ONCE}
+        if all(map(np.array_equal, outcome(trial), expected)):
+            found = trial
+    return found
+
+
+def zeros(session: Any, capacity: int) -> dict[str, np.ndarray]:
+    """The states before the first token, by the names of the graph's inputs; keys and values with room for
+    `capacity` tokens."""
+    sizes = {"batch_size": 1, "past_sequence_length": capacity}
+    return {
+        value.name: np.zeros([sizes.get(axis, axis) for axis in value.shape], _DTYPES[value.type])
+        for value in session.get_inputs()
+        if value.name.startswith(_PAST)
+    }
 
 
 class StatefulRun:
-    """One graph and its states: keys and values in buffers that every run writes into at its own place, and
-    Gated DeltaNet's states twice, because they cannot be cut back."""
+    """One graph and the states that its runs carry on: keys and values in buffers that every run writes into
+    at its own place, and Gated DeltaNet's states after each token of a run, of which `keep` chooses.
 
-    def __init__(self, session: Any, capacity: int) -> None:
+    Args:
+        states: see `zeros`; they are written over.
+        length: tokens that are in `states`.
+        inputs: what every run is given.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        states: Mapping[str, np.ndarray],
+        length: int = 0,
+        inputs: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        import onnxruntime as ort
+
+        shared = ort.OrtValue.ortvalue_from_numpy  # the array's own memory
         self._session = session
-        self._length = 0  # tokens in the states that are kept
-        self._added = 0
-        self._caches: dict[str, Any] = {}
-        self._kept: dict[str, Any] = {}
-        self._new: dict[str, Any] = {}
-        sizes = {"batch_size": 1, "past_sequence_length": capacity}
-        for value in session.get_inputs():
-            if value.name.startswith("past_key_values."):
-                shape = [sizes.get(axis, axis) for axis in value.shape]
-                if "past_sequence_length" in value.shape:
-                    self._caches[value.name] = _zeros(shape, value.type)
-                else:
-                    self._kept[value.name] = _zeros(shape, value.type)
-                    self._new[value.name] = _zeros(shape, value.type)
-        self._outputs = [
-            value.name for value in session.get_outputs() if not value.name.startswith("present.")
-        ]
+        self._length = length
+        self._inputs = dict(inputs or {})
+        self._kept = {name: shared(array) for name, array in states.items()}
+        growing = {value.name for value in session.get_inputs() if "past_sequence_length" in value.shape}
+        outputs = [value.name for value in session.get_outputs()]
+        # The same states after one token of the run, after two, ...; or after all of them only.
+        self._present = {
+            name: [output for output in outputs if output.startswith(name.replace(_PAST, _PRESENT))]
+            for name in states
+        }
+        self._new = {
+            name: [
+                self._kept[name] if name in growing else shared(np.empty_like(states[name])) for _ in present
+            ]
+            for name, present in self._present.items()
+        }
+        self._outputs = [output for output in outputs if not output.startswith(_PRESENT)]
 
     def __call__(self, tokens: Sequence[int], **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run `tokens` after those that are kept; returns the outputs that are not states."""
-        count = len(tokens)
-        end = self._length + count
+        end = self._length + len(tokens)
         positions = np.arange(self._length, end, dtype=np.int64)
-        inputs |= {
+        inputs |= self._inputs | {
             "input_ids": np.asarray([tokens], np.int64),
             "attention_mask": np.ones((1, end), np.int64),
             "position_ids": np.tile(positions, (3, 1, 1)),
@@ -115,27 +164,22 @@ class StatefulRun:
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
             binding.bind_output(name)
-        for read, written in (self._caches, self._caches), (self._kept, self._new):
-            for name, value in read.items():
-                binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), written[name])
+        for name, state in self._kept.items():
+            binding.bind_ortvalue_input(name, state)
+            for output, value in zip(self._present[name], self._new[name], strict=True):
+                binding.bind_ortvalue_output(output, value)
         self._session.run_with_iobinding(binding)
-        self._added = count
         # Outputs come in the order in which they were bound.
         return {
             name: value.numpy() for name, value in zip(self._outputs, binding.get_outputs(), strict=False)
         }
 
-    def keep(self) -> None:
-        """The next run goes on where the last one ended, not where it began."""
-        self._length += self._added
-        self._kept, self._new = self._new, self._kept
-
-
-def _zeros(shape: Sequence[int], kind: str) -> Any:
-    import onnxruntime as ort
-
-    return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, _DTYPES[kind]))
+    def keep(self, count: int) -> None:
+        """The next run goes on after the first `count` tokens of the last one."""
+        self._length += count
+        for name, new in self._new.items():
+            place = min(count, len(new)) - 1
+            self._kept[name], new[place] = new[place], self._kept[name]
 
 
 class Speculator:
@@ -145,38 +189,41 @@ class Speculator:
         acceptance: counts as the answer grows.
     """
 
-    def __init__(self, sessions: Sessions, max_length: int) -> None:
-        """`max_length`: most tokens of prompt and answer together."""
+    def __init__(self, sessions: Sessions, generator: Any, max_length: int) -> None:
+        """Args:
+        generator: GenAI's, greedy and empty, to read the prompt.
+        max_length: most tokens of prompt and answer together.
+        """
         self.acceptance = Acceptance()
-        self._decoder = StatefulRun(sessions.decoder, max_length + 1)  # a guess may lie past the end
-        self._head = StatefulRun(sessions.head, max_length + 1)
-        self._max_length = max_length
+        self._sessions = sessions
+        self._generator = generator
+        self._capacity = max_length + 1  # a guess may lie past the end
+        self._decoder: StatefulRun | None = None
+        self._head = StatefulRun(sessions.head, zeros(sessions.head, self._capacity))
         self._length = 0
-        self._verified: list[int] = []  # since the states that are kept
         self._ready: deque[int] = deque()  # verified, and not handed out yet
-        # What the head has not seen: tokens, and for each the hidden state of the one before it.
+        # What the head has not seen: tokens, and for each the hidden state of the one before it. The last of
+        # them is the token verified last.
         self._unseen: list[int] = []
         self._hidden: np.ndarray
 
-    def append_tokens(self, tokens: Sequence[int] | np.ndarray) -> None:
+    def append_tokens(self, tokens: np.ndarray) -> None:
         """Read a piece of the prompt."""
-        tokens = [int(token) for token in tokens]
-        found = self._decoder(tokens)
-        self._decoder.keep()
-        hidden, unseen = found["hidden_states"], tokens[1:]
+        self._generator.append_tokens(tokens)
+        hidden, unseen = self._generator.get_output("hidden_states"), tokens[1:].tolist()
         if self._length:
-            hidden, unseen = np.concatenate([self._hidden, hidden], axis=1), tokens
+            hidden, unseen = np.concatenate([self._hidden, hidden], axis=1), tokens.tolist()
         if unseen:
             self._head(unseen, hidden_states=hidden[:, :-1])
-            self._head.keep()
+            self._head.keep(len(unseen))
         self._length += len(tokens)
-        likeliest = int(found["logits"][0, -1].argmax())
-        self._verified, self._ready = [likeliest], deque([likeliest])
-        self._unseen, self._hidden = [likeliest], hidden[:, -1:]
+        self._hidden = hidden[:, -1:]
 
     def generate_next_token(self) -> None:
-        if not self._ready:
-            self._extend()
+        if self._decoder is None:
+            self._decoder = self._begin()
+        elif not self._ready:
+            self._extend(self._decoder)
         self._token = self._ready.popleft()
         self._length += 1
 
@@ -184,25 +231,34 @@ class Speculator:
         return np.array([self._token])
 
     def is_done(self) -> bool:
-        return self._length >= self._max_length
+        return self._length >= self._capacity - 1
 
-    def _extend(self) -> None:
+    def _begin(self) -> StatefulRun:
+        """Take the first token of the answer, and the states that the prompt left, from GenAI."""
+        states = zeros(self._sessions.decoder, self._capacity)
+        for name, state in states.items():
+            read = self._generator.get_output(name.replace(_PAST, _PRESENT))
+            if read.shape == state.shape:
+                states[name] = read
+            else:  # keys or values, with room for another number of tokens
+                state[:, :, : self._length] = read[:, :, : self._length]
+        self._generator.generate_next_token()
+        self._unseen = self._generator.get_next_tokens().tolist()
+        self._ready.extend(self._unseen)
+        self._generator = None
+        return StatefulRun(self._sessions.decoder, states, self._length, self._sessions.rows)
+
+    def _extend(self, decoder: StatefulRun) -> None:
         """One run of the model: one token more, or two where the guess is right."""
         logits = self._head(self._unseen, hidden_states=self._hidden)["logits"]
-        self._head.keep()
+        self._head.keep(len(self._unseen))
         guess = int(logits[0, -1].argmax())
-        guessed = len(self._verified) < MOST_VERIFIED
-        found = self._decoder([*self._verified, guess] if guessed else self._verified)
-        likeliest = found["logits"][0, -2 if guessed else -1 :].argmax(-1).tolist()
-        accepted = guessed and likeliest[0] == guess
-        new = likeliest if accepted else likeliest[:1]
-        first = len(self._verified) - 1
-        self._unseen, self._hidden = new, found["hidden_states"][:, first : first + len(new)]
-        if accepted or not guessed:
-            self._decoder.keep()
-            self._verified = new[-1:]
-        else:
-            self._verified = [*self._verified, *new]
-        self._ready.extend(new)
-        self.acceptance.drafted += guessed
+        found = decoder([self._unseen[-1], guess])
+        likeliest = found["logits"][0].argmax(-1).tolist()
+        accepted = likeliest[0] == guess
+        self._unseen = likeliest if accepted else likeliest[:1]
+        self._hidden = found["hidden_states"][:, : len(self._unseen)]
+        decoder.keep(len(self._unseen))
+        self._ready.extend(self._unseen)
+        self.acceptance.drafted += 1
         self.acceptance.accepted += accepted

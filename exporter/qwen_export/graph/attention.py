@@ -13,6 +13,7 @@ from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
+from qwen_export.graph.tokens import joined, pieces
 from qwen_export.weights import Rows, Weight, one_plus
 
 _MASKED = -1e30  # added to float32 scores
@@ -20,7 +21,7 @@ _MASKED = -1e30  # added to float32 scores
 
 @dataclass(frozen=True)
 class Span:
-    """Which keys this run's queries may see; made once for all layers.
+    """Which keys the queries of one of `pieces` may see; made once for all layers.
 
     GroupQueryAttention takes two lengths; without it `mask` float32 [1, 1, groups * sequence, total] is
     added to the scores, where row g * sequence + t belongs to token t.
@@ -31,7 +32,7 @@ class Span:
     mask: ir.Value | None = None
 
 
-def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, run: ir.Value) -> Span:
+def spans(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, run: ir.Value) -> list[Span]:
     """From `attention_mask` int64 [batch, total], all ones: one sequence, without padding.
 
     `run` [batch, sequence, ...] is this run's input.
@@ -40,7 +41,11 @@ def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, run: ir.
         count = g.op("ReduceSum", attention_mask, g.ints(1), keepdims=0)
         last_key = g.cast(g.op("Sub", count, g.constant(1, np.int64)), np.int32)
         total = g.cast(g.op("Squeeze", g.op("Shape", attention_mask, start=1, end=2)), np.int32)
-        return Span(last_key=last_key, total_length=total)
+        last = Span(last_key=last_key, total_length=total)
+        if not g.pairs:
+            return [last]
+        one = g.constant(1, np.int32)
+        return [Span(last_key=g.op("Sub", last_key, one), total_length=g.op("Sub", total, one)), last]
     groups = config.num_attention_heads // config.num_key_value_heads
     zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
     total = g.op("Squeeze", g.op("Shape", attention_mask, start=1, end=2))
@@ -49,7 +54,7 @@ def span(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, run: ir.
     queries = g.op("Tile", g.op("Range", g.op("Sub", total, sequence), total, one), g.ints(groups))
     hidden = g.op("Greater", keys, g.op("Unsqueeze", queries, g.ints(1)))
     mask = g.op("Mul", g.cast(hidden, np.float32), g.constant(_MASKED, np.float32))
-    return Span(mask=g.op("Unsqueeze", mask, g.ints(0, 1)))
+    return [Span(mask=g.op("Unsqueeze", mask, g.ints(0, 1)))]
 
 
 def attention(
@@ -59,12 +64,13 @@ def attention(
     name: str,
     x: ir.Value,
     table: Rotation,
-    visible: Span,
+    visible: list[Span],
     past: tuple[ir.Value, ir.Value],
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
     """x [batch, sequence, hidden], past key and value [batch, kv_heads, past, head_dim].
 
-    Returns the output and the present key and value. Source: transformers' Qwen3_5Attention.
+    Returns the output, and the present key and value after each of `pieces`. Source: transformers'
+    Qwen3_5Attention.
     """
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     projected = linear(g, recipe, x, _query_key_value_gate(config, recipe, name))
@@ -84,8 +90,13 @@ def attention(
     query, key = g.ops("Split", turned, g.ints(heads * dim, kv_heads * dim), outputs=2, axis=-1)
 
     attend = _grouped_query_attention if g.target.has("GroupQueryAttention") else _explicit_attention
-    output, present_key, present_value = attend(g, config, query, key, value, past, visible)
-    gated = g.op("Mul", output, g.op("Sigmoid", gate))
+    outputs, presents = [], []
+    for (queries, keys, values), seen in zip(pieces(g, query, key, value), visible, strict=True):
+        output, *present = attend(g, config, queries, keys, values, past, seen)
+        past = present[0], present[1]
+        outputs.append(output)
+        presents.append(past)
+    gated = g.op("Mul", joined(g, outputs), g.op("Sigmoid", gate))
     out = projection(
         recipe,
         f"{name}.o_proj",
@@ -93,7 +104,7 @@ def attention(
         heads * dim,
         Rows(f"{name}.o_proj.weight", 0, config.hidden_size),
     )
-    return linear(g, recipe, gated, out), present_key, present_value
+    return linear(g, recipe, gated, out), presents
 
 
 def _query_key_value_gate(config: TextConfig, recipe: Recipe, name: str) -> Weight:

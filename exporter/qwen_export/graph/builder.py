@@ -59,13 +59,15 @@ class GraphBuilder:
         target: which operators may be used.
         dtype: dtype of the activations.
         layout: the data file that the weights go to.
+        pairs: a run is two tokens, see `tokens.py`.
     """
 
-    def __init__(self, target: Target, dtype: np.dtype, layout: DataLayout) -> None:
+    def __init__(self, target: Target, dtype: np.dtype, layout: DataLayout, pairs: bool = False) -> None:
         self.target = target
         self.dtype = dtype
         self.layout = layout
-        self._inputs: list[ir.Value] = []
+        self.pairs = pairs
+        self._inputs: dict[str, ir.Value] = {}
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -83,9 +85,10 @@ class GraphBuilder:
             self._scope.pop()
 
     def input(self, name: str, dtype: np.dtype, shape: Sequence[int | str]) -> ir.Value:
-        value = _typed(name, dtype, shape)
-        self._inputs.append(value)
-        return value
+        """The graph's input `name`; asked for again, it is the same."""
+        if name not in self._inputs:
+            self._inputs[name] = _typed(name, dtype, shape)
+        return self._inputs[name]
 
     def output(self, value: ir.Value, name: str, dtype: np.dtype, shape: Sequence[int | str]) -> None:
         """Declare `value` a graph output called `name`. It must be the output of a node."""
@@ -145,7 +148,7 @@ class GraphBuilder:
         """The finished model; its weights are references into `DATA_FILE`."""
         weights = [value for values in self._weights.values() for value in values]
         graph = ir.Graph(
-            self._inputs,
+            list(self._inputs.values()),
             self._outputs,
             nodes=self._nodes,
             initializers=[*weights, *self._constants.values()],

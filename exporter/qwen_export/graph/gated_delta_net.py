@@ -16,6 +16,7 @@ from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.tokens import joined, pieces
 from qwen_export.weights import Rows, Weight, negative_exp
 
 _L2_EPSILON = 1e-6  # transformers' l2norm
@@ -77,10 +78,10 @@ def gated_delta_net(
     x: ir.Value,
     past: tuple[ir.Value, ir.Value],
     masks: Triangles | None,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
     """x [B, T, hidden], past conv state [B, C, kernel - 1] and recurrent state float32 [B, Hv, dk, dv].
 
-    Returns the output [B, T, hidden] and both present states.
+    Returns the output [B, T, hidden], and both present states after each of `pieces`.
     """
     past_conv, past_state = past
     in_proj = projection(
@@ -98,11 +99,15 @@ def gated_delta_net(
         outputs=2,
         axis=-1,
     )
-    mixed, present_conv = _causal_conv(g, config, name, mixed, past_conv)
     decay, beta = _gates(g, config, recipe, name, x)
-
     recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
-    output, present_state = recurrence(g, config, mixed, decay, beta, past_state, masks)
+    outputs, presents = [], []
+    for entering, decays, betas in pieces(g, mixed, decay, beta):
+        convolved, past_conv = _causal_conv(g, config, name, entering, past_conv)
+        output, past_state = recurrence(g, config, convolved, decays, betas, past_state, masks)
+        outputs.append(output)
+        presents.append((past_conv, past_state))
+    output = joined(g, outputs)
 
     # The portable form keeps this norm in float32, as the recurrence before it.
     norm_dtype = g.dtype if g.target.has("LinearAttention") else _FLOAT32
@@ -121,7 +126,7 @@ def gated_delta_net(
         config.value_dim,
         Rows(f"{name}.out_proj.weight", 0, config.hidden_size),
     )
-    return linear(g, recipe, normed, out_proj), present_conv, present_state
+    return linear(g, recipe, normed, out_proj), presents
 
 
 def _causal_conv(

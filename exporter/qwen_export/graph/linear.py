@@ -9,6 +9,7 @@ from qwen_profiles.schema import Role
 
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.tokens import by_rows
 from qwen_export.quantize import Quantization
 from qwen_export.weights import Rows, Storage, Weight
 
@@ -36,17 +37,16 @@ def product(
 ) -> ir.Value:
     """x [..., K] times the transpose of the [N, K] that `tensors` hold in the form `storage` -> [..., N]."""
     if not isinstance(storage, Quantization):
-        return g.op("FusedMatMul", x, *tensors, transB=1)
-    return g.op(
-        "MatMulNBits",
-        x,
-        *tensors,
-        N=n,
-        K=k,
-        bits=storage.bits,
-        block_size=storage.block_size,
-        accuracy_level=recipe.accuracy_level,
-    )
+        return by_rows(g, "float", x, lambda rows: g.op("FusedMatMul", rows, *tensors, transB=1))
+    attributes = {
+        "N": n,
+        "K": k,
+        "bits": storage.bits,
+        "block_size": storage.block_size,
+        "accuracy_level": recipe.accuracy_level,
+    }
+    kernel = f"int{storage.bits}.{storage.block_size}"
+    return by_rows(g, kernel, x, lambda rows: g.op("MatMulNBits", rows, *tensors, **attributes))
 
 
 def take_rows(g: GraphBuilder, ids: ir.Value, weight: Weight) -> ir.Value:

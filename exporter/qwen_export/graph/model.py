@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.config import TextConfig
-from qwen_export.graph.attention import attention, span
+from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
 from qwen_export.graph.linear import linear, projection, take_rows
@@ -30,13 +30,13 @@ class GraphOptions:
         max_run_tokens: the longest run of tokens of the chunked Gated DeltaNet, a power of two.
         all_logits: logits for every position, for evaluation; else for the last one only.
         embeddings: the input is embeddings, which another graph makes from tokens and images.
-        speculative: logits for the last two positions, and the final hidden states of all, for the MTP head.
+        hidden_states: the final hidden states are an output, for the MTP head.
     """
 
     max_run_tokens: int
     all_logits: bool = False
     embeddings: bool = False
-    speculative: bool = False
+    hidden_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     Inputs: input_ids int64 [batch, sequence] or inputs_embeds [batch, sequence, hidden], attention_mask int64
     [batch, total] (all ones), position_ids int64 [3, batch, sequence], and each layer's past states.
     Outputs: logits float32 [batch, sequence or 1, vocab] and each layer's present states; hidden_states
-    [batch, sequence, hidden] where they are asked for.
+    [batch, sequence, hidden] where they are asked for. In a graph of pairs the sequence is two tokens, there
+    are logits for both, and states after one token and after two, as `present.*.1` and `present.*.2`.
     """
     int64 = np.dtype(np.int64)
     tokens = ("batch_size", "sequence_length")
@@ -104,7 +105,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
 
     lm_head, embedding = vocabulary(config, recipe)
     table = rotation(g, config, position_ids)
-    visible = span(g, config, attention_mask, run)
+    visible = spans(g, config, attention_mask, run)
     masks = triangles(g, run, options.max_run_tokens)
 
     residual = run if options.embeddings else take_rows(g, run, embedding)
@@ -116,25 +117,26 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
             first_past, second_past = past[layer]
             if layer_type == "full_attention":
                 with g.scope("self_attn"):
-                    update, *present = attention(
+                    update, presents = attention(
                         g, config, recipe, f"{name}.self_attn", x, table, visible, (first_past, second_past)
                     )
             else:
                 with g.scope("linear_attn"):
-                    update, *present = gated_delta_net(
+                    update, presents = gated_delta_net(
                         g, config, recipe, f"{name}.linear_attn", x, (first_past, second_past), masks
                     )
-            for state, value in zip(carried[layer], present, strict=True):
-                g.output(value, state.present, state.dtype, state.present_shape)
+            for count, present in enumerate(presents, 1):
+                for state, value in zip(carried[layer], present, strict=True):
+                    called = f"{state.present}.{count}" if g.pairs else state.present
+                    g.output(value, called, state.dtype, state.present_shape)
             x, residual = _next_norm(g, config, f"{name}.post_attention_layernorm", update, residual)
             update = feed_forward(g, config, recipe, f"{name}.mlp", x)
 
     x, _ = _next_norm(g, config, "model.norm", update, residual)
     length: int | str
-    if options.speculative:
+    if options.hidden_states:
         g.output(x, "hidden_states", g.dtype, ("batch_size", "sequence_length", config.hidden_size))
-        x, length = last_positions(g, x, 2), "logits_length"
-    elif options.all_logits:
+    if options.all_logits or g.pairs:
         length = "sequence_length"
     else:
         x, length = last_positions(g, x, 1), 1

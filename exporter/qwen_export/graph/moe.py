@@ -13,6 +13,7 @@ from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, product
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.tokens import joined, pieces
 from qwen_export.quantize import Quantization
 from qwen_export.weights import Rows, Weight, interleave_gate_up
 
@@ -24,7 +25,10 @@ def mixture_of_experts(
     assert config.num_experts is not None
     logits = linear(g, recipe, x, _router(g, config, f"{name}.gate", config.num_experts))
     routed_experts = _fused_experts if g.target.has("QMoE") else _portable_experts
-    routed = routed_experts(g, config, recipe, f"{name}.experts", x, logits)
+    routed = joined(
+        g,
+        [routed_experts(g, config, recipe, f"{name}.experts", *run) for run in pieces(g, x, logits)],
+    )
     with g.scope("shared_expert"):
         hidden, inner = config.hidden_size, config.shared_expert_intermediate_size
         shared = mlp(g, recipe, f"{name}.shared_expert", "shared_expert", x, hidden, inner)

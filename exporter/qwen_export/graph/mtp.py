@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.config import TextConfig
-from qwen_export.graph.attention import attention, span
+from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.model import feed_forward, last_positions, states, vocabulary, vocabulary_logits
@@ -37,7 +37,7 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     carried = states(one_layer, 0, g.dtype)
     past_key, past_value = (g.input(state.past, state.dtype, state.past_shape) for state in carried)
     table = rotation(g, config, position_ids)
-    visible = span(g, config, attention_mask, input_ids)
+    visible = spans(g, config, attention_mask, input_ids)
 
     lm_head, embedding = vocabulary(config, recipe)
     epsilon = config.rms_norm_eps
@@ -56,7 +56,7 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     with g.scope(name):
         x = rms_norm(g, residual, scale(f"{name}.input_layernorm"), epsilon)
         with g.scope("self_attn"):
-            update, *present = attention(
+            update, (present,) = attention(
                 g, config, recipe, f"{name}.self_attn", x, table, visible, (past_key, past_value)
             )
         x, residual = add_rms_norm(g, update, residual, scale(f"{name}.post_attention_layernorm"), epsilon)
