@@ -274,7 +274,7 @@ def test_images_that_are_none(model: Model, kind: str) -> None:
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,@@"}}, "not valid base64"),
         ({"type": "image_url"}, "not a data URL"),
         ({"type": "image"}, "no image"),
-        ({"type": "video", "video": "a.mp4"}, "sample frames"),
+        ({"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}, "not as a URL"),
     ],
 )
 def test_parts_that_are_not_right(model: Model, part: dict[str, Any], message: str) -> None:

@@ -26,6 +26,7 @@ Examples:
   cat letter.txt | qwen-run artifacts/Qwen3.5-0.8B-cpu - --system "Summarise."
   qwen-run artifacts/Qwen3.5-0.8B-cpu --image photo.jpg "What is this?"
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Name a colour" --temperature 0 --json
+  qwen-run artifacts/Qwen3.5-0.8B-cpu --video clip.mp4 "What happens?"
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Explain tides" --speculative
 """
 
@@ -71,6 +72,14 @@ for _command in KIOSK_COMMANDS:
     help="Show this image with PROMPT; may be given several times.",
 )
 @click.option("--max-image-tokens", type=int, help="Most tokens for each image.  [default: 1024]")
+@click.option(
+    "--video",
+    "videos",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Show frames of this video with PROMPT; may be given several times.",
+)
+@click.option("--video-frames", type=int, help="Most frames of each video.  [default: 8]")
 @click.option("--system", help="System message of the conversation.")
 @click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: 4096]")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token.")
@@ -97,6 +106,8 @@ def answer(
     raw: bool,
     images: tuple[Path, ...],
     max_image_tokens: int | None,
+    videos: tuple[Path, ...],
+    video_frames: int | None,
     system: str | None,
     max_tokens: int | None,
     temperature: float | None,
@@ -115,8 +126,8 @@ def answer(
     """Answer PROMPT from ARTIFACT, or chat when there is no PROMPT. PROMPT "-" is read from stdin."""
     if prompt is None and (raw or as_json):
         raise click.UsageError("--raw and --json need a PROMPT.")
-    if images and (raw or prompt is None):
-        raise click.UsageError("--image needs a PROMPT, and not --raw.")
+    if (images or videos) and (raw or prompt is None):
+        raise click.UsageError("--image and --video need a PROMPT, and not --raw.")
     _speak_utf8()
     with reported(debug):
         options: dict[str, Any] = {
@@ -125,6 +136,7 @@ def answer(
             "stop": stop,
             "thinking": thinking,
             "max_image_tokens": max_image_tokens,
+            "video_frames": video_frames,
             "speculative": speculative,
         }
         with Model.load(artifact, provider, verify) as model:
@@ -135,7 +147,9 @@ def answer(
                 chat(model, system, options)
                 return
             text = sys.stdin.read() if prompt == "-" else prompt
-            _answer(model, text if raw else _messages(system, text, images), options, as_json)
+            for video in videos:
+                click.echo(f"{video.name} is shown as images: frames sampled evenly", err=True)
+            _answer(model, text if raw else _messages(system, text, images, videos), options, as_json)
 
 
 @main.command()
@@ -291,9 +305,12 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
-def _messages(system: str | None, text: str, images: Sequence[Path]) -> list[dict[str, Any]]:
+def _messages(
+    system: str | None, text: str, images: Sequence[Path], videos: Sequence[Path]
+) -> list[dict[str, Any]]:
     opening = [{"role": "system", "content": system}] if system else []
     pictures = [{"type": "image", "image": path} for path in images]
+    pictures += [{"type": "video", "video": path} for path in videos]
     content = [*pictures, {"type": "text", "text": text}] if pictures else text
     return [*opening, {"role": "user", "content": content}]
 

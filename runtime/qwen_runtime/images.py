@@ -98,7 +98,7 @@ def take_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str
     def bare(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("video", "video_url"):
-            raise UserError("a message has a video: sample frames from it and give them as images")
+            raise UserError('a video is given as {"type": "video", "video": a path}, not as a URL')
         if kind not in ("image", "image_url"):
             return part
         source = part.get(kind)

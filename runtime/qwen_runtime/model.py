@@ -20,6 +20,7 @@ from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_i
 from qwen_runtime.prefix import State, StateCache, common_prefix
 from qwen_runtime.speculative import Sessions, Speculator
 from qwen_runtime.template import render
+from qwen_runtime.video import with_frames
 
 Message = Mapping[str, Any]
 
@@ -209,6 +210,7 @@ class Model:
         stop: str | Sequence[str] = (),
         thinking: bool = False,
         max_image_tokens: int | None = None,
+        video_frames: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         guidance: Guidance | None = None,
         logprobs: int | None = None,
@@ -223,6 +225,7 @@ class Model:
             thinking: for messages, whether the model is asked to think first.
             max_image_tokens: most tokens that each image may take, a token for some 32 x 32 pixels; what is
                 larger is made smaller. None is 1024, or as many as the prompt still holds.
+            video_frames: most frames of each video, each of which is an image; None is 8.
             tools: for messages, the functions that the model is told of, as OpenAI describes them.
             guidance: what the answer must look like. Only tokens that can lead there are considered.
             logprobs: report how likely each token was, and as many of the likeliest at its place, 0 to 20.
@@ -231,15 +234,16 @@ class Model:
 
         A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
         artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
-        and {"type": "image_url", "image_url": {"url": a data URL}}.
+        and {"type": "image_url", "image_url": {"url": a data URL}}. {"type": "video", "video": a path, or the
+        bytes of a file} is shown as frames sampled evenly, each after its time.
 
         Returns:
             An iterator of pieces of text, which does its work as it is iterated.
 
         Raises:
-            UserError: the prompt is empty or does not fit the context, an option is out of range, an image
-                cannot be read or is one too many for the artifact, or speculative decoding is not possible
-                with this artifact, provider or these options.
+            UserError: the prompt is empty or does not fit the context, an option is out of range, an image or
+                a video cannot be read or is one too many for the artifact, or speculative decoding is not
+                possible with this artifact, provider or these options.
         """
         sources: list[Any] = []
         if isinstance(prompt, str):
@@ -248,7 +252,7 @@ class Model:
         else:
             if not all(isinstance(message, Mapping) for message in prompt):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
-            messages, sources = take_images(prompt)
+            messages, sources = take_images(with_frames(prompt, video_frames))
             tokens = self.encode(self.apply_chat_template(messages, thinking, tools))
             snapshot = self._shared(tokens, messages, thinking, tools) if self._states.size else 0
         tokens, images = self._place_images(tokens, sources, max_image_tokens)
