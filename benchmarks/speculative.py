@@ -128,7 +128,7 @@ def model_prompt(config: dict[str, Any]) -> list[int]:
 
 def plain_seconds(model: Model, prompt: list[int]) -> float:
     """Median seconds for a token of ONNX Runtime GenAI's greedy decoding."""
-    generator = model._generator({"do_sample": False}, None, PROMPT_TOKENS + TOKENS + 1)
+    generator = model._backend.generator({"do_sample": False}, None, PROMPT_TOKENS + TOKENS + 1)
     generator.append_tokens(np.asarray(prompt, np.int32))
     generator.generate_next_token()
     times = []
