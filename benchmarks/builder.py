@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 _VISION = {
     "depth": 1,
@@ -24,15 +30,20 @@ def wrap(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint as the builder takes it: inside a vision-language model, with a tiny vision tower."""
     folder.mkdir(parents=True)
     text = AutoConfig.from_pretrained(checkpoint).to_dict()
-    config = Qwen3_5Config(
+    config_class, model_class = (
+        (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration)
+        if "num_experts" in text
+        else (Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+    )
+    config = config_class(
         text_config=text,
         vision_config={**_VISION, "out_hidden_size": text["hidden_size"]},
         tie_word_embeddings=text["tie_word_embeddings"],
     )
-    config.architectures = ["Qwen3_5ForConditionalGeneration"]
+    config.architectures = [model_class.__name__]
     config.save_pretrained(folder)
     with torch.device("meta"):
-        names = dict(Qwen3_5ForConditionalGeneration(config).named_parameters())
+        names = dict(model_class(config).named_parameters())
     tensors = {
         name: torch.randn(value.shape, dtype=torch.bfloat16) * 0.02
         for name, value in names.items()

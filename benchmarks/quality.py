@@ -1,12 +1,14 @@
-"""How much of the trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's builder and NNCF.
+"""How much of a trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's builder and NNCF.
 
-    python -m benchmarks.quality [--tokens 8192] [--json quality.json] [--plot quality.png]
-                                 [--nncf-python PYTHON]
+    python -m benchmarks.quality [--checkpoint dense|moe|vl] [--tokens 8192] [--nncf-python PYTHON]
+                                 [--only recipes auto builder nncf] [--json quality.json] [--plot quality.png]
 
 Every artifact reads the held-out text in windows, and each next-token distribution is compared with that of
 transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity. Bytes
-are those of the weights, graphs not included. NNCF is measured by the Python of an environment with extras
-`export` and `openvino` (`benchmarks.nncf_peer`), on OpenVINO.
+are those of the weights, graphs not included. Of the vision-language checkpoint this is the language part.
+NNCF is measured by the Python of an environment with extras `export` and `openvino`
+(`benchmarks.nncf_peer`), on OpenVINO. With `--json`, what the file has already stays in the table, so that
+the parts of `--only` can be measured one after the other.
 """
 
 from __future__ import annotations
@@ -23,17 +25,22 @@ import torch
 from matplotlib.figure import Figure
 from qwen_export.auto_precision import auto_precision
 from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_export.openvino.load import load_model
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, Qwen3_5ForCausalLM
+from transformers import AutoTokenizer
 
 from benchmarks.builder import build, wrap
-from tests.artifacts import Quiet, Session, float_profile, make_artifact
-from tests.random_checkpoints import TINY
+from tests.artifacts import Quiet, Session, float_profile
+from tests.random_checkpoints import TINY, TINY_MOE, TINY_VL
 
+CHECKPOINTS = {"dense": TINY, "moe": TINY_MOE, "vl": TINY_VL}
 EVALUATION = TINY.parent / "eval.txt"
+PARTS = ("recipes", "auto", "builder", "nncf")
 WINDOW = 512
 AUTO_BITS = (4.2, 4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 7.0, 8.0)
 # The builder's options for what its users choose between; its default block size is 32.
@@ -67,25 +74,46 @@ def recipes() -> Iterator[tuple[str, Profile]]:
             )
 
 
-def chosen() -> Iterator[tuple[str, Profile]]:
+def chosen(checkpoint: Checkpoint) -> Iterator[tuple[str, Profile]]:
     """`--auto-precision` at every size that the profile can reach."""
-    checkpoint = Checkpoint.open(str(TINY))
-    for name in ("cpu", "strix-halo"):
+    profiles = {
+        "cpu": load_profile("cpu"),
+        "cpu, scale_dtype=float16": load_profile("cpu", ["scale_dtype=float16"]),
+        "strix-halo": load_profile("strix-halo"),
+    }
+    for name, base in profiles.items():
         for bits in AUTO_BITS:
             try:
-                profile = auto_precision(checkpoint, load_profile(name), None, Quiet(), bits=bits)
+                profile = auto_precision(checkpoint, base, None, Quiet(), bits=bits)
             except UserError:  # less than all in INT4
                 continue
             yield f"{name}, --auto-precision --bits {bits:g}", profile
 
 
-def nncf(python: str, texts: np.ndarray, reference: np.ndarray) -> dict[str, dict[str, float]]:
+def built(folder: Path, checkpoint: Path) -> Iterator[tuple[str, Path]]:
+    """The builder's artifacts of a text checkpoint; a line says which options it does not get through."""
+    wrapped = wrap(checkpoint, folder / "wrapped")
+    for name, extra in BUILDER.items():
+        try:
+            yield name, build(wrapped, folder / name.replace(", ", "-"), *extra)
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: {error.stderr.decode().strip().splitlines()[-1]}")
+
+
+def nncf(
+    python: str, checkpoint: Path, texts: np.ndarray, reference: np.ndarray
+) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "texts.npz")
         calibration = windows(10**9)[-4:]  # scale estimation may see the end of the same kind of text
         np.savez(data, texts=texts, reference=reference.astype(np.float32), calibration=calibration)
-        command = [python, "-m", "benchmarks.nncf_peer", str(TINY), str(data)]
+        command = [python, "-m", "benchmarks.nncf_peer", str(checkpoint), str(data)]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def exported(checkpoint: Checkpoint, profile: Profile, output: Path) -> Path:
+    export(checkpoint, profile, output, Quiet(), all_logits=True)
+    return output
 
 
 def windows(tokens: int) -> np.ndarray:
@@ -145,14 +173,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="dense")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--nncf-python")
     arguments = parser.parse_args()
 
-    texts = windows(arguments.tokens)
-    model = Qwen3_5ForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    texts, folder = windows(arguments.tokens), CHECKPOINTS[arguments.checkpoint]
+    checkpoint = Checkpoint.open(str(folder), text_only=True)
+    model = load_model(checkpoint).float()
     with torch.no_grad():
         logits = [model(torch.from_numpy(ids)[None]).logits[0].numpy() for ids in texts]
     reference = np.stack([log_softmax(part) for part in logits])
@@ -160,34 +191,43 @@ def main() -> None:
         [-part[np.arange(WINDOW - 1), ids[1:]] for part, ids in zip(reference, texts, strict=True)]
     )
     results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, profile in [*recipes(), *chosen()]:
-            results[name] = measure(make_artifact(TINY, profile, Path(folder, name)), texts, reference)
-        wrapped = wrap(TINY, Path(folder, "wrapped"))
-        for name, extra in BUILDER.items():
-            built = build(wrapped, Path(folder, name.replace(", ", "-")), *extra)
-            results[name] = measure(built, texts, reference)
+    if arguments.json and arguments.json.exists():
+        results = json.loads(arguments.json.read_text())
 
-    if arguments.nncf_python:
-        results |= nncf(arguments.nncf_python, texts, reference)
+    def record(name: str, row: dict[str, float]) -> None:
+        results[name] = row
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory() as work:
+        if "recipes" in arguments.only:
+            for name, profile in recipes():
+                record(name, measure(exported(checkpoint, profile, Path(work, name)), texts, reference))
+        if "auto" in arguments.only:
+            for name, profile in chosen(checkpoint):
+                record(name, measure(exported(checkpoint, profile, Path(work, name)), texts, reference))
+        if "builder" in arguments.only and not (folder / "preprocessor_config.json").exists():
+            for name, artifact in built(Path(work), folder):
+                record(name, measure(artifact, texts, reference))
+    if "nncf" in arguments.only and arguments.nncf_python:
+        for name, row in nncf(arguments.nncf_python, folder, texts, reference).items():
+            record(name, row)
 
     parameters = sum(value.numel() for value in model.parameters())
-    table = Table("artifact", "MB", "bits per weight", "KL, nats", "top-1", "perplexity")
-    table.add_row("transformers float32", "", "", "0", "100.0%", f"{np.exp(surprise):.3f}")
+    table = Table("artifact", "MB", "bits per weight", "KL, nats", "top-1", "perplexity", box=MARKDOWN)
+    table.add_row("transformers float32", "", "", "0", "100.0%", f"{np.exp(surprise):.2f}")
     for name, row in results.items():
         table.add_row(
             name,
             f"{row['bytes'] / 1e6:.2f}",
             f"{row['bytes'] * 8 / parameters:.2f}",
-            f"{row['kl']:.5f}",
+            f"{row['kl']:.4f}",
             f"{row['top1']:.1%}",
-            f"{row['perplexity']:.3f}",
+            f"{row['perplexity']:.2f}",
         )
-    Console(width=100).print(table)
+    Console(width=130).print(table)
     if arguments.plot:
         plot(results, parameters, arguments.plot)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

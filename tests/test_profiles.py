@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from qwen_export.checkpoint import Checkpoint
 from qwen_export.cli import main
+from qwen_export.export import plan
+from qwen_export.fit import configured, fit
+from qwen_export.verify.verification import verify
 from qwen_profiles.documentation import BEGIN, END, fields_table
 from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
@@ -20,7 +24,7 @@ from qwen_runtime.artifact import Artifact
 from random_checkpoints import TINY, TINY_MOE, TINY_VL
 from test_ort124 import greedy
 
-from artifacts import make_artifact
+from artifacts import Quiet, make_artifact
 
 PROFILES = {name: load_profile(name) for name in profile_names()}
 # Those whose artifacts differ in more than names and limits, so that each kind is exported and run once.
@@ -96,6 +100,7 @@ def test_overrides() -> None:
         ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),
         ("contxt=1", "field 'contxt': Extra inputs are not permitted"),
         ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32"),
+        ("scale_dtype=int8", "field 'scale_dtype': Input should be 'float32' or 'float16'"),
         ("provider=dml", "provider dml has no kernels for lowering fused"),
         ("context_length", "'context_length' sets nothing: write field=value"),
         ("=1", "'=1' sets nothing"),
@@ -147,3 +152,23 @@ def test_every_field_is_documented() -> None:
     document = (Path(__file__).parents[1] / "docs" / "profiles.md").read_text(encoding="utf-8")
     assert f"{BEGIN}{fields_table()}{END}" in document
     assert "|  |" not in fields_table()
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE], ids=lambda path: path.name)
+def test_float16_scales_are_half_the_bytes_and_the_same_model(checkpoint: Path, tmp_path: Path) -> None:
+    """On the CPU, where activations are float32: what runs is the reference with the weights as stored."""
+    usual = load_profile("cpu", ["accuracy_level=0"])
+    small = load_profile("cpu", ["accuracy_level=0", "scale_dtype=float16"])
+    sizes, losses = [], []
+    for profile in (usual, small):
+        artifact = make_artifact(checkpoint, profile, tmp_path / str(len(sizes)), all_logits=False)
+        predicted = fit(configured(str(checkpoint)), profile).estimate
+        sizes.append(sum(file.stat().st_size for file in artifact.iterdir()))
+        assert predicted is not None and predicted.disk == pytest.approx(sizes[-1], rel=0.01)
+        report = verify(artifact, Checkpoint.open(str(checkpoint)), Quiet(), tokens=256)
+        assert report["run"]["kl_divergence"] == pytest.approx(report["weights"]["kl_divergence"], rel=1e-3)
+        losses.append(report["run"]["kl_divergence"])
+    planned = plan(Checkpoint.open(str(checkpoint)), usual)
+    scales = sum(t.nbytes for _, tensors in planned.stored for t in tensors if t.name.endswith(".scales"))
+    assert sizes[0] - sizes[1] == pytest.approx(scales / 2, rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

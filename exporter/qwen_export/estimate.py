@@ -120,17 +120,22 @@ def _cpu_bytes(planned: Plan) -> int:
     """Weights in memory on the CPU, as onnxruntime 1.32 holds them.
 
     MatMulNBits repacks its codes, with a float scale and a float sum for each block, and lets go of the
-    mapped codes but not of the mapped scales. Float products repack too. What others take, such as a gather
-    or QMoE, stays mapped: counted in full, as it will be in memory once it was used.
+    mapped codes but not of the scales: mapped, or the widened copy of float16 ones. Float products repack
+    too. What others take, such as a gather or QMoE, stays mapped: counted in full, as it will be in memory
+    once it was used.
     """
     tensors: dict[str, StoredTensor] = {t.name: t for _, stored in planned.stored for t in stored}
     mapped: set[str] = set()
     copied = 0
     for _, node, name in set(_uses(planned)):
         size = tensors[name].nbytes
-        if node.op_type == "MatMulNBits" and name.endswith(".scales"):
-            copied += 2 * 4 * size // tensors[name].dtype.itemsize
-            mapped.add(name)
+        if name.endswith(".scales") and node.op_type in ("MatMulNBits", "Cast"):
+            floats = 4 * size // tensors[name].dtype.itemsize
+            copied += 2 * floats
+            if node.op_type == "Cast":
+                copied += floats
+            else:
+                mapped.add(name)
         elif node.op_type in ("MatMulNBits", "FusedMatMul"):
             copied += size
         else:

@@ -85,7 +85,13 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
     dtype = np.dtype(profile.activation_dtype)
     layout = DataLayout()
     recipe = Recipe(
-        profile.weights, target, dtype, profile.accuracy_level, checkpoint.tensors, profile.layer_weights
+        profile.weights,
+        target,
+        dtype,
+        profile.accuracy_level,
+        np.dtype(profile.scale_dtype or profile.activation_dtype),
+        checkpoint.tensors,
+        profile.layer_weights,
     )
     config, vision = checkpoint.config, checkpoint.vision
 

@@ -29,7 +29,7 @@ class Quantization:
         bits: 4 or 8.
         block_size: a power of two, at least 16.
         symmetric: the zero point is 2^(bits - 1) everywhere and not stored.
-        scale_dtype: float32 or float16; MatMulNBits wants that of the activations.
+        scale_dtype: float32 or float16.
         carried: codes and scales are the checkpoint's own, not fitted here.
     """
 

@@ -110,7 +110,11 @@ class Profile(_Frozen):
     """`fused` uses the newest fused operators, `portable` only what DirectML has a kernel for."""
 
     activation_dtype: Literal["float32", "float16"]
-    """Dtype of activations and scales."""
+    """Dtype of activations."""
+
+    scale_dtype: Literal["float32", "float16"] | None = None
+    """Dtype in which the scales of quantised weights are stored; not set: the activations'. With float32
+    activations, float16 scales are widened when the artifact is loaded."""
 
     cache_dtype: Literal["float32", "float16"] | None = None
     """Dtype of the KV cache. Attention operators take the activations' only, which is also the default."""
@@ -152,6 +156,8 @@ class Profile(_Frozen):
     def _consistent(self) -> Profile:
         if self.cache_dtype not in (None, self.activation_dtype):
             raise ValueError(f"cache_dtype must be activation_dtype, {self.activation_dtype}")
+        if self.scale_dtype == "float32" and self.activation_dtype == "float16":
+            raise ValueError("scale_dtype must be float16, as the activations are")
         if self.lowering == "fused" and self.provider == "dml":
             raise ValueError("provider dml has no kernels for lowering fused: set lowering to portable")
         return self

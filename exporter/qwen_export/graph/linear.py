@@ -38,6 +38,8 @@ def product(
     """x [..., K] times the transpose of the [N, K] that `tensors` hold in the form `storage` -> [..., N]."""
     if not isinstance(storage, Quantization):
         return by_rows(g, "float", x, lambda rows: g.op("FusedMatMul", rows, *tensors, transB=1))
+    codes, scales, *zero_points = tensors
+    parameters = (_widened(g, scales, storage), *zero_points)
     attributes = {
         "N": n,
         "K": k,
@@ -46,7 +48,12 @@ def product(
         "accuracy_level": recipe.accuracy_level,
     }
     kernel = f"int{storage.bits}.{storage.block_size}"
-    return by_rows(g, kernel, x, lambda rows: g.op("MatMulNBits", rows, *tensors, **attributes))
+    return by_rows(g, kernel, x, lambda rows: g.op("MatMulNBits", rows, codes, *parameters, **attributes))
+
+
+def _widened(g: GraphBuilder, scales: ir.Value, form: Quantization) -> ir.Value:
+    """In the activations' dtype, which MatMulNBits wants. ONNX Runtime does it once, when it loads the graph."""
+    return scales if form.scale_dtype == g.dtype else g.cast(scales, g.dtype)
 
 
 def take_rows(g: GraphBuilder, ids: ir.Value, weight: Weight) -> ir.Value:
@@ -71,7 +78,7 @@ def take_rows(g: GraphBuilder, ids: ir.Value, weight: Weight) -> ir.Value:
         if blocks % (8 // form.bits):
             zero_row = g.op("Slice", zero_row, g.ints(0), g.ints(blocks), g.ints(2))
         zero = g.op("Unsqueeze", zero_row, g.ints(-1))
-    scales = g.op("Unsqueeze", gathered[1], g.ints(-1))
+    scales = g.op("Unsqueeze", _widened(g, gathered[1], form), g.ints(-1))
     rows = g.op("Mul", g.op("Sub", codes, zero), scales)
     rows = g.reshape(rows, 0, 0, blocks * form.block_size)
     if k % form.block_size:

@@ -26,6 +26,7 @@ class Recipe:
 
     Attributes:
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
+        scale_dtype: of quantised weights' scales; None: the activations'.
         sources: the checkpoint's tensors. Those that are 4-bit codes already are carried over.
         layers: by layer, the formats of roles that differ there.
     """
@@ -34,6 +35,7 @@ class Recipe:
     target: Target
     dtype: np.dtype
     accuracy_level: int = 0
+    scale_dtype: np.dtype | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     layers: Mapping[int, Mapping[Role, WeightFormat]] = field(default_factory=dict)
 
@@ -85,7 +87,7 @@ class Recipe:
         if block < _SMALLEST_BLOCK:
             return None
         symmetric = symmetric and not self.target.zero_points_required
-        return Quantization(bits, block, symmetric, self.dtype, carried)
+        return Quantization(bits, block, symmetric, self.scale_dtype or self.dtype, carried)
 
     def _fits(self, in_features: int, block: int, bits: int) -> bool:
         whole_bytes = not self.target.exact_blocks or in_features // block * bits % 8 == 0
