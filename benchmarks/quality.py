@@ -18,12 +18,13 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from qwen_export.auto_precision import auto_precision
+from qwen_export.auto_precision import measured
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_export.openvino.load import load_model
@@ -82,12 +83,10 @@ def chosen(checkpoint: Checkpoint) -> Iterator[tuple[str, Profile]]:
         "strix-halo": load_profile("strix-halo"),
     }
     for name, base in profiles.items():
+        candidates = measured(checkpoint, base, None, Quiet())
         for bits in AUTO_BITS:
-            try:
-                profile = auto_precision(checkpoint, base, None, Quiet(), bits=bits)
-            except UserError:  # less than all in INT4
-                continue
-            yield f"{name}, --auto-precision --bits {bits:g}", profile
+            with suppress(UserError):  # less than all in INT4
+                yield f"{name}, --auto-precision --bits {bits:g}", candidates.spend(bits=bits)
 
 
 def built(folder: Path, checkpoint: Path) -> Iterator[tuple[str, Path]]:

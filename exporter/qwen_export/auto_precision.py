@@ -42,6 +42,44 @@ class Choice:
     cost: float
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What there is to choose from; measured once, any size can be spent on it.
+
+    Attributes:
+        profile: what is chosen for.
+        choices: the forms of each part, with what each costs.
+        weights: number of the checkpoint's weights.
+        data_bytes, artifact_bytes: of what is not chosen for: in the data file, and in all files.
+    """
+
+    profile: Profile
+    choices: Mapping[Part, Sequence[Choice]]
+    weights: int
+    data_bytes: int
+    artifact_bytes: int
+
+    def spend(self, *, size: int | None = None, bits: float | None = None) -> Profile:
+        """The profile with the format of every layer's roles chosen; as `auto_precision`."""
+        return _with_formats(self.profile, allocate(self.choices, self.budget(size=size, bits=bits)))
+
+    def budget(self, *, size: int | None = None, bits: float | None = None) -> int:
+        """Bytes that there are for the choices.
+
+        Raises:
+            UserError: fewer than all parts take in their smallest form.
+        """
+        fixed = self.data_bytes if size is None else self.artifact_bytes
+        asked = int((bits or 0) * self.weights / 8) if size is None else size
+        whole = fixed + sum(min(choice.size for choice in options) for options in self.choices.values())
+        if asked < whole:
+            raise UserError(
+                f"all in INT4 this is {whole / 1e9:.4g} GB, {whole * 8 / self.weights:.3g} bits per weight: "
+                "give at least that, or choose a smaller model"
+            )
+        return asked - fixed
+
+
 def auto_precision(
     checkpoint: Checkpoint,
     profile: Profile,
@@ -61,49 +99,64 @@ def auto_precision(
     Raises:
         UserError: the size is less than the least possible, or the text is too short.
     """
+    _candidates(checkpoint, profile, None).budget(size=size, bits=bits)  # before the work, not after it
+    return measured(checkpoint, profile, text, progress).spend(size=size, bits=bits)
+
+
+def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
+    """What each form of each part costs; arguments and errors as `auto_precision`'s."""
+    planned = plan(checkpoint, _uniform(profile, *_FORMS[0]))
+    parts: dict[Part, dict[str, Quantization]] = {}
+    for name, (part, form) in _quantised(planned).items():
+        parts.setdefault(part, {})[name] = form
+    ids = _tokens(checkpoint, profile, text)
+    progress.start(steps(checkpoint.config, list(parts)))
+    found = divergences(checkpoint.config, checkpoint.tensors, parts, ids, lambda: progress.advance(1))
+    return _candidates(checkpoint, profile, found)
+
+
+def _candidates(
+    checkpoint: Checkpoint, profile: Profile, divergence: Mapping[Part, float] | None
+) -> Candidates:
+    """`divergence` is what each part costs in the first form; without it, the sizes alone are right."""
     uniform = [_uniform(profile, *form) for form in _FORMS]
     plans = [plan(checkpoint, form) for form in uniform]
     tensors = [_quantised(planned) for planned in plans]
-    parts: dict[Part, dict[str, Quantization]] = {}
-    for name, (part, form) in tensors[0].items():
-        parts.setdefault(part, {})[name] = form
-    sizes = [_sizes(planned) for planned in plans]
-    ids = _tokens(checkpoint, profile, text)
+    parts: dict[Part, list[str]] = {}
+    for name, (part, _) in tensors[0].items():
+        parts.setdefault(part, []).append(name)
+    errors: dict[str, list[float]] = {}
+    if divergence is not None:
+        forms = {
+            name: [found[name][1] if name in found else None for found in tensors] for name in tensors[0]
+        }
+        errors = dict(weight_errors(checkpoint.tensors, forms))
 
-    progress.start(steps(checkpoint.config, list(parts)))
-    measured = divergences(checkpoint.config, checkpoint.tensors, parts, ids, lambda: progress.advance(1))
-    errors = dict(
-        weight_errors(
-            checkpoint.tensors,
-            {name: [found[name][1] if name in found else None for found in tensors] for name in tensors[0]},
-        )
-    )
+    def cost(part: Part, at: int) -> float:
+        if divergence is None:
+            return 0.0
+        names = parts[part]
+        return divergence[part] * _error(errors, names, at) / max(_error(errors, names, 0), 1e-30)
+
+    sizes = [_sizes(planned) for planned in plans]
     choices = {
         part: [
-            Choice(
-                form.weights[cast(Role, part.role)],
-                sizes[at][part],
-                measured[part] * _error(errors, names, at) / max(_error(errors, names, 0), 1e-30),
-            )
+            Choice(form.weights[cast(Role, part.role)], sizes[at][part], cost(part, at))
             for at, form in enumerate(uniform)
         ]
-        for part, names in parts.items()
+        for part in parts
     }
-    smallest = sum(min(choice.size for choice in options) for options in choices.values())
-    weights = sum(int(np.prod(source.shape)) for source in checkpoint.tensors.values())
     mtp = profile.mtp and any(name.startswith(MTP) for name in checkpoint.tensors)
     usual = plan(checkpoint, profile, mtp=mtp)
-    fixed = usual.data_bytes if size is None else estimate(checkpoint, profile, usual).disk
     usual_sizes = _sizes(usual)
-    fixed -= sum(usual_sizes[part] for part in parts)
-    whole = fixed + smallest
-    asked = int((bits or 0) * weights / 8) if size is None else size
-    if asked < whole:
-        raise UserError(
-            f"all in INT4 this is {whole / 1e9:.4g} GB, {whole * 8 / weights:.3g} bits per weight: give at "
-            "least that, or choose a smaller model"
-        )
-    return _with_formats(profile, allocate(choices, asked - fixed))
+    chosen_for = sum(usual_sizes[part] for part in parts)
+    return Candidates(
+        profile,
+        choices,
+        weights=sum(int(np.prod(source.shape)) for source in checkpoint.tensors.values()),
+        data_bytes=usual.data_bytes - chosen_for,
+        artifact_bytes=estimate(checkpoint, profile, usual).disk - chosen_for,
+    )
 
 
 def allocate(choices: Mapping[Part, Sequence[Choice]], budget: int) -> dict[Part, Choice]:
