@@ -52,7 +52,7 @@ def product(
 
 
 def _widened(g: GraphBuilder, scales: ir.Value, form: Quantization) -> ir.Value:
-    """In the activations' dtype, which MatMulNBits wants; ONNX Runtime does it once, when it loads the graph."""
+    """In the activations' dtype, which MatMulNBits wants; ONNX Runtime does it once, at load."""
     return scales if form.scale_dtype == g.dtype else g.cast(scales, g.dtype)
 
 
