@@ -1,9 +1,10 @@
 """NNCF's INT4 on a checkpoint, for `benchmarks.quality`; runs in the environment of the extra `openvino`.
 
-    python -m benchmarks.nncf_peer CHECKPOINT TEXTS.npz > rows.json
+    python -m benchmarks.nncf_peer CHECKPOINT TEXTS.npz > rows.jsonl
 
 TEXTS.npz has `texts` int64 [texts, tokens], `reference` float32 [texts, tokens, vocab], log-probabilities,
-and `calibration` int64 [texts, tokens]. Prints {name: {"bytes", "kl", "top1", "perplexity"}}.
+and `calibration` int64 [texts, tokens]. Prints lines of {name: {"bytes", "kl", "top1", "perplexity"}}, each
+when it is known: scale estimation comes last, because it ends the process on some models.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,13 @@ _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 def configurations() -> Iterator[tuple[str, dict[str, Any], bool]]:
     """(name, arguments of nncf.compress_weights, whether it takes a data set)."""
     modes = {"sym": nncf.CompressWeightsMode.INT4_SYM, "asym": nncf.CompressWeightsMode.INT4_ASYM}
-    for name, mode in modes.items():
-        for group in (64, 128):
-            for everything in (True, False):
-                for estimated in (False, True):
-                    title = (
-                        f"NNCF {name}, group {group}{'' if everything else ', INT8 embedding and lm_head'}"
-                    )
-                    title += ", scale estimation" if estimated else ""
-                    options = {"mode": mode, "group_size": group, "all_layers": everything}
-                    yield title, options | {"scale_estimation": estimated}, estimated
+    for estimated, (name, mode), group, everything in product(
+        (False, True), modes.items(), (64, 128), (True, False)
+    ):
+        title = f"NNCF {name}, group {group}{'' if everything else ', INT8 embedding and lm_head'}"
+        title += ", scale estimation" if estimated else ""
+        options = {"mode": mode, "group_size": group, "all_layers": everything}
+        yield title, options | {"scale_estimation": estimated}, estimated
 
 
 def inputs(ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -76,7 +75,7 @@ def measure(folder: Path, texts: np.ndarray, reference: np.ndarray) -> dict[str,
 def main() -> None:
     checkpoint, data = Checkpoint.open(sys.argv[1], text_only=True), np.load(sys.argv[2])
     nncf.set_log_level(logging.ERROR)
-    rows = {}
+    rows = sys.stdout
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         plain = Path(folder, "plain")
         convert(load_model(checkpoint), plain)
@@ -95,9 +94,9 @@ def main() -> None:
             target = Path(folder, "compressed")
             target.mkdir(exist_ok=True)
             ov.save_model(model, target / "openvino_model.xml", compress_to_fp16=False)
-            rows[name] = measure(target, data["texts"], data["reference"])
-            print(name, rows[name], file=sys.stderr, flush=True)
-    print(json.dumps(rows))
+            print(
+                json.dumps({name: measure(target, data["texts"], data["reference"])}), file=rows, flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -101,13 +101,18 @@ def built(folder: Path, checkpoint: Path) -> Iterator[tuple[str, Path]]:
 
 def nncf(
     python: str, checkpoint: Path, texts: np.ndarray, reference: np.ndarray
-) -> dict[str, dict[str, float]]:
+) -> Iterator[tuple[str, dict[str, float]]]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "texts.npz")
         calibration = windows(10**9)[-4:]  # scale estimation may see the end of the same kind of text
         np.savez(data, texts=texts, reference=reference.astype(np.float32), calibration=calibration)
         command = [python, "-m", "benchmarks.nncf_peer", str(checkpoint), str(data)]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as peer:
+            assert peer.stdout is not None
+            for line in peer.stdout:
+                yield from json.loads(line).items()
+        if peer.returncode:
+            print(f"NNCF ended with code {peer.returncode}: what comes after is not measured")
 
 
 def exported(checkpoint: Checkpoint, profile: Profile, output: Path) -> Path:
@@ -153,7 +158,8 @@ def plot(results: dict[str, dict[str, float]], parameters: int, path: Path) -> N
     )
     series = {
         "strix-halo, --auto-precision": ("o-", lambda name: name.startswith("strix-halo, ")),
-        "cpu, --auto-precision": ("o-", lambda name: name.startswith("cpu, ")),
+        "cpu, scale_dtype=float16, --auto-precision": ("o-", lambda name: name.startswith("cpu, scale")),
+        "cpu, --auto-precision": ("o-", lambda name: name.startswith("cpu, --auto")),
         "qwen-edge, one precision or profile": ("s", lambda name: name.startswith(("all int", "profile"))),
         "onnxruntime-genai builder": ("^", lambda name: name.startswith("builder")),
         "NNCF": ("x", lambda name: name.startswith("NNCF")),
@@ -209,7 +215,7 @@ def main() -> None:
             for name, artifact in built(Path(work), folder):
                 record(name, measure(artifact, texts, reference))
     if "nncf" in arguments.only and arguments.nncf_python:
-        for name, row in nncf(arguments.nncf_python, folder, texts, reference).items():
+        for name, row in nncf(arguments.nncf_python, folder, texts, reference):
             record(name, row)
 
     parameters = sum(value.numel() for value in model.parameters())

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -58,11 +59,13 @@ def _roles(figure: Figure, report: Mapping[str, Any]) -> None:
     roles = report["roles"]
     names = [role["role"] for role in roles]
     left = _axes(figure, 1, 2, 1, title="KL divergence of the role alone", x="nats")
-    left.barh(names, [role["kl_divergence"] or 0 for role in roles], color=_INK)
-    left.invert_yaxis()
+    # On a logarithmic axis, because one role is often a hundred times the others; float ones have no bar.
+    left.barh(names, [role["kl_divergence"] or np.nan for role in roles], color=_INK)
+    left.set_xscale("log")
     right = _axes(figure, 1, 2, 2, title="Size", x="MB")
     right.barh(names, [role["bytes"] / 1e6 for role in roles], color=_SECOND)
-    right.invert_yaxis()
+    for axes in (left, right):  # the same rows on both, with or without a bar
+        axes.set_ylim(len(names) - 0.5, -0.5)
     right.set_yticklabels([])
 
 
