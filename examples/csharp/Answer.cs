@@ -1,46 +1,63 @@
 // Answers one question from an artifact, token by token:  Answer FOLDER "QUESTION" [cpu]
 using System;
+using System.Text;
 using Microsoft.ML.OnnxRuntimeGenAI;
 
-if (args.Length < 2)
+internal static class Program
 {
-    Console.Error.WriteLine("usage: Answer FOLDER QUESTION [cpu]");
-    return 2;
-}
+    private const int MaxTokens = 200; // of the answer
 
-const int maxTokens = 200; // of the answer
-try
-{
-    using var handle = new OgaHandle();
-    using var config = new Config(args[0]);
-    if (args.Length > 2 && args[2] == "cpu") // where the artifact's own provider is missing
+    private static int Main(string[] args)
     {
-        config.ClearProviders();
+        if (args.Length < 2)
+        {
+            Console.Error.WriteLine("usage: Answer FOLDER QUESTION [cpu]");
+            return 2;
+        }
+        Console.OutputEncoding = new UTF8Encoding(false); // Windows' own lacks most of what a model writes
+        try
+        {
+            using (new OgaHandle())
+            using (var config = new Config(args[0]))
+            {
+                if (args.Length > 2 && args[2] == "cpu") // where the artifact's own provider is missing
+                {
+                    config.ClearProviders();
+                }
+                Answer(config, args[1]);
+            }
+            return 0;
+        }
+        catch (OnnxRuntimeGenAIException error)
+        {
+            Console.Error.WriteLine($"error: {error.Message}");
+            return 1;
+        }
     }
-    using var model = new Model(config);
-    using var tokenizer = new Tokenizer(model);
-    using var stream = tokenizer.CreateStream();
 
-    // What the chat template makes of one question without thinking. GenAI's own template engine gets Qwen3.5's
-    // template wrong, so the turn is written out here.
-    using var prompt = tokenizer.Encode(
-        $"<|im_start|>user\n{args[1]}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n");
-
-    using var parameters = new GeneratorParams(model);
-    parameters.SetSearchOption("max_length", prompt[0].Length + maxTokens);
-    parameters.SetSearchOption("do_sample", false);
-    using var generator = new Generator(model, parameters);
-    generator.AppendTokenSequences(prompt);
-    while (!generator.IsDone())
+    private static void Answer(Config config, string question)
     {
-        generator.GenerateNextToken();
-        Console.Write(stream.Decode(generator.GetSequence(0)[^1]));
+        // What the chat template makes of one question without thinking. GenAI's own template engine gets
+        // Qwen3.5's template wrong, so the turn is written out here.
+        string turn = $"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n";
+        using (var model = new Model(config))
+        using (var tokenizer = new Tokenizer(model))
+        using (var stream = tokenizer.CreateStream())
+        using (var prompt = tokenizer.Encode(turn))
+        using (var parameters = new GeneratorParams(model))
+        {
+            parameters.SetSearchOption("max_length", prompt[0].Length + MaxTokens);
+            parameters.SetSearchOption("do_sample", false);
+            using (var generator = new Generator(model, parameters))
+            {
+                generator.AppendTokenSequences(prompt);
+                while (!generator.IsDone())
+                {
+                    generator.GenerateNextToken();
+                    Console.Write(stream.Decode(generator.GetNextTokens()[0]));
+                }
+                Console.WriteLine();
+            }
+        }
     }
-    Console.WriteLine();
-    return 0;
-}
-catch (OnnxRuntimeGenAIException error)
-{
-    Console.Error.WriteLine($"error: {error.Message}");
-    return 1;
 }
