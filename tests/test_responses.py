@@ -13,6 +13,7 @@ from openai import OpenAI
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 from qwen_runtime import Model, Sampling
+from qwen_runtime.serve.schema import ResponseRequest, parse
 from servers import serving
 
 GREEDY = Sampling(temperature=0)
@@ -111,6 +112,32 @@ def test_tools_round_trip(client: OpenAI, model: Model) -> None:
     expected = "".join(model.generate(messages, max_tokens=20, sampling=GREEDY, tools=[nested]))
     found = ask(client, model, history, tools=[TOOL], tool_choice="auto", max_output_tokens=20)
     assert found.output_text == expected
+
+
+def test_a_turn_of_text_and_calls_is_one_message() -> None:
+    """As the model wrote it, and as chat completions have it."""
+    calls = [
+        {"type": "function_call", "call_id": f"c{at}", "name": "f", "arguments": "{}"} for at in range(3)
+    ]
+    outputs = [{"type": "function_call_output", "call_id": f"c{at}", "output": "x"} for at in range(3)]
+    outputs[1]["output"] = [{"type": "input_text", "text": "x"}]  # type: ignore[assignment]
+    items = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": "I call."},
+        *calls[:2],
+        *outputs[:2],
+        calls[2],
+        outputs[2],
+    ]
+    chat = parse(ResponseRequest, json.dumps({"input": items}).encode()).as_chat()
+    assert [(message.role, len(message.tool_calls or ())) for message in chat.messages] == [
+        ("user", 0),
+        ("assistant", 2),
+        ("tool", 0),
+        ("tool", 0),
+        ("assistant", 1),
+        ("tool", 0),
+    ]
 
 
 def test_json_schema(client: OpenAI, model: Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import pty
 import re
@@ -28,6 +29,7 @@ from checkpoints.drawings import drawing
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
+from qwen_runtime.backends import Guidance
 from qwen_runtime.provider import load_first
 from qwen_runtime.stop import StopFilter
 from qwen_runtime.template import render
@@ -244,9 +246,27 @@ def test_more_top_k_than_there_are_tokens(model: Model) -> None:
     assert "".join(model.generate("The", max_tokens=5, sampling=sampling))
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
+def test_min_p_rules_the_unlikely_out(model: Model, min_p: float) -> None:
+    """At the temperature, and among all tokens: what it lets through would be chosen too without `top_k`."""
+    sampling = Sampling(temperature=1.5, top_p=1.0, top_k=2**40, seed=5, min_p=min_p)
+    generation = model.generate(QUESTION, max_tokens=60, sampling=sampling, logprobs=1)
+    generation.run()
+    shares = [math.exp((entry.logprob - entry.top[0][1]) / 1.5) for entry in generation.logprobs]
+    assert len(shares) > 20 and min(shares) < 0.9  # it still samples
+    assert (min(shares) >= 0.2) == (min_p == 0.2)
+
+
+def test_min_p_leaves_what_a_grammar_needs(model: Model) -> None:
+    guidance = Guidance("regex", "(yes|no), zebra")
+    sampling = Sampling(temperature=1.0, seed=5, min_p=1.0)
+    assert model.generate(QUESTION, sampling=sampling, guidance=guidance).run() in ("yes, zebra", "no, zebra")
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
+        ({"sampling": Sampling(min_p=1.5)}, "min_p is 1.5, but must be from 0 to 1"),
         ({"sampling": Sampling(temperature=-1)}, "temperature is -1, but must be 0 or more"),
         ({"sampling": Sampling(top_p=0)}, "top_p is 0, but must be above 0"),
         ({"sampling": Sampling(top_k=0)}, "top_k is 0"),
@@ -476,12 +496,13 @@ def test_command_streams_an_answer(cpu_artifact: Path, model: Model) -> None:
 
 def test_command_passes_its_options_on(cpu_artifact: Path, model: Model) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
-    sampling = Sampling(temperature=0.9, top_p=0.9, top_k=30, repetition_penalty=1.1, seed=7)
+    sampling = Sampling(temperature=0.9, top_p=0.9, top_k=30, min_p=0.05, repetition_penalty=1.1, seed=7)
     whole = "".join(model.generate(messages, max_tokens=40, sampling=sampling, thinking=True))
     stop = whole[len(whole) // 2 :][:5]
     found = run(
         str(cpu_artifact), "What is assert?", "--system", "Be brief.", "--think", "--verify",
         "--stop", "never", "--stop", stop, "--temperature", "0.9", "--top-p", "0.9", "--top-k", "30",
+        "--min-p", "0.05",
         "--repetition-penalty", "1.1", "--seed", "7", "--max-tokens", "40", "--json",
     )  # fmt: skip
     assert found.returncode == 0
@@ -517,6 +538,19 @@ def test_reader_that_leaves_early(cpu_artifact: Path) -> None:
     assert process.wait() == 0
 
 
+def test_output_that_cannot_be_written(cpu_artifact: Path) -> None:
+    command = [*RUN, str(cpu_artifact), "Hi", "--max-tokens", "5", "--json"]
+    for arguments in (command, [*RUN, "devices"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 2 and "error: cannot write: No space left" in done.stderr
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+        assert done.returncode == 141 and "rror" not in done.stderr
+
+
 def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([str(tmp_path / "nothing"), "Hi"], "make an artifact with qwen-export first"),
@@ -524,6 +558,10 @@ def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
         ([str(cpu_artifact), "Hi", "--top-k", "0"], "top_k is 0"),
         ([str(cpu_artifact), "\udcff"], "not valid UTF-8"),
         ([str(cpu_artifact), "--json"], "need a PROMPT"),
+        ([str(cpu_artifact), " "], "the prompt is empty"),
+        (["serv", str(cpu_artifact)], "is the command 'serve' meant?"),
+        # A large model takes its time to load, so what is wrong with the question is said before.
+        ([str(tmp_path / "nothing"), "Hi", "--temperature", "-1"], "temperature is -1"),
     ]:
         failed = run(*arguments)
         assert failed.returncode == 2
@@ -610,6 +648,29 @@ def test_chat_in_a_terminal(cpu_artifact: Path) -> None:
     terminal.wait_for("What is assert")
     terminal.type("\x15/clear\n")
     terminal.wait_for("> ")
+    assert terminal.leave() == 0
+
+
+def test_chat_survives_its_first_message(cpu_artifact: Path) -> None:
+    terminal = Terminal([*RUN, str(cpu_artifact), "--system", "word " * 9000, "--max-tokens", "5"])
+    terminal.wait_for("> ")
+    terminal.type("Hi\n")
+    terminal.wait_for(r"shorten it; /clear")
+    terminal.wait_for("> ")
+    terminal.type("/system Be brief.\n")
+    terminal.wait_for("> ")
+    terminal.type("Hi\n")
+    terminal.wait_for(r"5 tokens, ")
+    assert terminal.leave() == 0
+
+
+def test_chat_prompt_stays_while_a_line_is_edited(cpu_artifact: Path) -> None:
+    """Readline must know how wide the prompt is, or it writes over it."""
+    terminal = Terminal([*RUN, str(cpu_artifact)])
+    terminal.wait_for("> ")
+    terminal.type("abc\x01X")  # to the beginning of the line, where X goes
+    terminal.wait_for("abc\b\b\bXabc")
+    terminal.type("\x05\x15")  # the end would only delete a character of it
     assert terminal.leave() == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -10,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from qwen_runtime import Model, Sampling
+from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.worker import Source
 from random_checkpoints import write_vision_checkpoint
 from servers import RUN, Server, serving
 
@@ -303,6 +307,13 @@ def test_penalties(ask: Callable[..., Any]) -> None:
     assert ask(max_tokens=60, presence_penalty=2, frequency_penalty=2).choices[0].message.content != usual
 
 
+def test_min_p(ask: Callable[..., Any]) -> None:
+    likeliest = ask(max_tokens=60).choices[0].message.content
+    hot = {"max_tokens": 60, "temperature": 2, "top_p": 1, "seed": 1}
+    assert ask(**hot, extra_body={"min_p": 1, "top_k": 0}).choices[0].message.content == likeliest
+    assert ask(**hot, extra_body={"min_p": 0, "top_k": 0}).choices[0].message.content != likeliest
+
+
 def test_next_turn_need_not_be_read_again(ask: Callable[..., Any], model: Model) -> None:
     messages: list[Any] = [{"role": "user", "content": "A list is mutable. " * 100}]
     first = ask(messages=messages)
@@ -371,7 +382,7 @@ def test_models(client: OpenAI, model: Model) -> None:
         ({"messages": [{"role": "user", "content": "a\0b"}]}, 400, "NUL character"),
         ({"logit_bias": {"1": 101}}, 400, "logit_bias.1: "),
         ({"logit_bias": {"100000000": 1}}, 400, "logit_bias has token 100000000"),
-        ({"extra_body": {"min_p": 0.1}}, 400, "min_p: "),
+        ({"extra_body": {"min_p": 1.1}}, 400, "min_p: "),
         ({"audio": {"voice": "alloy", "format": "wav"}}, 400, "audio: not supported"),
     ],
 )
@@ -555,6 +566,62 @@ def test_server_that_dies_takes_the_model_along(cpu_artifact: Path) -> None:
         server.process.kill()
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
+
+
+def test_job_before_the_engine_attends(cpu_artifact: Path) -> None:
+    """A request may see that the model is there again before the loop takes up its events."""
+
+    async def ask() -> str:
+        engine = Engine(Source(cpu_artifact))
+        engine.load()
+        asking = asyncio.create_task(engine.submit("The", {"max_tokens": 2}))
+        await asyncio.sleep(0)
+        running = asyncio.create_task(engine.run())
+        try:
+            answer = await asyncio.wait_for(asking, 20)
+            return "".join([piece.text async for piece in answer])
+        finally:
+            running.cancel()
+            engine.close()
+
+    assert asyncio.run(ask())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot end such a connection")
+def test_reader_that_stops_is_let_go(
+    cpu_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot hold its connection, nor the server when that is told to end."""
+    patch = "import qwen_runtime.serve.http as http\nhttp.SEND_TIMEOUT = 2.0\n"
+    (tmp_path / "sitecustomize.py").write_text(patch)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    asked = {"messages": QUESTION, "max_tokens": 2000, "stream": True, "logprobs": True, "top_logprobs": 20}
+    body = json.dumps({**asked, "logit_bias": endless(cpu_artifact)}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serving(cpu_artifact) as server, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        reader.connect((urlsplit(server.url).hostname, urlsplit(server.url).port))
+        reader.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        process = psutil.Process(server.process.pid)
+
+        def held() -> bool:
+            return any(
+                found.raddr and found.raddr.port == reader.getsockname()[1]
+                for found in process.net_connections("tcp")
+            )
+
+        deadline = time.monotonic() + 60
+        for state in (True, False):
+            while held() != state:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        wait_until_idle(server)
+
+
+def test_ipv6(cpu_artifact: Path) -> None:
+    with serving(cpu_artifact, "--host", "::1") as server:
+        assert health(server)["status"] == "ok"
+        assert request(server, "GET", "/health", Host="evil.example")[0] == 400
 
 
 def test_port_that_is_taken(cpu_artifact: Path) -> None:

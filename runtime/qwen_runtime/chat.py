@@ -68,11 +68,12 @@ class _Chat:
             EOFError: the input has ended.
         """
         lines = []
-        prompt = "[bold]> [/bold]"
+        prompt = "> "
         try:
-            while (line := self._console.input(prompt)).endswith("\\"):
+            # Not the console's own, whose prompt readline would not know of, and write over.
+            while (line := input(prompt)).endswith("\\"):
                 lines.append(line[:-1])
-                prompt = "[dim]. [/dim]"
+                prompt = ". "
         except EOFError:
             self._console.print()
             raise
@@ -87,7 +88,7 @@ class _Chat:
         try:
             answer = self._answer([*self._messages, question])
         except UserError as error:
-            if not self._turns and not parts:
+            if not self._turns and not parts and not self._console.is_terminal:
                 raise
             # Most likely the context is full, or a file is no image. What was said so far is not lost.
             self._say(f"{error}; /clear forgets the conversation")

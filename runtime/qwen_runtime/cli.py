@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ Examples:
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
   QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
+"""
+
+_DEVICES_EPILOG = """\b
+Examples:
+  qwen-run devices
+  qwen-run devices --json | jq -r '.profiles[]'
 """
 
 _BENCH_EPILOG = """\b
@@ -85,6 +92,7 @@ for _command in KIOSK_COMMANDS:
 @click.option("--temperature", type=float, help="0 always takes the likeliest token.")
 @click.option("--top-p", type=float, help="Sample from the likeliest tokens up to this probability.")
 @click.option("--top-k", type=int, help="Sample from this many likeliest tokens.")
+@click.option("--min-p", type=float, help="Sample from tokens this many times as likely as the likeliest.")
 @click.option("--repetition-penalty", type=float, help="Above 1 makes repetition less likely.")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop at this text; may be given several times.")
@@ -113,6 +121,7 @@ def answer(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    min_p: float | None,
     repetition_penalty: float | None,
     seed: int | None,
     stop: tuple[str, ...],
@@ -130,9 +139,15 @@ def answer(
         raise click.UsageError("--image and --video need a PROMPT, and not --raw.")
     _speak_utf8()
     with reported(debug):
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed, min_p=min_p)
+        sampling.search_options()  # so that a mistake is known before a large model is loaded
+        _check_name(artifact)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if text is not None and not (text.strip() or raw or images or videos):
+            raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
         options: dict[str, Any] = {
             "max_tokens": max_tokens,
-            "sampling": Sampling(temperature, top_p, top_k, repetition_penalty, seed),
+            "sampling": sampling,
             "stop": stop,
             "thinking": thinking,
             "max_image_tokens": max_image_tokens,
@@ -141,18 +156,17 @@ def answer(
         }
         with Model.load(artifact, provider, verify) as model:
             click.echo(model.info.reason, err=True)
-            if prompt is None:
+            if text is None:
                 from qwen_runtime.chat import chat
 
                 chat(model, system, options)
                 return
-            text = sys.stdin.read() if prompt == "-" else prompt
             for video in videos:
                 click.echo(f"{video.name} is shown as images: frames sampled evenly", err=True)
             _answer(model, text if raw else _messages(system, text, images, videos), options, as_json)
 
 
-@main.command()
+@main.command(epilog=_DEVICES_EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 def devices(as_json: bool, debug: bool) -> None:
@@ -296,6 +310,16 @@ def serve(
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'qwen-edge[serve]'") from error
         run(Source(artifact, provider, verify, context_length, keep), **options)
+
+
+def _check_name(artifact: Path) -> None:
+    """A command that was misspelt looks like an artifact.
+
+    Raises:
+        UserError: there is no such artifact, and a command with almost this name.
+    """
+    if not artifact.exists() and (close := get_close_matches(str(artifact), main.commands, 1)):
+        raise UserError(f"no folder {artifact}: is the command '{close[0]}' meant?")
 
 
 def _speak_utf8() -> None:

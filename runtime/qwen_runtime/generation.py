@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from qwen_runtime.speculative import Acceptance
 from qwen_runtime.stop import StopFilter
 
 Logits = npt.NDArray[np.float32]
+
+_NO_CHANCE = 1000.0  # its exponential is infinite, and float32 still tells such logits apart
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Plan:
         presence_penalty: subtracted from the logit of each token that the answer has already.
         frequency_penalty: the same, as often as it has it.
         logit_bias: added to these tokens' logits at each place.
+        min_p: tokens less than this many times as likely as the likeliest are ruled out; 0 rules none out.
+        temperature: at which they are compared.
         logprobs: how many of the likeliest tokens to report at each place; None reports nothing.
         inputs: prompt and images as the backend's `image_inputs` made them, where the prompt has images.
             They are read all at once: only a generator's first run takes images and their positions.
@@ -63,6 +68,8 @@ class Plan:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_p: float = 0.0
+    temperature: float = 1.0
     logprobs: int | None = None
     inputs: Any = None
 
@@ -236,9 +243,10 @@ def _answer(generator: Any, tokenizer: Tokenizer, plan: Plan, progress: _Progres
 
 
 def _prepare(generator: Any, plan: Plan, seen: Mapping[int, int]) -> Logits | None:
-    """Apply penalties and bias, which ONNX Runtime GenAI does not know. The logits before, if reported."""
+    """Apply penalties, bias and min_p, unknown to ONNX Runtime GenAI. The logits before, if reported."""
     penalised = bool(seen) and (plan.presence_penalty != 0 or plan.frequency_penalty != 0)
-    if plan.logprobs is None and not penalised and not plan.logit_bias:
+    changed = penalised or bool(plan.logit_bias) or plan.min_p > 0
+    if plan.logprobs is None and not changed:
         return None
     logits: Logits = generator.get_logits()
     reported = logits.reshape(-1, logits.shape[-1])[-1].copy() if plan.logprobs is not None else None
@@ -248,7 +256,11 @@ def _prepare(generator: Any, plan: Plan, seen: Mapping[int, int]) -> Logits | No
         logits[..., tokens] -= plan.presence_penalty + plan.frequency_penalty * counts
     if plan.logit_bias:
         logits[..., list(plan.logit_bias)] += np.fromiter(plan.logit_bias.values(), np.float32)
-    if penalised or plan.logit_bias:
+    if plan.min_p > 0:
+        unlikely = logits < logits.max() + plan.temperature * math.log(plan.min_p)
+        # Not to minus infinity: a grammar, which comes next, may leave none of the others.
+        logits[unlikely] -= _NO_CHANCE * plan.temperature
+    if changed:
         generator.set_logits(logits)
     return reported
 

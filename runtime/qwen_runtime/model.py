@@ -52,6 +52,8 @@ class Sampling:
         temperature: 0 always takes the likeliest token.
         top_p: smallest set of tokens whose probabilities reach this sum, above 0 and at most 1.
         top_k: number of likeliest tokens that are considered, at least 1.
+        min_p: only tokens at least this many times as likely as the likeliest, from 0 to 1; before `top_k`
+            and `top_p`. Of those that guidance leaves all are considered where none is as likely.
         repetition_penalty: above 0; 1 changes nothing.
         seed: the same seed, prompt and provider give the same text.
         presence_penalty: subtracted from the logit of every token that the answer has already.
@@ -67,9 +69,10 @@ class Sampling:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
+    min_p: float | None = None
 
     def search_options(self) -> dict[str, Any]:
-        """As ONNX Runtime GenAI's search options, which know no bias, presence or frequency penalty.
+        """As ONNX Runtime GenAI's search options, which know none of the last four.
 
         Raises:
             UserError: a value is out of range.
@@ -82,6 +85,7 @@ class Sampling:
                 self.repetition_penalty is None or self.repetition_penalty > 0,
                 "above 0",
             ),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
             "presence_penalty": (_is_finite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (_is_finite(self.frequency_penalty), "a finite number"),
             "logit_bias": (all(map(math.isfinite, (self.logit_bias or {}).values())), "finite numbers"),
@@ -92,7 +96,8 @@ class Sampling:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be {range_text}")
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         options["random_seed"] = options.pop("seed")
-        del options["presence_penalty"], options["frequency_penalty"], options["logit_bias"]
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias", "min_p"):
+            del options[name]
         options = {name: value for name, value in options.items() if value is not None}
         if self.temperature == 0:
             del options["temperature"]
@@ -279,9 +284,12 @@ class Model:
         # What a state has drawn so far would change what it draws next; and images need a fresh generator.
         reusable = self._states.size > 0 and not images and "random_seed" not in options and not speculative
         limit = min(room, max_tokens or _DEFAULT_MAX_TOKENS)
-        penalties = {
+        defaults = self._artifact.genai_config["search"]
+        samples = options.get("do_sample", defaults.get("do_sample", False))
+        adjustments = {
             "presence_penalty": sampling.presence_penalty or 0.0,
             "frequency_penalty": sampling.frequency_penalty or 0.0,
+            "min_p": (sampling.min_p or 0.0) if samples else 0.0,  # the likeliest is never ruled out
         }
         if not self._backend.shows_logits:
             if logprobs is not None or sampling.logit_bias:
@@ -289,8 +297,8 @@ class Model:
                     f"{self.info.provider} shows no logits, which logprobs and logit_bias need: export with "
                     "a profile for ONNX Runtime"
                 )
-            options |= {name: value for name, value in penalties.items() if value}
-            penalties = {}
+            options |= {name: value for name, value in adjustments.items() if value}
+            adjustments = {}
         plan = Plan(
             prompt=tokens,
             snapshot=snapshot if reusable else None,
@@ -300,9 +308,10 @@ class Model:
             end_tokens=self._artifact.end_tokens,
             stop=[stop] if isinstance(stop, str) else list(stop),
             logit_bias=sampling.logit_bias or {},
+            temperature=options.get("temperature", defaults.get("temperature", 1.0)),
             logprobs=logprobs,
             inputs=self._backend.image_inputs(vision_inputs(tokens, images)) if images else None,
-            **penalties,
+            **adjustments,
         )
         key = {**options, "guidance": guidance}
         max_length = len(tokens) + limit

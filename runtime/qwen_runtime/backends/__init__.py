@@ -61,7 +61,7 @@ class Backend(Protocol):
         reason: why, in one line for people.
         rewinds: generators have `snapshot_state` and `rewind_to`.
         shows_logits: generators have `get_logits` and `set_logits`. Without them there are no log
-            probabilities, and presence and frequency penalty go to `generator` as options.
+            probabilities, and presence and frequency penalty and min_p go to `generator` as options.
         appends: most tokens that a generator takes at a time; None: the whole prompt at once.
     """
 

@@ -11,6 +11,23 @@ _KEY = click.option(
     "--key", type=click.Path(path_type=Path, dir_okay=False), help="Public key that signed the bundle."
 )
 _TARGET = click.argument("target", type=click.Path(path_type=Path, file_okay=False))
+_VERIFY_EPILOG = """\b
+Examples:
+  qwen-run verify /media/usb/bundle --key vendor.pub
+  qwen-run verify /opt/kiosk --full
+"""
+_INSTALL_EPILOG = """\b
+Example:
+  qwen-run install /media/usb/bundle /opt/kiosk --key vendor.pub
+"""
+_ROLLBACK_EPILOG = """\b
+Example:
+  qwen-run rollback /opt/kiosk
+"""
+_KIOSK_EPILOG = """\b
+Example:
+  qwen-run kiosk /opt/kiosk --port 8000 --kiosk
+"""
 _DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 
 
@@ -22,7 +39,7 @@ def _need_extra() -> None:
         raise UserError(f"{error.name} is not installed: pip install 'qwen-edge[kiosk]'") from error
 
 
-@click.command()
+@click.command(epilog=_VERIFY_EPILOG)
 @click.argument("path", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @_KEY
 @click.option(
@@ -56,7 +73,7 @@ def verify(path: Path, key: Path | None, full: bool, debug: bool) -> None:
         click.echo(f"version {release.root.name} is as it was installed")
 
 
-@click.command()
+@click.command(epilog=_INSTALL_EPILOG)
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @_TARGET
 @_KEY
@@ -71,7 +88,7 @@ def install(bundle: Path, target: Path, key: Path | None, older: bool, debug: bo
         Installation(target).install(bundle, key, lambda text: click.echo(text, err=True), older)
 
 
-@click.command()
+@click.command(epilog=_ROLLBACK_EPILOG)
 @_TARGET
 @_DEBUG
 def rollback(target: Path, debug: bool) -> None:
@@ -83,7 +100,7 @@ def rollback(target: Path, debug: bool) -> None:
         click.echo(f"version {Installation(target).roll_back().root.name} is in use")
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(context_settings={"ignore_unknown_options": True}, epilog=_KIOSK_EPILOG)
 @_TARGET
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))

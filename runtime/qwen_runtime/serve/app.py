@@ -27,7 +27,7 @@ from qwen_runtime.serve.http import ClientGone
 from qwen_runtime.serve.metrics import Metrics, metrics
 from qwen_runtime.serve.responses import responses
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
 
 

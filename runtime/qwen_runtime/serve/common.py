@@ -30,6 +30,7 @@ def sampling(asked: SharedRequest) -> Sampling:
         temperature=asked.temperature,
         top_p=asked.top_p,
         top_k=asked.top_k if asked.top_k not in (-1, 0) else _EVERY_TOKEN,
+        min_p=asked.min_p,
         repetition_penalty=asked.repetition_penalty,
         presence_penalty=asked.presence_penalty,
         frequency_penalty=asked.frequency_penalty,

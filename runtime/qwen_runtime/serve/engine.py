@@ -153,6 +153,7 @@ class Engine:
             raise UserError(message.message) if message.mendable else RuntimeError(message.message)
         assert isinstance(message, Ready)
         self._info = message.info
+        self._outbox = queue.SimpleQueue()  # before a request can see that the worker is there
         self.alive = True
         self.loaded = time.time()
 
@@ -184,7 +185,6 @@ class Engine:
 
     async def _attend(self) -> None:
         """Returns when the worker has died."""
-        self._outbox = queue.SimpleQueue()
         dead = asyncio.Event()
         loop = asyncio.get_running_loop()
         for target, *arguments in (
@@ -295,10 +295,9 @@ def _write(connection: Connection, outbox: queue.SimpleQueue[object]) -> None:
 def _read(
     connection: Connection, loop: asyncio.AbstractEventLoop, dispatch: Any, dead: asyncio.Event
 ) -> None:
-    try:
-        while True:
-            loop.call_soon_threadsafe(dispatch, connection.recv())
-    except (EOFError, OSError):
-        pass
     with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-        loop.call_soon_threadsafe(dead.set)
+        try:
+            while True:
+                loop.call_soon_threadsafe(dispatch, connection.recv())
+        except (EOFError, OSError):
+            loop.call_soon_threadsafe(dead.set)

@@ -14,6 +14,7 @@ from qwen_profiles.errors import UserError
 
 from qwen_runtime.serve.app import LOOPBACK, make_app
 from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.http import SEND_TIMEOUT
 from qwen_runtime.serve.worker import Source
 
 _KEEP_ALIVE = 30  # seconds that an idle connection stays open
@@ -43,6 +44,7 @@ def serve(
         UserError: the artifact cannot be loaded, the address is taken, or it needs an API key.
     """
     local = is_loopback(host)
+    name = f"[{host}]" if ":" in host else host
     if not local and not api_key:
         raise UserError(f"{host} can be reached from other machines: give an --api-key")
     with _listen(host, port) as listener, closing(Engine(source, parallel, queue)) as engine:
@@ -51,10 +53,9 @@ def serve(
         # It warns of every write to a client that has just left.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         engine.load()
-        name = f"[{host}]" if ":" in host else host
         print(engine.info.reason, flush=True)
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
-        hosts = [*LOOPBACK, host] if local else None
+        hosts = [*LOOPBACK, name] if local else None
         config = uvicorn.Config(
             make_app(engine, hosts=hosts, api_key=api_key, thinking=thinking, kiosk=kiosk),
             log_level=logging.WARNING,
@@ -81,8 +82,12 @@ def _listen(host: str, port: int) -> socket.socket:
     """Before the model is loaded, so that a port that is taken is known at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise UserError(
             f"cannot listen on {host} port {port} ({error.strerror}): choose another with --port or --host"
         ) from error
+    if sys.platform == "linux":
+        # A connection is closed only when all was sent. Its reader may never take it, and this ends that.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SEND_TIMEOUT))
+    return listener

@@ -149,6 +149,7 @@ class SharedRequest(_Part):
     temperature: Number | None = Field(None, ge=0, le=2)
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
+    min_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, gt=0)
     seed: int | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
@@ -156,7 +157,6 @@ class SharedRequest(_Part):
     logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
-    min_p: Annotated[Any, _only(0)] = None
 
 
 class ChatRequest(SharedRequest):
@@ -202,14 +202,17 @@ class InputImage(_Part):
         return {"type": "image_url", "image_url": {"url": self.image_url}}
 
 
+def _parts(content: str | list[InputText | InputImage]) -> str | list[dict[str, Any]]:
+    return content if isinstance(content, str) else [part.as_chat() for part in content]
+
+
 class InputMessage(_Part):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
 
     def as_chat(self) -> dict[str, Any]:
-        content = self.content if isinstance(self.content, str) else [part.as_chat() for part in self.content]
-        return {"role": self.role, "content": content}
+        return {"role": self.role, "content": _parts(self.content)}
 
 
 class InputCall(_Part):
@@ -225,10 +228,10 @@ class InputCall(_Part):
 
 class InputCallOutput(_Part):
     type: Literal["function_call_output"]
-    output: str
+    output: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
 
     def as_chat(self) -> dict[str, Any]:
-        return {"role": "tool", "content": self.output}
+        return {"role": "tool", "content": _parts(self.output)}
 
 
 class InputReasoning(_Part):
@@ -277,11 +280,22 @@ class ResponseRequest(_Part):
         Raises:
             ApiError: a tool or a format is not one.
         """
-        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        messages: list[dict[str, Any]] = []
+        if self.instructions:
+            messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             messages.append({"role": "user", "content": self.input})
         else:
-            messages += [item.as_chat() for item in self.input if not isinstance(item, InputReasoning)]
+            for item in self.input:
+                if isinstance(item, InputReasoning):
+                    continue
+                message = item.as_chat()
+                if isinstance(item, InputCall) and messages and messages[-1]["role"] == "assistant":
+                    # One turn of the model: its text and its calls are items of their own only here.
+                    calls = messages[-1].setdefault("tool_calls", [])
+                    calls += message["tool_calls"]
+                else:
+                    messages.append(message)
         fields = {
             "model": self.model,
             "messages": messages,
