@@ -32,6 +32,16 @@ import psutil
 _WARM_UP = 60.0  # seconds before memory is expected to be flat
 _SAMPLE = 2.0  # seconds between looks at it
 _WORDS = ["assert", "yield", "list", "class", "with", "numbers", "import", "lambda", "string", "context"]
+_TOOL = {
+    "type": "function",
+    "name": "look_up",
+    "parameters": {
+        "type": "object",
+        "properties": {"word": {"enum": ["assert", "yield"]}},
+        "required": ["word"],
+    },
+    "strict": True,
+}
 
 
 @dataclass
@@ -152,6 +162,37 @@ def _json(load: Load, rng: random.Random) -> str:
     return "answered"
 
 
+def _responses(load: Load, rng: random.Random) -> str:
+    answer = load.client().responses.create(**_response_question(load, rng))
+    return _check_response(answer)
+
+
+def _responses_stream(load: Load, rng: random.Random) -> str:
+    events = list(load.client().responses.create(**_response_question(load, rng), stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[0].type == "response.created"
+    return _check_response(events[-1].response)
+
+
+def _check_response(answer: Any) -> str:
+    assert answer.status in ("completed", "incomplete") and answer.usage
+    assert 0 < answer.usage.output_tokens <= 60
+    assert all(item.type in ("message", "reasoning", "function_call") for item in answer.output)
+    for item in answer.output:
+        if item.type == "function_call" and answer.status == "completed":
+            assert item.name == "look_up" and "word" in json.loads(item.arguments)
+    return "answered"
+
+
+def _leave_responses(load: Load, rng: random.Random) -> str:
+    question = {**_response_question(load, rng), "max_output_tokens": 4000}
+    stream = load.client().responses.create(**question, stream=True)
+    for _, _ in zip(range(rng.randrange(10)), stream, strict=False):
+        pass
+    stream.close()
+    return "left"
+
+
 def _leave_stream(load: Load, rng: random.Random) -> str:
     stream = load.client().chat.completions.create(
         **{**_question(load, rng), "max_tokens": 4000}, stream=True
@@ -202,9 +243,12 @@ def _send_rubbish(load: Load, rng: random.Random) -> str:
             b"[" * 10_000,
             b'{"messages": [], "model": 5}',
             b'{"messages": [{"role": "king"}]}',
+            b'{"input": [{"type": "message"}]}',
+            b'{"input": "x", "background": true}',
         ]
     )
-    return _expect(load, _head(len(body)) + body, "400")
+    path = "responses" if b"input" in body else rng.choice(["chat/completions", "completions", "responses"])
+    return _expect(load, _head(len(body), path) + body, "400")
 
 
 def _send_too_much(load: Load, rng: random.Random) -> str:
@@ -215,9 +259,13 @@ def _send_bad_image(load: Load, rng: random.Random) -> str:
     url = rng.choice(
         ["https://example.org/a.png", "data:image/png;base64,AAAA", "data:image/png;base64,?", "x"]
     )
-    parts = [{"type": "image_url", "image_url": {"url": url}}]
-    body = json.dumps({"messages": [{"role": "user", "content": parts}]}).encode()
-    return _expect(load, _head(len(body)) + body, "400", "429")
+    if rng.random() < 0.5:
+        path, parts = "responses", [{"type": "input_image", "image_url": url}]
+    else:
+        path, parts = "chat/completions", [{"type": "image_url", "image_url": {"url": url}}]
+    field = "input" if path == "responses" else "messages"
+    body = json.dumps({field: [{"role": "user", "content": parts}]}).encode()
+    return _expect(load, _head(len(body), path) + body, "400", "429")
 
 
 def _hang_up(load: Load, rng: random.Random) -> str:
@@ -227,8 +275,9 @@ def _hang_up(load: Load, rng: random.Random) -> str:
 
 
 _WEIGHTS = {
-    _chat: 20, _stream: 20, _turns: 5, _json: 5, _leave_stream: 10, _leave_waiting: 10, _leave_long_prompt: 5,
-    _read_slowly: 5, _send_rubbish: 10, _send_too_much: 2, _send_bad_image: 5, _hang_up: 5,
+    _chat: 15, _stream: 15, _responses: 5, _responses_stream: 5, _turns: 5, _json: 5,
+    _leave_stream: 10, _leave_responses: 5, _leave_waiting: 10, _leave_long_prompt: 5, _read_slowly: 5,
+    _send_rubbish: 10, _send_too_much: 2, _send_bad_image: 5, _hang_up: 5,
 }  # fmt: skip
 
 
@@ -237,13 +286,28 @@ def _question(load: Load, rng: random.Random) -> dict[str, Any]:
     return {"model": load.model, "messages": messages, "max_tokens": 60, "temperature": rng.choice([0, 0.7])}
 
 
+def _response_question(load: Load, rng: random.Random) -> dict[str, Any]:
+    """In one of four cases with a thought first, in another with a call that is demanded."""
+    question = _question(load, rng)
+    asked: dict[str, Any] = {
+        "model": load.model,
+        "input": question["messages"],
+        "max_output_tokens": question["max_tokens"],
+        "temperature": question["temperature"],
+    }
+    more = rng.choice(
+        [{}, {}, {"reasoning": {"effort": "high"}}, {"tools": [_TOOL], "tool_choice": "required"}]
+    )
+    return {**asked, **more}
+
+
 def _words(rng: random.Random, count: int) -> str:
     return " ".join(rng.choices(_WORDS, k=count))
 
 
-def _head(length: int) -> bytes:
+def _head(length: int, path: str = "chat/completions") -> bytes:
     return (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {length}\r\nConnection: close\r\n\r\n"
     ).encode()
 

@@ -135,7 +135,7 @@ function footer(written, usage, begun, first) {
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy"), 1500);
   });
-  node.append(copy);
+  if (navigator.clipboard) node.append(copy); // browsers have none on plain HTTP from another machine
   if (usage && first) {
     const rate = (usage.completion_tokens - 1) / ((performance.now() - first) / 1000);
     const wait = (first - begun) / 1000;
