@@ -416,6 +416,20 @@ def test_bodies_that_are_refused(server: Server) -> None:
     assert request(server, "GET", "/v1/nothing")[0] == 404
 
 
+def test_request_that_is_nested_too_deeply(server: Server, ask: Callable[..., Any]) -> None:
+    """It harms no other, wherever on its way to the model it becomes too much."""
+    for depth in (100, 300, 400, 500, 700, 900):
+        arguments = '{"a":' * depth + "1" + "}" * depth
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+        body = json.dumps({"messages": messages, "max_tokens": 1}).encode()
+        status = request(server, "POST", "/v1/chat/completions", body)[0]
+        assert status == (200 if depth == 100 else 400) or (depth < 500 and status == 200)
+    wait_until_idle(server)
+    assert ask(max_tokens=2).choices
+    assert b"qwen_edge_model_restarts_total 0.0" in request(server, "GET", "/metrics")[2]
+
+
 def test_other_sites_have_no_business_here(server: Server) -> None:
     """A web page may point its own name at this machine, or send requests that the browser lets pass."""
     assert request(server, "GET", "/health", Host="evil.example")[0] == 400

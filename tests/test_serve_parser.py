@@ -145,6 +145,15 @@ def test_cut_off(size: int) -> None:
     assert calls_of(garbled) == [("look", {"word": "a"})]
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("body", ["\na b</parameter>\n", "\na b\n", "\na b", "a b\n"])
+def test_a_whole_call_with_marks_out_of_place(body: str, size: int) -> None:
+    message = parse(call("look", f"<parameter=word>{body}") + "\n" + call("stop", ""), size)
+    found = [(made["function"]["name"], made["function"]["arguments"]) for made in message["tool_calls"]]
+    assert found == [("look", '{"word": "a b"}'), ("stop", "{}")]
+    assert message["content"] is None
+
+
 def test_back_through_the_template() -> None:
     """What was parsed renders as the text that it came from."""
     text = (

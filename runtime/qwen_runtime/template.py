@@ -31,7 +31,8 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
 
     try:
         return _compile(template).render(messages=messages, add_generation_prompt=True, **variables)
-    except (TemplateError, TypeError) as error:  # TypeError: content that is not text, mostly
+    # Content that is not text, mostly, or what is nested too deeply.
+    except (TemplateError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"the chat template does not take these messages: {error}") from error
 
 

@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import multiprocessing
+import pickle
 import queue
 import threading
 import time
@@ -116,7 +117,7 @@ class Engine:
         self._seconds = _FIRST_GUESS  # that an answer takes, lately
         self._info: ModelInfo | None = None
         self._process: BaseProcess | None = None
-        self._outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.loaded = 0.0  # seconds since 1970
 
     @property
@@ -213,6 +214,11 @@ class Engine:
                 code="queue_full",
                 headers={"Retry-After": str(wait)},
             )
+        job = Job(next(self._ids), prompt, options)
+        try:
+            packed = pickle.dumps(job)  # here, where what cannot be sent is this request's failure alone
+        except RecursionError:
+            raise ApiError(400, "the request is nested too deeply") from None
         self._waiting += 1
         try:
             await self._slots.acquire()
@@ -221,9 +227,9 @@ class Engine:
         if not self.alive:
             self._slots.release()
             raise ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
-        answer = Answer(self, next(self._ids))
+        answer = Answer(self, job.id)
         self._answers[answer.id] = answer
-        self._outbox.put(Job(answer.id, prompt, options))
+        self._outbox.put(packed)
         try:
             await answer.start()
         except BaseException:
@@ -232,7 +238,7 @@ class Engine:
         return answer
 
     def cancel(self, job_id: int) -> None:
-        self._outbox.put(Cancel(job_id))
+        self._outbox.put(pickle.dumps(Cancel(job_id)))
 
     def _dispatch(self, event: Event) -> None:
         assert event.id is not None
@@ -280,14 +286,14 @@ class Engine:
         return f"exit code {self._process.exitcode}"
 
 
-_CLOSE = object()
+_CLOSE = b""
 
 
-def _write(connection: Connection, outbox: queue.SimpleQueue[object]) -> None:
+def _write(connection: Connection, outbox: queue.SimpleQueue[bytes]) -> None:
     """In a thread: a large job blocks until the worker reads it, and that may be after a long prompt."""
-    while (message := outbox.get()) is not _CLOSE:
+    while message := outbox.get():
         try:
-            connection.send(message)
+            connection.send_bytes(message)
         except OSError:
             return
 

@@ -33,6 +33,10 @@ _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
 _PARAMETER = re.compile(
     r"\s*<parameter=([^>\n]+)>(?:\n?</parameter>|\n(.*?)\n</parameter>|([^\n]*?)</parameter>)", re.DOTALL
 )
+# Of a whole call that is not written as it should be: the value's last line has the mark, or there is none.
+_LOOSE_PARAMETER = re.compile(
+    r"\s*<parameter=([^>\n]+)>\n?(.*?)()(?:\n?</parameter>|(?=\n?</function>|\n?</tool_call>))", re.DOTALL
+)
 _FUNCTION_END = re.compile(r"\s*</function>\s*</tool_call>")
 _PYTHON = {"True": True, "False": False, "None": None}  # how the chat template writes them
 
@@ -52,6 +56,7 @@ class AnswerParser:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._rest = ""
+        self._parameter = _PARAMETER
         self._blank = thinking  # nothing but white space since the last mark, and none of it is passed on
         # Each takes what it can from `_rest`, and returns False when it needs more text.
         self._state: Callable[[list[Delta]], bool] = self._thought if thinking else self._text
@@ -66,12 +71,16 @@ class AnswerParser:
 
     def finish(self) -> list[Delta]:
         """The deltas of what was held back. A call that was cut off stays JSON that was cut off."""
+        deltas: list[Delta] = []
+        if self._state == self._arguments and _CALL_END in self._rest:
+            self._parameter = _LOOSE_PARAMETER
+            deltas += self.feed("")
         rest, self._rest = self._rest, ""
         if self._state == self._thought:
-            return list(self._say("reasoning_content", rest.rstrip()))
-        if self._state == self._arguments:
-            return []
-        return list(self._say("content", _CALL + rest if self._state == self._call else rest))
+            deltas += self._say("reasoning_content", rest.rstrip())
+        elif self._state != self._arguments:
+            deltas += self._say("content", _CALL + rest if self._state == self._call else rest)
+        return deltas
 
     def _thought(self, deltas: list[Delta]) -> bool:
         text, ended = self._until(_THOUGHT_END)
@@ -108,7 +117,7 @@ class AnswerParser:
 
     def _arguments(self, deltas: list[Delta]) -> bool:
         function = self.message["tool_calls"][-1]["function"]
-        if found := _PARAMETER.match(self._rest):
+        if found := self._parameter.match(self._rest):
             name = found[1].strip()
             value = _value(found[2] or found[3] or "", self._schema(function["name"], name))
             fragment = f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
