@@ -177,6 +177,7 @@ def test_stop_strings_seed_penalty_and_length(shipped: Path) -> None:
             return "".join(model.generate("The", max_tokens=30, sampling=sampling))
 
         assert sampled(seed=1) == sampled(seed=1)
+        assert whole.startswith(sampled(seed=1, min_p=1.0))  # the likeliest alone
         assert len({sampled(seed=seed) for seed in range(5)}) > 1
         assert len({sampled() for _ in range(5)}) > 1
         counts = []

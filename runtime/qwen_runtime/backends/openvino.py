@@ -26,6 +26,7 @@ _INSTALL = "pip install 'qwen-edge[openvino]'"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, and a token has at least one
 # OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
 _RENAMED = {"random_seed": "rng_seed"}
+_LARGEST_MIN_P = 0.9999  # it refuses 1
 
 
 class OpenVINO:
@@ -73,6 +74,8 @@ class OpenVINO:
     def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> _Generator:
         config = self._pipeline.get_config()
         for name, value in {"random_seed": random.randrange(2**31), **options}.items():
+            if name == "min_p":
+                value = min(value, _LARGEST_MIN_P)
             setattr(config, _RENAMED.get(name, name), value)
         config.max_length = max_length
         config.stop_token_ids = set(self._end_tokens)
