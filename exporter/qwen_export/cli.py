@@ -151,7 +151,8 @@ def main() -> None:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --auto-precision: text to measure on, UTF-8; else a shipped one.",
+    help="With --auto-precision, or --set compression=awq and the like: text to measure on, UTF-8; else a "
+    "shipped one.",
 )
 @click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
 @click.option(
@@ -194,8 +195,13 @@ def export_command(
         folder = output or default_output(source, profile)
         if auto_precision:
             profile = _chosen(source, profile, size, bits, calibration, progress and not as_json)
-        elif size or bits or calibration:
-            raise UserError("--size, --bits and --calibration are for --auto-precision: add it")
+        elif size or bits:
+            raise UserError("--size and --bits are for --auto-precision: add it")
+        elif calibration and profile.compression == "data-free":
+            raise UserError(
+                "--calibration is for --auto-precision, or with a profile for OpenVINO for "
+                "--set compression=scale-estimation, awq or gptq: add one"
+            )
         if not ignore_memory:
             _note_short_context(require_fit(source, profile), max_context)
         with _progress(progress and not as_json, "weights", _BYTES) as shown:
@@ -207,6 +213,7 @@ def export_command(
                 force=force,
                 all_logits=all_logits,
                 max_context=max_context,
+                calibration=calibration,
             )
         if verify and profile.backend != "onnx":
             click.echo("note: OpenVINO artifacts are not verified yet", err=True)
@@ -232,6 +239,8 @@ def _chosen(
 ) -> Profile:
     from qwen_export.auto_precision import auto_precision
 
+    if profile.backend != "onnx":
+        raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")
     if (size is None) == (bits is None):
         raise UserError("--auto-precision needs a size to spend: give --size 18GB or --bits 4.8")
     try:

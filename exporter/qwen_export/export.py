@@ -148,12 +148,15 @@ def export(
     force: bool = False,
     all_logits: bool = False,
     max_context: int | None = None,
+    calibration: Path | None = None,
 ) -> dict[str, Any]:
     """Write the artifact of `checkpoint` for `profile` to the folder `output`; returns its manifest.
 
     Args:
         max_context: tokens, instead of the profile's `context_length`; more than the checkpoint was made for
             turns on YaRN.
+        calibration: UTF-8 text for a profile's `compression` that looks at activations; None takes the
+            shipped one.
 
     Raises:
         UserError: the checkpoint contradicts its config or holds NaN, the output exists, the disk is full,
@@ -178,7 +181,7 @@ def export(
         from qwen_export.openvino.artifact import require_libraries, write_artifact
 
         require_libraries()
-        write = partial(write_artifact, checkpoint, profile)
+        write = partial(write_artifact, checkpoint, profile, calibration)
     else:
         planned = plan(checkpoint, profile, all_logits, _has_mtp(checkpoint, profile, progress))
         write = partial(_export, checkpoint, profile, planned, all_logits)

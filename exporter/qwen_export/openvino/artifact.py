@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from qwen_profiles.errors import UserError
-from qwen_profiles.schema import Profile, Role
+from qwen_profiles.schema import Profile, Role, WeightFormat
 
 from qwen_export import package
 from qwen_export.card import README, model_card
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.graph.model import cache_bytes_per_token
+from qwen_export.openvino.calibration import Calibration
 from qwen_export.openvino.compress import check, compress
 from qwen_export.openvino.convert import convert
+from qwen_export.openvino.fill import Filler
 from qwen_export.openvino.load import load_model
 
 if TYPE_CHECKING:
@@ -33,46 +35,71 @@ _LIBRARIES = ("openvino", "openvino_tokenizers", "nncf", "optimum.intel", "torch
 _INSTALL = "pip install 'qwen-edge[export,openvino]', in an environment of its own"
 # What of ONNX Runtime GenAI's description our runtime needs here too.
 _MODEL_FIELDS = ("type", "vocab_size", "context_length", "bos_token_id", "eos_token_id", "pad_token_id")
+_VISION_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id")
+# Not PROCESSOR_CONFIG's name: OpenVINO GenAI would read it and expect transformers' content.
+_IMAGES = "image_processor.json"
 
 
 def write_artifact(
-    checkpoint: Checkpoint, profile: Profile, work: Path, progress: Progress
+    checkpoint: Checkpoint, profile: Profile, calibration: Path | None, work: Path, progress: Progress
 ) -> dict[str, Any]:
     """Write every file of the artifact to `work`/artifact; returns the manifest.
 
-    Raises:
-        UserError: the checkpoint has a vision tower, or a weight holds NaN or Inf, or was not stored as the
-            recipe says.
-    """
-    import openvino
+    Args:
+        calibration: text for a `compression` that needs one; None takes the shipped one.
 
-    if checkpoint.vision:
-        raise UserError("OpenVINO artifacts have no vision tower yet: leave it out with --text-only")
-    staged, plain = work / package.STAGED, work / "plain"
-    for folder in (plain, staged):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    Raises:
+        UserError: a weight holds NaN or Inf, or was not stored as the recipe says.
+    """
+    staged, scratch = work / package.STAGED, work / "weights"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    recipe = profile.weights
+    if checkpoint.config.tie_word_embeddings:
+        recipe = {**recipe, "embedding": recipe["lm_head"]}
     sizes: dict[Role, int] = {}
     try:
         with _quiet():
             progress.note("tracing the model: minutes for a large one")
-            convert(load_model(checkpoint), plain)
-            for path in sorted(plain.glob("*.xml")):
-                progress.note(f"compressing {path.stem}")
-                model = compress(openvino.Core().read_model(path), profile.weights)
-                for role, size in check(model, profile.weights).items():
+            data_free = profile.compression == "data-free"
+            hollow = [role for role, form in recipe.items() if form.precision != "float" and data_free]
+            model, hollows = load_model(checkpoint, hollow)
+            filler = Filler(hollows, recipe, scratch)
+            if not data_free:
+                text = Calibration(checkpoint.root, model.get_input_embeddings().weight, calibration)
+
+            def finish(traced: Any, name: str) -> Any:
+                progress.note(f"compressing {name}")
+                if data_free:
+                    filler.fill(traced)
+                else:
+                    traced = _calibrated(traced, name, recipe, profile.compression, text)
+                for role, size in check(traced, recipe, name).items():
                     sizes[role] = sizes.get(role, 0) + size
-                openvino.save_model(model, staged / path.name, compress_to_fp16=False)
+                return traced
+
+            convert(model, staged, finish)
+            hollows.check()
             if missing := _roles(checkpoint) - sizes.keys():
                 raise UserError(f"the IR has no weights of {', '.join(sorted(missing))}: {_INSTALL}")
-            for path in (*plain.glob("*.json"), checkpoint.root / _GENERATION_CONFIG):
-                if path.is_file():
-                    shutil.copyfile(path, staged / path.name)
+            generation = checkpoint.root / _GENERATION_CONFIG
+            if generation.is_file():
+                shutil.copyfile(generation, staged / generation.name)
             package.copy_files(checkpoint.root, staged)
             _write_tokenizers(checkpoint.root, staged)
     finally:
-        shutil.rmtree(plain)
+        scratch.unlink(missing_ok=True)
     return _describe(checkpoint, profile, staged, sizes)
+
+
+def _calibrated(
+    model: Any, name: str, recipe: Mapping[Role, WeightFormat], compression: str, text: Calibration
+) -> Any:
+    """The whole model through NNCF, 4-bit weights of the language model with what `compression` names."""
+    options: dict[str, Any] = {}
+    if any(given.any_name == "beam_idx" for given in model.inputs):
+        options = {"dataset": text.dataset(model), compression.replace("-", "_"): True}
+    return compress(model, recipe, name, **options)
 
 
 def _describe(
@@ -80,6 +107,10 @@ def _describe(
 ) -> dict[str, Any]:
     config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
     model = {name: config["model"][name] for name in _MODEL_FIELDS}
+    if checkpoint.vision:
+        model |= {name: config["model"][name] for name in _VISION_FIELDS}
+        model["vision"] = {"config_filename": _IMAGES}
+        package.write_json(staged / _IMAGES, package.processor_config(checkpoint.vision))
     model["decoder"] = {"session_options": config["model"]["decoder"]["session_options"]}
     manifest = package.manifest(
         checkpoint,
@@ -94,6 +125,8 @@ def _describe(
     manifest["cache_bytes_per_token"] = cache_bytes_per_token(
         checkpoint.config, np.dtype(profile.activation_dtype)
     )
+    if checkpoint.vision:
+        manifest["image_prompt_tokens"] = manifest["context_length"]
     manifest["runtime"] = {"model": model, "search": config["search"]}
     (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
     manifest["files"][README] = package.file_entry(staged / README)
@@ -110,6 +143,8 @@ def _roles(checkpoint: Checkpoint) -> set[Role]:
         roles.add("attention")
     if "linear_attention" in config.layer_types:
         roles |= {"linear_attention", "gate"}
+    if checkpoint.vision:
+        roles.add("vision")
     return roles
 
 

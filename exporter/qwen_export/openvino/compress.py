@@ -17,17 +17,25 @@ from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Role, WeightFormat
 
 _OPERANDS = {"MatMul": 2, "Gather": 1}  # of each kind of node that has a weight, those that may be one
-# Where a node was traced from -> the role of its weight; the first that is found counts.
+# Name of a weight in the checkpoint, or of the node that uses it, with the module that it was traced from ->
+# its role; the first that is found counts.
 _ROLES: dict[str, Role] = {
-    r"\.visual\.|vision": "vision",
-    r"\.embed_tokens/": "embedding",
-    r"\.lm_head/": "lm_head",
-    r"\.mlp\.shared_expert\.\w+_proj/": "shared_expert",
-    r"\.mlp\.\w+_proj/": "mlp",
-    r"\.mlp(\.experts)?/(aten|ov_ext)::bmm": "experts",
-    r"\.self_attn\.\w_proj/": "attention",
-    r"\.linear_attn\.in_proj_[ab]/": "gate",
-    r"\.linear_attn\.(in_proj_\w+|out_proj)/": "linear_attention",
+    r"\.visual\.(blocks\.\d+\.(attn|mlp)|merger)\.(qkv|proj|linear_fc\d)[./]": "vision",
+    r"\.embed_tokens[./]": "embedding",
+    r"\blm_head[./]": "lm_head",
+    r"\.mlp\.shared_expert\.\w+_proj[./]": "shared_expert",
+    r"\.mlp\.\w+_proj[./]": "mlp",
+    r"\.mlp(\.experts)?/(aten|ov_ext)::bmm|\.mlp\.experts\.\w+_proj$": "experts",
+    r"\.self_attn\.\w_proj[./]": "attention",
+    r"\.linear_attn\.in_proj_[ab][./]": "gate",
+    r"\.linear_attn\.(in_proj_\w+|out_proj)[./]": "linear_attention",
+}
+# Modules that an IR of their own is made of, which the names of its nodes do not say.
+_MODULES = {
+    "openvino_text_embeddings_model": "model.embed_tokens",
+    "openvino_vision_embeddings_model": "model.visual.patch_embed",
+    "openvino_vision_embeddings_pos_model": "model.visual.pos_embed",
+    "openvino_vision_embeddings_merger_model": "model.visual",
 }
 _NEVER = ["Convolution", "GroupConvolution"]  # NNCF would take them along
 _STORED = {
@@ -54,12 +62,19 @@ class Weight:
     sizes: Mapping[str, int]
 
 
-def compress(model: Any, recipe: Mapping[Role, WeightFormat]) -> Any:
-    """Compress the weights of an openvino.Model, each by the format of its role; returns the model."""
+def compress(model: Any, recipe: Mapping[Role, WeightFormat], ir: str = "", **options: Any) -> Any:
+    """Compress the weights of an openvino.Model, each by the format of its role; returns the model.
+
+    The whole model is in memory. `fill` makes the same constants in little memory, without `options`.
+
+    Args:
+        ir: name of the file, without its ending, for a model that was traced from one module.
+        options: for nncf.compress_weights where weights get 4 bits: what it finds their scales and codes by.
+    """
     import nncf
 
     by_format: dict[WeightFormat, set[str]] = defaultdict(set)
-    for weight in weights(model):
+    for weight in weights(model, ir):
         by_format[recipe[weight.role]].add(weight.node)
     candidates = [node.get_friendly_name() for node in model.get_ops() if node.get_type_name() in _OPERANDS]
     for form, chosen in by_format.items():
@@ -68,7 +83,7 @@ def compress(model: Any, recipe: Mapping[Role, WeightFormat]) -> Any:
         int4 = form.precision == "int4"
         model = nncf.compress_weights(
             model,
-            mode=nncf.CompressWeightsMode(f"{form.precision}_{'sym' if form.symmetric else 'asym'}"),
+            mode=nncf_mode(form),
             group_size=int(form.block_size) if int4 else -1,  # 8-bit weights have one scale a row
             all_layers=True
             if int4
@@ -83,16 +98,26 @@ def compress(model: Any, recipe: Mapping[Role, WeightFormat]) -> Any:
             )
             if int4
             else None,
+            **(options if int4 else {}),
         )
     return model
 
 
-def weights(model: Any) -> Iterator[Weight]:
-    """Every weight that a role of the recipe is for."""
+def nncf_mode(form: WeightFormat) -> Any:
+    """How NNCF calls a format of 4 or 8 bits."""
+    import nncf
+
+    return nncf.CompressWeightsMode(f"{form.precision}_{'sym' if form.symmetric else 'asym'}")
+
+
+def weights(model: Any, ir: str = "") -> Iterator[Weight]:
+    """Every weight that a role of the recipe is for; `ir` as for `compress`."""
     for node in model.get_ops():
         if node.get_type_name() not in _OPERANDS:
             continue
-        role = role_of(node.get_friendly_name())
+        name = node.get_friendly_name().removeprefix("__module")
+        module = _MODULES.get(ir, "")
+        role = role_of(f"{module}{name}" if name.startswith(".") else f"{module}/{name}")
         if role is None:
             continue
         operands = node.input_values()[: _OPERANDS[node.get_type_name()]]
@@ -103,11 +128,11 @@ def weights(model: Any) -> Iterator[Weight]:
 
 
 def role_of(name: str) -> Role | None:
-    """The role of the weight that the node called `name` uses; None where it has none."""
+    """The role of the weight called `name`, or that the node called so uses; None where it has none."""
     return next((role for pattern, role in _ROLES.items() if re.search(pattern, name)), None)
 
 
-def check(model: Any, recipe: Mapping[Role, WeightFormat]) -> dict[Role, int]:
+def check(model: Any, recipe: Mapping[Role, WeightFormat], ir: str = "") -> dict[Role, int]:
     """Compare what is stored with the recipe; returns bytes by role. What is tied counts for one role only.
 
     Raises:
@@ -115,7 +140,7 @@ def check(model: Any, recipe: Mapping[Role, WeightFormat]) -> dict[Role, int]:
     """
     totals: dict[Role, int] = {}
     counted: set[str] = set()
-    for weight in weights(model):
+    for weight in weights(model, ir):
         precision = recipe[weight.role].precision
         if weight.stored not in _STORED[precision]:
             raise UserError(
