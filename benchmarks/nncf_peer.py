@@ -78,7 +78,7 @@ def main() -> None:
     rows = sys.stdout
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         plain = Path(folder, "plain")
-        convert(load_model(checkpoint), plain)
+        convert(load_model(checkpoint)[0], plain, lambda model, _: model)
         for name, options, estimated in configurations():
             model = ov.Core().read_model(plain / "openvino_model.xml")
             if estimated:

@@ -15,13 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_export.openvino.compress import compress
+from qwen_export.openvino.convert import convert
+from qwen_export.openvino.hollow import Hollows, Part
+from qwen_export.openvino.load import load_model
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Guidance, Model, Sampling
-from random_checkpoints import TINY, write_random_checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from random_checkpoints import TINY, TINY_VL, write_random_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
 
-from artifacts import FLOAT, cosine, float_profile, make_artifact
+from artifacts import FLOAT, Quiet, cosine, float_profile, make_artifact
 
 pytestmark = pytest.mark.openvino
 ov = pytest.importorskip("openvino")
@@ -152,6 +158,136 @@ def test_recipe_by_role(shipped: Path) -> None:
     assert len(int8) == 3 * 6 + 4 * 2 + 1  # Gated DeltaNet, attention, the tied embedding
     assert manifest["recipe"]["mlp"]["precision"] == "int4"
     assert manifest["bytes_by_role"]["mlp"] < 0.7 * 3 * 8 * 192 * 384
+
+
+def test_scale_estimation_keeps_the_recipe(tmp_path: Path, shipped: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    profile = load_profile("intel-lunar-lake", ["compression=scale-estimation"])
+    checkpoint = Checkpoint.open(str(TINY))
+    with pytest.raises(UserError, match="give a text of 128"):
+        export(checkpoint, profile, tmp_path / "artifact", Quiet(), calibration=short)
+    export(checkpoint, profile, tmp_path / "artifact", Quiet())
+    found, expected = (stored(artifact) for artifact in (tmp_path / "artifact", shipped))
+    assert [kind for kind, _ in found] == [kind for kind, _ in expected]
+    same = [np.array_equal(one[1], other[1]) for one, other in zip(found, expected, strict=True)]
+    assert 0 < sum(same) < len(same) - 20  # every 4-bit weight has other scales
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artifact(TINY_VL, exact_profile(), tmp_path_factory.mktemp("vision") / "artifact")
+
+
+def request(artifact: Path, name: str) -> Any:
+    return (
+        ov.Core().compile_model(artifact / f"openvino_{name}_model.xml", "CPU", EXACT).create_infer_request()
+    )
+
+
+def test_uncompressed_vision_model_is_that_of_transformers(seeing: Path) -> None:
+    """Features of an image, embedded tokens, and logits for three different position streams."""
+    reference = Qwen3_5ForConditionalGeneration.from_pretrained(TINY_VL, dtype=torch.float32).eval()
+    tower, rng = reference.model.visual, np.random.default_rng(3)
+    grid = torch.tensor([[1, 6, 10]])
+    pixels = rng.standard_normal((60, 3 * 2 * 16 * 16), np.float32)
+    positions = np.stack([np.arange(30), *rng.integers(0, 40, (3, 30))])[:, None]
+    with torch.no_grad():
+        features = tower(torch.from_numpy(pixels), grid_thw=grid).pooler_output.numpy()
+        embedded = reference.get_input_embeddings()(torch.arange(30)[None]).numpy()
+        mixed = np.concatenate([embedded[:, :15], features[None]], axis=1)
+        positions = positions[:, :, : mixed.shape[1]]
+        expected = (
+            reference(inputs_embeds=torch.from_numpy(mixed), position_ids=torch.from_numpy(positions))
+            .logits[0]
+            .numpy()
+        )
+        places, turns = tower.fast_pos_embed_interpolate(grid).numpy(), tower.rot_pos_emb(grid).numpy()
+    (patches,) = request(seeing, "vision_embeddings").infer([pixels]).values()
+    merger = request(seeing, "vision_embeddings_merger")
+    inputs = {
+        "hidden_states": patches + places,
+        "attention_mask": np.zeros((1, 60, 60), np.float32),
+        "rotary_pos_emb": turns,
+    }
+    assert cosine(merger.infer(inputs)["last_hidden_state"], features).min() > 0.99999
+    (found,) = request(seeing, "text_embeddings").infer([np.arange(30)[None]]).values()
+    np.testing.assert_array_equal(found, embedded)
+    inputs = {
+        "inputs_embeds": mixed,
+        "attention_mask": np.ones(mixed.shape[:2], np.int64),
+        "position_ids": positions,
+        "beam_idx": np.zeros(1, np.int32),
+    }
+    language = ov.Core().compile_model(seeing / "openvino_language_model.xml", "CPU", EXACT)
+    assert cosine(language.create_infer_request().infer(inputs)["logits"][0], expected).min() > 0.99999
+
+
+def test_vision_in_int8(tmp_path: Path) -> None:
+    profile = load_profile("intel-lunar-lake", ["weights.vision=int8"])
+    artifact = make_artifact(TINY_VL, profile, tmp_path / "artifact")
+    model = ov.Core().read_model(artifact / "openvino_vision_embeddings_merger_model.xml")
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    kinds = [node.get_element_type().get_type_name() for node in constants]
+    assert kinds.count("i8") == 4 * 4 + 2
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert set(manifest["bytes_by_role"]) == set(profile.weights) - {"experts", "shared_expert"}
+    assert manifest["runtime"]["model"]["vision"]["config_filename"] in manifest["files"]
+
+
+@pytest.mark.parametrize("kind", ["dense in float32", "experts in bfloat16", "untied in bfloat16"])
+def test_weights_filled_in_one_by_one_are_those_of_nncf_on_the_whole_model(kind: str, tmp_path: Path) -> None:
+    shapes: dict[str, dict[str, Any]] = {
+        "dense in float32": {},
+        "experts in bfloat16": {"num_experts": 8, "dtype": torch.bfloat16},
+        "untied in bfloat16": {"tie_word_embeddings": False, "dtype": torch.bfloat16},
+    }
+    checkpoint = Checkpoint.open(str(write_random_checkpoint(tmp_path / "c", **shapes[kind])))
+    profile = load_profile("intel-lunar-lake", ["weights.linear_attention.symmetric=true"])
+    write_whole(checkpoint, profile, tmp_path / "whole")
+    export(checkpoint, profile, tmp_path / "artifact", Quiet())
+    found, expected = (stored(tmp_path / name) for name in ("artifact", "whole"))
+    assert len(found) == len(expected) > 60
+    assert {kind for kind, _ in found} >= {"u4", "i8", "u8", "f16"}
+    for one, other in zip(found, expected, strict=True):
+        assert one[0] == other[0]
+        np.testing.assert_array_equal(one[1], other[1])
+
+
+def write_whole(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None:
+    """The IR with all of the weights in memory, compressed by NNCF's public function."""
+    recipe = dict(profile.weights)
+    if checkpoint.config.tie_word_embeddings:
+        recipe["embedding"] = recipe["lm_head"]
+    model, _ = load_model(checkpoint)
+    convert(model, folder, lambda traced, _: compress(traced, recipe))
+
+
+def stored(artifact: Path) -> list[tuple[str, np.ndarray]]:
+    """Types and values of the constants, in the order in which they are used."""
+    model = ov.Core().read_model(artifact / "openvino_model.xml")
+    constants = [node for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
+    return [
+        (node.get_element_type().get_type_name(), np.array(node.data))
+        for node in constants
+        if node.get_element_type().get_type_name() in ("i4", "u4", "i8", "u8", "f16", "bf16")
+    ]
+
+
+def test_a_weight_that_is_not_found_in_the_ir_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when OpenVINO has made one of two of them, or copied one."""
+    find = Hollows.find
+
+    def forgetful(hollows: Hollows, address: int) -> Part | None:
+        part = hollows._parts.get(address)
+        return None if part and "layers.1.mlp.up_proj" in part.name else find(hollows, address)
+
+    monkeypatch.setattr(Hollows, "find", forgetful)
+    with pytest.raises(UserError, match=r"1 weights of the checkpoint are not in .*layers\.1\.mlp\.up_proj"):
+        make_artifact(TINY, load_profile("intel-lunar-lake"), tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_a_weight_that_no_group_fits_is_refused(tmp_path: Path) -> None:

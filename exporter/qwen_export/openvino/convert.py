@@ -25,8 +25,8 @@ def convert(model: Any, folder: Path, finish: Finish) -> None:
         openvino.save_model(finish(traced, Path(path).stem), path, compress_to_fp16=False)
 
     vision = hasattr(model.model, "visual")
-    # optimum-intel gives a traced model to nobody before it has written it; and it would trace twice, in three
-    # times the memory, to compare what weights that are not there come to.
+    # optimum-intel gives a traced model to nobody before it has written it. It would also trace twice, in
+    # three times the memory, to compare what weights that are not there come to.
     with (
         patch.object(optimum, "save_model", save),
         patch.object(optimum, "allow_skip_tracing_check", return_value=True),

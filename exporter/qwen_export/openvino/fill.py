@@ -18,7 +18,7 @@ from qwen_profiles.schema import Role, WeightFormat
 from qwen_export.openvino.compress import nncf_mode
 from qwen_export.openvino.hollow import Hollows, Part
 
-_ELEMENTS = 4 * 1024 * 1024  # compressed at a time
+_ELEMENTS = 1024 * 1024  # compressed at a time
 _LEAST_GROUP = 32  # what NNCF falls back to where a row is no multiple of the recipe's block
 _ALIGNMENT = 64  # bytes
 _TYPES = {  # of codes and zero points, as OpenVINO calls them
