@@ -274,20 +274,32 @@ def stored(artifact: Path) -> list[tuple[str, np.ndarray]]:
     ]
 
 
-def test_a_weight_that_is_not_found_in_the_ir_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weight_that_is_not_found_in_the_ir_is_an_error() -> None:
     """As when OpenVINO has made one of two of them, or copied one."""
-    find = Hollows.find
-
-    def forgetful(hollows: Hollows, address: int) -> Part | None:
-        part = hollows._parts.get(address)
-        return None if part and "layers.1.mlp.up_proj" in part.name else find(hollows, address)
-
-    monkeypatch.setattr(Hollows, "find", forgetful)
+    sources = Checkpoint.open(str(TINY)).tensors
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
+    hollows = Hollows(384 * 192, len(names))
+    parts = [Part(name, "mlp", sources[name], 0, 384) for name in names]
+    first, second = (hollows.tensor(part, torch.float32) for part in parts)
+    assert first.shape == second.shape == (384, 192) and not torch.equal(first, second)
+    assert hollows.find(first.data_ptr()) == parts[0]
+    assert hollows.find(first.data_ptr() + 4) is None
     with pytest.raises(UserError, match=r"1 weights of the checkpoint are not in .*layers\.1\.mlp\.up_proj"):
-        make_artifact(TINY, load_profile("intel-lunar-lake"), tmp_path / "artifact")
-    assert not (tmp_path / "artifact").exists()
+        hollows.check()
+    assert hollows.find(second.data_ptr()) == parts[1]
+    hollows.check()
+
+
+@pytest.mark.parametrize("reads", [1, 10**9])
+def test_rows_of_half_of_all_experts(reads: int, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(write_random_checkpoint(tmp_path / "c", num_experts=8)))
+    source = checkpoint.tensors["model.layers.0.mlp.experts.gate_up_proj"]
+    whole = source.read(0, 8)
+    half = whole.shape[1] // 2
+    part = Part("up", "experts", source, half, 2 * half)
+    found = np.concatenate(list(part.rows(reads)))
+    assert part.shape == (8, half, whole.shape[2])
+    np.testing.assert_array_equal(found.reshape(part.shape), whole[:, half:].astype(np.float32))
 
 
 def test_a_weight_that_no_group_fits_is_refused(tmp_path: Path) -> None:
