@@ -188,7 +188,7 @@ def main() -> None:
 
     texts, folder = windows(arguments.tokens), CHECKPOINTS[arguments.checkpoint]
     checkpoint = Checkpoint.open(str(folder), text_only=True)
-    model = load_model(checkpoint).float()
+    model = load_model(checkpoint)[0].float()
     with torch.no_grad():
         logits = [model(torch.from_numpy(ids)[None]).logits[0].numpy() for ids in texts]
     reference = np.stack([log_softmax(part) for part in logits])
