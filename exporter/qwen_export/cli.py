@@ -215,9 +215,6 @@ def export_command(
                 max_context=max_context,
                 calibration=calibration,
             )
-        if verify and profile.backend != "onnx":
-            click.echo("note: OpenVINO artifacts are not verified yet", err=True)
-            verify = False
         report = _verified(folder, source, progress and not as_json) if verify else None
         if as_json:
             click.echo(json.dumps({"output": str(folder), **manifest, "verification": report}, indent=2))
@@ -318,7 +315,7 @@ Examples:
     "--provider",
     default="auto",
     show_default=True,
-    help="Execution provider: auto, cpu, cuda, dml, openvino or webgpu.",
+    help="Execution provider: auto, cpu, cuda, dml, openvino or webgpu; with OpenVINO the device.",
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="How many to compare on.  [default: 1024]")
 @click.option(
@@ -422,7 +419,7 @@ def plan_command(
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON on stdout.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 def inspect_command(artifact: Path, as_json: bool, debug: bool) -> None:
-    """Say what is in ARTIFACT and which providers can run it, from its own files."""
+    """Say what is in ARTIFACT and which providers or devices can run it, from its own files."""
     with reported(debug):
         found = inspect(artifact)
         if as_json:

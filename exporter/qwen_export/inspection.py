@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,36 @@ _TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
 def inspect(artifact: Path) -> dict[str, Any]:
-    """What `artifact` is: the manifest's facts, sizes and precisions by role, operators, and coverage.
+    """What `artifact` is: the manifest's facts, sizes and precisions by role, operators, and where it runs.
 
-    `providers` has for each execution provider the nodes that it has kernels for, those that it lacks by
-    operator, and whether it `runs` the artifact: null where it publishes no table of kernels.
+    For ONNX Runtime `providers` has for each execution provider the nodes that it has kernels for, those that
+    it lacks by operator, and whether it `runs` the artifact: null where it publishes no table of kernels.
+    For OpenVINO there is what `inspect_ir` gives.
 
     Raises:
         UserError: not an artifact, or its files are not those that its manifest lists.
     """
     manifest = read_manifest(artifact)
-    graphs = {name: _operators(artifact / name) for name in sorted(manifest["files"]) if _is_graph(name)}
-    total = sum(graphs.values(), Counter[tuple[str, str]]())
-    return {
+    facts = (
+        *("model", "source", "profile", "backend", "provider", "device", "lowering"),
+        *("onnxruntime", "openvino", "nncf", "activation_dtype", "context_length"),
+    )
+    found = {
         "artifact": artifact.name,
-        **{key: manifest[key] for key in ("model", "source", "profile", "backend", "provider", "lowering")},
-        **{key: manifest[key] for key in ("onnxruntime", "activation_dtype", "context_length")},
+        **{fact: manifest[fact] for fact in facts if fact in manifest},
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "roles": {
             role: {"bytes": manifest["bytes_by_role"][role], "precision": precision}
             for role, precision in precisions(manifest).items()
         },
+    }
+    if manifest["backend"] == "openvino":
+        from qwen_export.openvino.inspection import inspect_ir
+
+        return found | inspect_ir(artifact, manifest)
+    graphs = {name: _operators(artifact / name) for name in sorted(manifest["files"]) if _is_graph(name)}
+    total = sum(graphs.values(), Counter[tuple[str, str]]())
+    return found | {
         "graphs": {name: sum(operators.values()) for name, operators in graphs.items()},
         "operators": {
             f"{domain}::{name}" if domain else name: n for (domain, name), n in total.most_common()
@@ -88,23 +98,27 @@ def _nodes(graph: onnx.GraphProto) -> Counter[tuple[str, str]]:
 def precisions(manifest: Mapping[str, Any]) -> dict[str, str]:
     """How each role of `bytes_by_role` is stored, in words."""
     recipe, carried = manifest["recipe"], set(manifest.get("carried_over", []))
+    by_rows = {"int8"} if manifest["backend"] == "openvino" else set()  # NNCF's have one scale a row
     layers = manifest.get("settings", {}).get("layer_weights", {}).values()
     found = {}
     for role in manifest["bytes_by_role"]:
-        forms = Counter(_precision(layer[role], role in carried) for layer in layers if role in layer)
+        forms = Counter(
+            _precision(layer[role], role in carried, by_rows) for layer in layers if role in layer
+        )
         several = "; ".join(f"{form} in {count} layers" for form, count in forms.most_common())
         found[role] = several if len(forms) > 1 else next(iter(forms), "")
-        found[role] = found[role] or _precision(recipe.get(role), role in carried)
+        found[role] = found[role] or _precision(recipe.get(role), role in carried, by_rows)
     return found
 
 
-def _precision(form: dict[str, Any] | None, carried: bool) -> str:
+def _precision(form: dict[str, Any] | None, carried: bool, by_rows: Set[str]) -> str:
     if carried:
         return "int4, as in the checkpoint"
     if form is None or form["precision"] == "float":
         return "float"
     fitted = "" if form["symmetric"] else ", zero points"
-    return f"{form['precision']}, block {form['block_size']}{fitted}"
+    block = "one scale a row" if form["precision"] in by_rows else f"block {form['block_size']}"
+    return f"{form['precision']}, {block}{fitted}"
 
 
 def read_manifest(artifact: Path) -> dict[str, Any]:
@@ -121,10 +135,6 @@ def read_manifest(artifact: Path) -> dict[str, Any]:
         version, listed = manifest["format_version"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest ({error!r}): copy the artifact again") from error
-    if manifest.get("backend") == "openvino":
-        raise UserError(
-            f"{artifact} is for OpenVINO: only artifacts for ONNX Runtime are inspected and verified"
-        )
     if version != package.FORMAT_VERSION:
         raise UserError(f"{artifact} has artifact format {version}: install the qwen-edge that exported it")
     for name, entry in listed.items():

@@ -18,7 +18,7 @@ def profiles_table(profiles: Iterable[Profile]) -> Table:
         hardware = profile.hardware
         table.add_row(
             profile.name,
-            runs_on if profile.backend == "onnx" else f"{profile.backend} (not yet)",
+            runs_on,
             f"{hardware.memory_budget_gb:g}",
             f"{hardware.bandwidth_gb_s:g}",
             profile.description,
@@ -93,13 +93,26 @@ def matrix_table(found: list[Fit]) -> Table:
 
 
 def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
-    """Sizes by role, and which providers have kernels for the graphs."""
-    made = f"{found['lowering']}, context {found['context_length']}"
+    """Sizes by role, and which providers have kernels for the graphs, or which devices are here."""
+    ir = found["backend"] == "openvino"
+    made = f"{'OpenVINO' if ir else found['lowering']}, context {found['context_length']}"
     title = f"{found['model']['name']} for {found['profile']}: {made}"
     roles = Table("role", "precision", "size", title=title)
     for role, entry in sorted(found["roles"].items(), key=lambda item: -item[1]["bytes"]):
-        roles.add_row(role, entry["precision"], _gb(entry["bytes"]))
+        stored = ", ".join(f"{count} {kind}" for kind, count in found.get("stored", {}).get(role, {}).items())
+        roles.add_row(role, entry["precision"] + (f" ({stored})" if stored else ""), _gb(entry["bytes"]))
     roles.add_row("all files", "", _gb(found["bytes"]))
+    return roles, _devices_table(found) if ir else _providers_table(found)
+
+
+def _devices_table(found: Mapping[str, Any]) -> Table:
+    table = Table("device", "runs", "why", title=f"made with OpenVINO {found['openvino']}")
+    for name, entry in found["devices"].items():
+        table.add_row(name, "yes" if entry["runs"] else "no", entry["reason"])
+    return table
+
+
+def _providers_table(found: Mapping[str, Any]) -> Table:
     providers = Table(
         "provider", "runs", "nodes with a kernel", "missing", title=f"onnxruntime {found['onnxruntime']}"
     )
@@ -110,7 +123,7 @@ def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
         missing = ", ".join(f"{count} {operator}" for operator, count in entry["missing"].items())
         covered = f"{entry['covered']} of {entry['nodes']}"
         providers.add_row(name, "yes" if entry["runs"] else "no", covered, missing)
-    return roles, providers
+    return providers
 
 
 def _gb(size: int) -> str:

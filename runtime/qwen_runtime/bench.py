@@ -265,7 +265,7 @@ def _time(length: int, tokens: int) -> _Timing:
     assert _model is not None
     ids = _model.encode(_TEXT * (length + tokens))[: length + tokens]
     times = [time.perf_counter()]
-    times += [time.perf_counter() for _ in _model.score(ids, length)]
+    times += [time.perf_counter() for _ in _model.pace(ids, length)]
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     return _Timing(seconds[0], tuple(seconds[1:]))
 

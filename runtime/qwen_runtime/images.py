@@ -76,12 +76,14 @@ class Patches:
         values: float32 [height * width, channels * frames * patch_size^2], in blocks of merge_size^2.
         height, width: in patches.
         tokens: features that they become, each in the place of one token.
+        pixels: uint8 [rows, columns, 3], the resized image that was cut up.
     """
 
     values: np.ndarray
     height: int
     width: int
     tokens: int
+    pixels: np.ndarray
 
 
 def take_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Any]]:
@@ -205,7 +207,7 @@ def cut_patches(image: Image, settings: ImageSettings, most_tokens: int) -> Patc
     blocks = values.reshape(rows // merge, merge, patch, columns // merge, merge, patch, channels)
     blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, channels, 1, patch, patch)
     frames = np.repeat(blocks, settings.temporal_patch_size, axis=2)
-    return Patches(frames.reshape(rows * columns, -1), rows, columns, rows * columns // merge**2)
+    return Patches(frames.reshape(rows * columns, -1), rows, columns, rows * columns // merge**2, resized)
 
 
 def _fitting_size(width: int, height: int, factor: int, least: int, most: int) -> tuple[int, int]:

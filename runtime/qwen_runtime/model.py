@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from qwen_profiles.errors import UserError
 
 from qwen_runtime import backends
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends import Backend, Guidance
 from qwen_runtime.generation import Generation, Logits, Plan
-from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images, vision_inputs
+from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images
 from qwen_runtime.prefix import State, StateCache, common_prefix
 from qwen_runtime.speculative import Sessions, Speculator
 from qwen_runtime.template import render
@@ -252,13 +253,15 @@ class Model:
         """
         sources: list[Any] = []
         if isinstance(prompt, str):
-            tokens = self.encode(prompt)
+            text = prompt
+            tokens = self.encode(text)
             snapshot = len(tokens) - 1  # there must be something left to read
         else:
             if not all(isinstance(message, Mapping) for message in prompt):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
             messages, sources = take_images(with_frames(prompt, video_frames))
-            tokens = self.encode(self.apply_chat_template(messages, thinking, tools))
+            text = self.apply_chat_template(messages, thinking, tools)
+            tokens = self.encode(text)
             snapshot = self._shared(tokens, messages, thinking, tools) if self._states.size else 0
         tokens, images = self._place_images(tokens, sources, max_image_tokens)
         room = self.info.context_length - len(tokens)
@@ -283,6 +286,7 @@ class Model:
         options = self._options(sampling)
         # What a state has drawn so far would change what it draws next; and images need a fresh generator.
         reusable = self._states.size > 0 and not images and "random_seed" not in options and not speculative
+        logits = logprobs is not None or bool(sampling.logit_bias)
         limit = min(room, max_tokens or _DEFAULT_MAX_TOKENS)
         defaults = self._artifact.genai_config["search"]
         samples = options.get("do_sample", defaults.get("do_sample", False))
@@ -291,12 +295,9 @@ class Model:
             "frequency_penalty": sampling.frequency_penalty or 0.0,
             "min_p": (sampling.min_p or 0.0) if samples else 0.0,  # the likeliest is never ruled out
         }
-        if not self._backend.shows_logits:
-            if logprobs is not None or sampling.logit_bias:
-                raise UserError(
-                    f"{self.info.provider} shows no logits, which logprobs and logit_bias need: export with "
-                    "a profile for ONNX Runtime"
-                )
+        if self.scores_apart and logits and images:
+            raise UserError(f"{self.info.provider} takes images, or logprobs and logit_bias: leave one off")
+        if self.scores_apart and not logits:
             options |= {name: value for name, value in adjustments.items() if value}
             adjustments = {}
         plan = Plan(
@@ -310,7 +311,7 @@ class Model:
             logit_bias=sampling.logit_bias or {},
             temperature=options.get("temperature", defaults.get("temperature", 1.0)),
             logprobs=logprobs,
-            inputs=self._backend.image_inputs(vision_inputs(tokens, images)) if images else None,
+            inputs=self._backend.image_inputs(text, tokens, images) if images else None,
             **adjustments,
         )
         key = {**options, "guidance": guidance}
@@ -324,7 +325,7 @@ class Model:
             if reusable:
                 grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
                 max_length = min(grown, self.info.context_length)
-            state = State(self._backend.generator(options, guidance, max_length), key, max_length)
+            state = State(self._backend.generator(options, guidance, max_length, logits), key, max_length)
         return Generation(state, self._backend.tokenizer, plan, self._release)
 
     def _place_images(
@@ -361,16 +362,14 @@ class Model:
         read in runs, and the others one by one as if they had been generated.
 
         Raises:
-            UserError: the tokens do not fit the context, or the backend shows no logits.
+            UserError: the tokens do not fit the context.
         """
         if len(tokens) >= self.info.context_length:
             raise UserError(f"{len(tokens)} tokens do not fit the context of {self.info.context_length}")
-        if not self._backend.shows_logits:
-            raise UserError(f"{self.info.provider} shows no logits: they cannot be scored")
         appends, ends = self._backend.appends, self._artifact.end_tokens
         if not appends and not ends.isdisjoint(tokens[prompt:]):
             raise UserError(f"on {self.info.provider} the text must not have tokens that end an answer")
-        generator: Any = self._backend.generator({"do_sample": False}, None, len(tokens) + 1)
+        generator: Any = self._backend.generator({"do_sample": False}, None, len(tokens) + 1, True)
         step = appends or prompt
         State(generator, {}, len(tokens) + 1).read(tokens[:prompt], None, step, lambda: False)
         for token in [*tokens[prompt:], None]:
@@ -383,6 +382,47 @@ class Model:
                 logits[..., token] = 0
                 generator.set_logits(logits)
                 generator.generate_next_token()
+
+    @property
+    def scores_apart(self) -> bool:
+        """Whether `score` runs the same weights in another way than answers do, with other kernels."""
+        return not self._backend.shows_logits
+
+    def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """How likely each of `tokens` but the first is after those before it, in the way that answers are
+        computed: logarithms, float32 [tokens - 1].
+
+        Raises:
+            UserError: the tokens do not fit the context.
+        """
+        if not self.scores_apart:
+            scored = [
+                logits[token] - np.logaddexp.reduce(logits, dtype=np.float64)
+                for logits, token in zip(self.score(tokens[:-1], 1), tokens[1:], strict=True)
+            ]
+            return np.asarray(scored, np.float32)
+        if len(tokens) >= self.info.context_length:
+            raise UserError(f"{len(tokens)} tokens do not fit the context of {self.info.context_length}")
+        return self._backend.logprobs(tokens)
+
+    def pace(self, tokens: Sequence[int], prompt: int) -> Iterator[None]:
+        """What `score` does, as an answer does it and without its logits, for timing: a step for the first
+        `prompt` of `tokens`, then one for each token after it, which may be others than `tokens` has.
+
+        Raises:
+            UserError: the tokens do not fit the context.
+        """
+        if not self.scores_apart:
+            yield from (None for _ in self.score(tokens, prompt))
+            return
+        options = {"do_sample": False, "ignore_eos": True}
+        generator = self._backend.generator(options, None, len(tokens) + 2)
+        generator.append_tokens(np.asarray(tokens[:prompt], np.int32))
+        for _ in range(len(tokens) - prompt + 1):
+            generator.generate_next_token()
+            while not len(generator.get_next_tokens()):  # a piece of a long prompt was read
+                generator.generate_next_token()
+            yield
 
     def read_ahead(
         self,

@@ -26,6 +26,7 @@ from qwen_export.openvino.compress import check, compress
 from qwen_export.openvino.convert import convert
 from qwen_export.openvino.fill import Filler
 from qwen_export.openvino.load import load_model
+from qwen_export.openvino.repair import repair
 
 if TYPE_CHECKING:
     from qwen_export.export import Progress
@@ -72,7 +73,8 @@ def write_artifact(
                 progress.note(f"compressing {name}")
                 if data_free:
                     filler.fill(traced)
-                else:
+                repair(traced)
+                if not data_free:
                     traced = _calibrated(traced, name, recipe, profile.compression, text)
                 for role, size in check(traced, recipe, name).items():
                     sizes[role] = sizes.get(role, 0) + size
@@ -119,6 +121,7 @@ def _describe(
         context_length=model["context_length"],
         files={path.name: package.file_entry(path) for path in sorted(staged.iterdir())},
     )
+    manifest["settings"] = profile.model_dump(mode="json")
     manifest["bytes_by_role"] = sizes
     manifest["carried_over"] = []
     manifest["all_logits"] = True

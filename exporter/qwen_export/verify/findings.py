@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median, median_low
 
 from qwen_profiles.schema import Profile
 
-from qwen_export.verify.measure import Loss, Measured
+from qwen_export.verify.measure import Measured
 
 # A role's error in one layer is its own affair when it is so many times that role's usual one.
 _ODD_ERROR = 5.0
@@ -19,9 +20,17 @@ _EXPLAINED = 0.5
 _BETTER = {"int4": "int8", "int8": "float"}
 
 
-def passes(loss: Loss, profile: Profile) -> bool:
-    bar = profile.quality
-    return loss.kl_divergence <= bar.max_kl_divergence and loss.top1_agreement >= bar.min_top1_agreement
+def passes(measured: Measured, profile: Profile) -> bool:
+    bar, loss = profile.quality, measured.run or measured.weights
+    above = loss.kl_divergence <= bar.max_kl_divergence and loss.top1_agreement >= bar.min_top1_agreement
+    return above and _apart(measured) <= bar.max_kl_divergence
+
+
+def _apart(measured: Measured) -> float:
+    """Nats a token by which the path that answers does worse than the one whose logits were compared."""
+    if measured.answering is None or measured.run is None:
+        return 0.0
+    return math.log(measured.answering / measured.run.perplexity)
 
 
 def findings(measured: Measured, profile: Profile, settable: Mapping[str, str]) -> list[str]:
@@ -52,10 +61,18 @@ def _provider(measured: Measured, profile: Profile) -> list[str]:
     """The runtime's arithmetic, where the weights do not explain the loss."""
     if measured.run is None:
         return []
+    if _apart(measured) > profile.quality.max_kl_divergence:
+        return [
+            f"The pipeline that answers has a perplexity of {measured.answering:.2f}, where the same weights "
+            f"run for their logits have {measured.run.perplexity:.2f}: its kernels compute otherwise on this "
+            "device. Try another --provider, or another version of OpenVINO."
+        ]
     beyond = measured.run.kl_divergence - measured.weights.kl_divergence
     if beyond <= _EXPLAINED * profile.quality.max_kl_divergence:
         return []
     setting = "accuracy_level=0" if profile.accuracy_level else "activation_dtype=float32"
+    if profile.backend == "openvino":
+        setting = "provider_options.INFERENCE_PRECISION_HINT=f32"
     return [
         f"The weights explain a KL divergence of {measured.weights.kl_divergence:.4f} of "
         f"{measured.run.kl_divergence:.4f}: the rest is how the execution provider computes. Try another "

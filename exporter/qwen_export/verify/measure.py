@@ -14,11 +14,10 @@ import numpy as np
 
 from qwen_export import reference
 from qwen_export.config import TextConfig
-from qwen_export.quantize import Quantization
 from qwen_export.reference import Weights, log_softmax
 from qwen_export.sources import Source
 from qwen_export.verify.running import Runner, Started, Timing
-from qwen_export.verify.stored import StoredTensor
+from qwen_export.verify.stored import Stored
 
 WINDOW = 256  # tokens of one text
 _PROBED = 1  # texts that roles and layers are compared on, one by one
@@ -77,6 +76,8 @@ class Measured:
         growth: how many times larger each layer of the checkpoint makes its hidden states.
         started: where and how the artifact was loaded; None where it was not run.
         timings: how long the runtime took for each text.
+        answering: the perplexity that the path which answers finds, where it is not the one that was run for
+            `run`.
     """
 
     reference_perplexity: float
@@ -87,6 +88,7 @@ class Measured:
     growth: list[float]
     started: Started | None
     timings: list[Timing]
+    answering: float | None = None
 
 
 class _Streams:
@@ -111,24 +113,18 @@ def prompt_of(length: int) -> int:
     return length * 5 // 8
 
 
-def steps(config: TextConfig, stored: Mapping[str, StoredTensor], texts: int) -> int:
+def steps(config: TextConfig, stored: Mapping[str, Stored], texts: int) -> int:
     """How often `measure` will call `advance`."""
     roles = quantised_roles(stored)
     local = sum(len(_roles_in(stored, index, roles)) for index in range(config.num_hidden_layers))
     return config.num_hidden_layers * (2 + len(roles)) + local + texts
 
 
-def quantised_roles(stored: Mapping[str, StoredTensor]) -> list[str]:
-    return sorted(
-        {
-            tensor.role
-            for tensor in stored.values()
-            if any(isinstance(segment.weight.storage, Quantization) for segment in tensor.segments)
-        }
-    )
+def quantised_roles(stored: Mapping[str, Stored]) -> list[str]:
+    return sorted({tensor.role for tensor in stored.values() if tensor.quantised})
 
 
-def _roles_in(stored: Mapping[str, StoredTensor], layer: int, roles: Sequence[str]) -> list[str]:
+def _roles_in(stored: Mapping[str, Stored], layer: int, roles: Sequence[str]) -> list[str]:
     within = {tensor.role for name, tensor in stored.items() if name.startswith(f"model.layers.{layer}.")}
     return [role for role in roles if role in within]
 
@@ -136,7 +132,7 @@ def _roles_in(stored: Mapping[str, StoredTensor], layer: int, roles: Sequence[st
 def measure(
     config: TextConfig,
     tensors: Mapping[str, Source],
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, Stored],
     ids: np.ndarray,
     run: Callable[[], Runner | None],
     advance: Callable[[], None],
@@ -173,6 +169,7 @@ def measure(
 
     runner = run()
     own, weights, timings = Loss(), Loss(), []
+    answering: list[np.ndarray] = []
     ran = Loss() if runner else None
     by_role: dict[str, list[float]] = {role: [] for role in roles}
     for text, tokens in enumerate(ids):
@@ -184,6 +181,8 @@ def measure(
             logits, timing = runner.score(tokens.tolist(), prompt)
             ran.add(expected, log_softmax(logits), following)
             timings.append(timing)
+            if runner.started.scores_apart:
+                answering.append(-runner.answering(tokens.tolist())[prompt - 1 :])
         for role in roles if text < _PROBED else ():
             loss = Loss()
             loss.add(expected, log_probabilities(role, text), following)
@@ -191,8 +190,9 @@ def measure(
         advance()
     means = {role: float(np.mean(values)) for role, values in by_role.items()}
     started = runner.started if runner else None
-    return Measured(own.perplexity, weights, ran, means, by_layer, growth, started, timings)
+    answered = float(np.exp(np.mean(answering))) if answering else None
+    return Measured(own.perplexity, weights, ran, means, by_layer, growth, started, timings, answered)
 
 
-def _of(stored: Mapping[str, StoredTensor], role: str) -> dict[str, StoredTensor]:
+def _of(stored: Mapping[str, Stored], role: str) -> dict[str, Stored]:
     return {name: tensor for name, tensor in stored.items() if tensor.role == role}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -13,13 +14,40 @@ from qwen_profiles.errors import UserError
 from qwen_export.export import Plan
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.quantize import Quantization, Quantized, dequantize
-from qwen_export.sources import TensorInfo
+from qwen_export.sources import Source, TensorInfo
 from qwen_export.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
 
 _UNDONE: dict[Transform | None, Transform] = {
     None: lambda rows: rows,
     interleave_gate_up: deinterleave_gate_up,
 }
+
+
+class Stored(Source, Protocol):
+    """A tensor of the checkpoint, read from an artifact: its shape is the checkpoint's."""
+
+    @property
+    def role(self) -> str:
+        """Of the recipe."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any part of it is held in codes and scales."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What an artifact holds, and what it takes to run it.
+
+    Attributes:
+        tensors: the matrices by their names in the checkpoint; vectors are not among them.
+        decode_bytes: of weights that are read for one token.
+        needed: bytes of memory with a short context.
+    """
+
+    tensors: Mapping[str, Stored]
+    decode_bytes: int
+    needed: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +107,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     segments: tuple[_Segment, ...]
     packing: None = None
+
+    @property
+    def quantised(self) -> bool:
+        return any(isinstance(segment.weight.storage, Quantization) for segment in self.segments)
 
     @property
     def nbytes(self) -> int:

@@ -25,21 +25,28 @@ from qwen_export import package
 from qwen_export.card import README, model_card, render
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.config import expected_shapes
-from qwen_export.estimate import Estimate, estimate
+from qwen_export.estimate import estimate
 from qwen_export.export import Progress, plan
 from qwen_export.inspection import precisions, read_manifest
 from qwen_export.verify.findings import findings, passes
 from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
 from qwen_export.verify.plots import plots
 from qwen_export.verify.running import Runner, running
-from qwen_export.verify.stored import stored_tensors
+from qwen_export.verify.stored import StoredWeights, stored_tensors
 
 REPORT, REPORT_JSON = "REPORT.md", "report.json"
 DEFAULT_TOKENS = 4 * WINDOW
 _FORMAT_VERSION = 1
-_PACKAGES = ("onnxruntime", "onnxruntime-genai", "numpy")
+_PACKAGES = {
+    "onnx": ("onnxruntime", "onnxruntime-genai", "numpy"),
+    "openvino": ("openvino", "openvino-genai", "openvino-tokenizers", "numpy"),
+}
 # Files of an artifact that are not compared, and what they are.
-_NOT_COMPARED = {package.VISION_FILE: "the vision tower", package.MTP_FILE: "the MTP head"}
+_NOT_COMPARED = {
+    package.VISION_FILE: "the vision tower",
+    "openvino_vision_embeddings_model.xml": "the vision tower",
+    package.MTP_FILE: "the MTP head",
+}
 _OWN_MEMORY = {"cuda"}  # providers whose weights are not in the computer's memory
 
 
@@ -72,12 +79,10 @@ def verify(
     checkpoint = replace(checkpoint, config=config)
     shapes = expected_shapes(config)
     checkpoint.check(shapes)
-    planned = plan(checkpoint, profile)
-    stored = stored_tensors(artifact, planned, shapes)
-    predicted = estimate(checkpoint, profile, planned)
-    ids = _texts(artifact, manifest["context_length"], tokens, text)
+    stored = _stored(artifact, checkpoint, profile, shapes)
+    ids = _texts(artifact, manifest, tokens, text)
 
-    not_run = _too_large(manifest["provider"], predicted)
+    not_run = _too_large(manifest["provider"], stored.needed)
     if not_run:
         progress.note(f"the artifact is not run, its weights are still compared: {not_run}")
     with ExitStack() as stack:
@@ -85,11 +90,10 @@ def verify(
         def run() -> Runner | None:
             return None if not_run else stack.enter_context(running(artifact, provider))
 
-        progress.start(steps(config, stored, len(ids)))
-        measured = measure(config, checkpoint.tensors, stored, ids, run, lambda: progress.advance(1))
+        progress.start(steps(config, stored.tensors, len(ids)))
+        measured = measure(config, checkpoint.tensors, stored.tensors, ids, run, lambda: progress.advance(1))
 
-    loss = measured.run or measured.weights
-    passed = passes(loss, profile)
+    passed = passes(measured, profile)
     carried = set(manifest["carried_over"])
     settable: dict[str, str] = {
         role: form.precision
@@ -100,7 +104,7 @@ def verify(
     report = {
         "format_version": _FORMAT_VERSION,
         "qwen_edge": version("qwen-edge"),
-        "packages": _versions(),
+        "packages": _versions(manifest["backend"]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": manifest["model"]["name"],
         "checkpoint": package.model_name(checkpoint),
@@ -120,7 +124,7 @@ def verify(
         "weights": _loss(measured.weights),
         "run": _run(measured, prompt_of(ids.shape[1])),
         "not_run": not_run,
-        "decode_bytes": predicted.decode_bytes,
+        "decode_bytes": stored.decode_bytes,
         "profile_bandwidth": profile.hardware.bandwidth_gb_s * 1e9,
         "roles": [
             {
@@ -140,6 +144,19 @@ def verify(
     return report
 
 
+def _stored(
+    artifact: Path, checkpoint: Checkpoint, profile: Profile, shapes: dict[str, tuple[int, ...]]
+) -> StoredWeights:
+    if profile.backend == "openvino":
+        from qwen_export.openvino.stored import stored_weights
+
+        return stored_weights(artifact, checkpoint.config, shapes)
+    planned = plan(checkpoint, profile)
+    predicted = estimate(checkpoint, profile, planned)
+    tensors = stored_tensors(artifact, planned, shapes)
+    return StoredWeights(tensors, predicted.decode_bytes, predicted.needed)
+
+
 def _profile(artifact: Path, manifest: Mapping[str, Any]) -> Profile:
     """The profile that the artifact was exported with, as it was then."""
     try:
@@ -150,35 +167,47 @@ def _profile(artifact: Path, manifest: Mapping[str, Any]) -> Profile:
         ) from error
 
 
-def _texts(artifact: Path, context: int, tokens: int, path: Path | None) -> np.ndarray:
-    """int64 [texts, tokens of each]."""
+def _encode(artifact: Path, backend: str, text: str) -> np.ndarray:
+    """Ids, by the tokenizer that answers use.
+
+    Raises:
+        RuntimeError: the artifact has none that can be read.
+    """
+    if backend == "openvino":
+        from qwen_runtime.backends.openvino import read_tokenizer
+
+        return read_tokenizer(artifact).encode(text)
     import onnxruntime_genai as og
 
+    return np.asarray(og.Tokenizer(str(artifact)).encode(text))
+
+
+def _texts(artifact: Path, manifest: Mapping[str, Any], tokens: int, path: Path | None) -> np.ndarray:
+    """int64 [texts, tokens of each]."""
     try:
         text = (path or files("qwen_export.verify") / "text" / "evaluation.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
     try:
-        tokenizer = og.Tokenizer(str(artifact))
+        ids = _encode(artifact, manifest["backend"], text).astype(np.int64)
     except RuntimeError as error:
         raise UserError(
             f"{artifact} has no tokenizer that can be read ({error}): put tokenizer.json and "
             "tokenizer_config.json into the checkpoint's folder, or export with --no-verify"
         ) from error
-    ids = np.asarray(tokenizer.encode(text), np.int64)
-    length = min(WINDOW, context - 1)
+    length = min(WINDOW, manifest["context_length"] - 1)
     count = min(max(1, tokens // length), len(ids) // length)
     if not count:
         raise UserError(f"{path} has {len(ids)} tokens: give a text of {length} at least")
     return ids[: count * length].reshape(count, length)
 
 
-def _too_large(provider: str, predicted: Estimate) -> str | None:
+def _too_large(provider: str, needed: int) -> str | None:
     available = psutil.virtual_memory().available
-    if provider in _OWN_MEMORY or predicted.needed <= available:
+    if provider in _OWN_MEMORY or needed <= available:
         return None
     return (
-        f"it needs {predicted.needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} are free here; "
+        f"it needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} are free here; "
         "qwen-export verify does it on a larger machine"
     )
 
@@ -198,15 +227,16 @@ def _run(measured: Measured, prompt: int) -> dict[str, Any] | None:
     return {
         **_loss(measured.run),
         **asdict(measured.started),
+        "answering_perplexity": measured.answering,
         "prefill_rate": prompt / median(timing.first_seconds for timing in measured.timings),
         "decode_rate": 1 / median(second for timing in measured.timings for second in timing.next_seconds),
         "bandwidth": read_bandwidth(),
     }
 
 
-def _versions() -> dict[str, str]:
+def _versions(backend: str) -> dict[str, str]:
     found = {}
-    for name in _PACKAGES:
+    for name in _PACKAGES[backend]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # a variant of it under another name

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.images import Patches
 
 
 class Guidance(NamedTuple):
@@ -60,8 +61,8 @@ class Backend(Protocol):
         provider: what runs it, in one word.
         reason: why, in one line for people.
         rewinds: generators have `snapshot_state` and `rewind_to`.
-        shows_logits: generators have `get_logits` and `set_logits`. Without them there are no log
-            probabilities, and presence and frequency penalty and min_p go to `generator` as options.
+        shows_logits: all generators have `get_logits` and `set_logits`, not only those that were asked for
+            with `logits`. Without them presence and frequency penalty and min_p go to `generator` as options.
         appends: most tokens that a generator takes at a time; None: the whole prompt at once.
     """
 
@@ -72,21 +73,35 @@ class Backend(Protocol):
     appends: int | None
     tokenizer: Tokenizer
 
-    def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> Generator:
+    def generator(
+        self,
+        options: Mapping[str, Any],
+        guidance: Guidance | None,
+        max_length: int,
+        logits: bool = False,
+    ) -> Generator:
         """A generator for one sequence of at most `max_length` tokens, prompt included.
 
         Args:
             options: as `Sampling.search_options` gives them.
+            logits: it shall have `get_logits` and `set_logits`, slower as it may be.
 
         Raises:
-            UserError: the guidance is not valid, or the backend does not know it.
+            UserError: the guidance is not valid, or the backend does not know it, or not with logits.
         """
 
-    def image_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
-        """What a generator's `set_inputs` takes in place of tokens, from what `images.vision_inputs` gives.
+    def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """As `Model.logprobs`, of a backend that does not show all logits."""
+
+    def image_inputs(self, text: str, tokens: Sequence[int], images: Sequence[Patches]) -> Any:
+        """What a generator's `set_inputs` takes in place of tokens, for a prompt with images.
+
+        Args:
+            text: as the chat template made it, with an image token for each image.
+            tokens: the same, with an image token for each feature.
 
         Raises:
-            UserError: the backend takes no images.
+            UserError: the text has what stands for an image written in it.
         """
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends import Guidance
+from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.provider import PROVIDERS, Choice, load_first
 from qwen_runtime.resident import release_mapped
 
@@ -43,7 +45,13 @@ class GenAI:
         )
         return cls(artifact, choice, og, model)
 
-    def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> Any:
+    def generator(
+        self,
+        options: Mapping[str, Any],
+        guidance: Guidance | None,
+        max_length: int,
+        logits: bool = False,
+    ) -> Any:
         parameters = self._og.GeneratorParams(self._model)
         parameters.set_search_options(max_length=max_length, **options)
         if guidance is not None:
@@ -55,9 +63,12 @@ class GenAI:
                 raise
             raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
 
-    def image_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
+    def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        raise NotImplementedError("its logits say it")
+
+    def image_inputs(self, text: str, tokens: Sequence[int], images: Sequence[Patches]) -> Any:
         tensors = self._og.NamedTensors()
-        for name, value in inputs.items():
+        for name, value in vision_inputs(tokens, images).items():
             tensors[name] = value
         return tensors
 

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ import numpy.typing as npt
 from qwen_profiles.errors import UserError
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends import Guidance, Tokenizer, TokenStream
+from qwen_runtime.backends import Guidance, TokenStream
+from qwen_runtime.backends.stateful import Stateful
+from qwen_runtime.images import Patches
 
-_DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 _INSTALL = "pip install 'qwen-edge[openvino]'"
+_IMAGE_TAG = "<ov_genai_"  # OpenVINO GenAI's own way to write where an image goes
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, and a token has at least one
 # OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
 _RENAMED = {"random_seed": "rng_seed"}
@@ -34,16 +38,17 @@ class OpenVINO:
 
     rewinds = False  # the pipeline's own prefix cache does what rewinding is for
     shows_logits = False
-    appends: int | None = None
-    tokenizer: Tokenizer
+    tokenizer: _Tokenizer
 
     def __init__(self, artifact: Artifact, device: str, reason: str, genai: Any, pipeline: Any) -> None:
         self.provider, self.reason = f"openvino-{device}", reason
-        self._end_tokens = artifact.end_tokens
+        self.appends: int | None = artifact.chunk_size
+        self._artifact, self._device = artifact, device
         self._genai = genai
         self._pipeline = pipeline
         self._lock = threading.Lock()  # of the pipeline, which several answers may share
         self._numbers = itertools.count()
+        self._stateful: Stateful | None = None
         self.tokenizer = _Tokenizer(pipeline.get_tokenizer())
 
     @classmethod
@@ -63,28 +68,61 @@ class OpenVINO:
         scheduler.enable_prefix_caching = keep > 0
         try:
             pipeline = openvino_genai.ContinuousBatchingPipeline(
-                artifact.root, scheduler, _DEVICES[device], _properties(artifact, device)
+                artifact.root, scheduler, DEVICES[device], _properties(artifact, device)
             )
         except RuntimeError as error:
             raise UserError(
-                f"OpenVINO could not load {artifact.root} on {_DEVICES[device]}: {_last_line(error)}"
+                f"OpenVINO could not load {artifact.root} on {DEVICES[device]}: {_last_line(error)}"
             ) from error
         return cls(artifact, device, reason, openvino_genai, pipeline)
 
-    def generator(self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int) -> _Generator:
+    def generator(
+        self,
+        options: Mapping[str, Any],
+        guidance: Guidance | None,
+        max_length: int,
+        logits: bool = False,
+    ) -> Any:
+        if logits:
+            if guidance is not None:
+                raise UserError(
+                    "with OpenVINO an answer has guidance, or logprobs and logit_bias: leave one off"
+                )
+            return self._with_logits().generator(options, max_length)
         config = self._pipeline.get_config()
         for name, value in {"random_seed": random.randrange(2**31), **options}.items():
             if name == "min_p":
                 value = min(value, _LARGEST_MIN_P)
             setattr(config, _RENAMED.get(name, name), value)
         config.max_length = max_length
-        config.stop_token_ids = set(self._end_tokens)
+        config.stop_token_ids = set() if options.get("ignore_eos") else set(self._artifact.end_tokens)
         if guidance is not None:
             config.structured_output_config = self._structure(guidance)
-        return _Generator(self._pipeline, self._lock, next(self._numbers), config)
+        text = self.tokenizer if self._artifact.images else None
+        return _Generator(self._pipeline, self._lock, next(self._numbers), config, text)
 
-    def image_inputs(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Any:
-        raise UserError("OpenVINO takes no images yet: export with a profile for ONNX Runtime")
+    def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The pipeline echoes a prompt with them."""
+        options = {"do_sample": False, "ignore_eos": True, "echo": True, "logprobs": 1}
+        generator = self.generator(options, None, len(tokens) + 1)
+        generator.append_tokens(np.asarray(tokens, np.int32))
+        while len(generator.logprobs) < len(tokens):
+            generator.generate_next_token()
+        return np.asarray(generator.logprobs[1 : len(tokens)], np.float32)
+
+    def image_inputs(self, text: str, tokens: Sequence[int], images: Sequence[Patches]) -> Any:
+        """The text and pixels: the pipeline cuts them up as they are, and puts features in their places."""
+        if _IMAGE_TAG in text:
+            raise UserError(f"a text has {_IMAGE_TAG} written in it: remove it")
+        return text, [image.pixels for image in images]
+
+    def _with_logits(self) -> Stateful:
+        """Compiled once, when somebody first wants logits."""
+        with self._lock:
+            if self._stateful is None:
+                properties = _properties(self._artifact, self._device)
+                self._stateful = Stateful(self._artifact, DEVICES[self._device], properties)
+            return self._stateful
 
     def _structure(self, guidance: Guidance) -> Any:
         if guidance.kind == "lark_grammar":
@@ -97,15 +135,27 @@ class OpenVINO:
 class _Generator:
     """One request to the pipeline, begun with the first token that is asked for."""
 
-    def __init__(self, pipeline: Any, lock: threading.Lock, number: int, config: Any) -> None:
+    def __init__(
+        self, pipeline: Any, lock: threading.Lock, number: int, config: Any, text: _Tokenizer | None
+    ) -> None:
+        """Args:
+        text: set where the pipeline takes its prompts as text, because it may have images.
+        """
         self._pipeline, self._lock, self._number, self._config = pipeline, lock, number, config
+        self._text = text
         self._prompt: list[int] = []
+        self._inputs: tuple[str, list[npt.NDArray[np.uint8]]] | None = None
         self._request: Any = None
         self._ready: deque[int] = deque()
         self._token: list[int] = []
+        self.logprobs: list[float] = []  # of the tokens, and of the prompt's if it is echoed
 
     def append_tokens(self, tokens: npt.NDArray[np.int32]) -> None:
         self._prompt += [int(token) for token in tokens]
+
+    def set_inputs(self, inputs: tuple[str, list[npt.NDArray[np.uint8]]]) -> None:
+        """As `OpenVINO.image_inputs` gives them."""
+        self._inputs = inputs
 
     def generate_next_token(self) -> None:
         """One step of the pipeline, which may only read a piece of a long prompt."""
@@ -117,6 +167,7 @@ class _Generator:
             while self._request.can_read():
                 for output in self._request.read().values():
                     self._ready.extend(output.generated_ids)
+                    self.logprobs.extend(output.generated_log_probs)
         self._token = [self._ready.popleft()] if self._ready else []
 
     def get_next_tokens(self) -> npt.NDArray[np.int64]:
@@ -130,6 +181,11 @@ class _Generator:
     def _begin(self) -> Any:
         import openvino
 
+        if self._text is not None:
+            text, images = self._inputs or (self._text.decode(self._prompt, special=True), [])
+            self._config.apply_chat_template = False
+            tensors = [openvino.Tensor(np.ascontiguousarray(pixels[None])) for pixels in images]
+            return self._pipeline.add_request(self._number, text, tensors, self._config)
         prompt = openvino.Tensor(np.asarray([self._prompt], np.int64))
         return self._pipeline.add_request(self._number, prompt, self._config)
 
@@ -144,8 +200,9 @@ class _Tokenizer:
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoded.input_ids.data)[0]
 
-    def decode(self, tokens: npt.NDArray[np.int32]) -> str:
-        return str(self._tokenizer.decode([int(token) for token in tokens]))
+    def decode(self, tokens: Sequence[int] | npt.NDArray[np.int32], special: bool = False) -> str:
+        """Text; of tokens like <|im_end|> only if they are asked for, as `special`."""
+        return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=not special))
 
     def create_stream(self) -> TokenStream:
         return _Stream(self)
@@ -167,8 +224,19 @@ class _Stream:
         return text
 
 
+def read_tokenizer(root: Path) -> _Tokenizer:
+    """That of the artifact in the folder `root`, whose weights are not loaded.
+
+    Raises:
+        RuntimeError: it has none that can be read.
+    """
+    import openvino_genai
+
+    return _Tokenizer(openvino_genai.Tokenizer(root))
+
+
 def choose_device(wanted: str, made_for: str, available: Sequence[str]) -> tuple[str, str]:
-    """The device to run on, a key of `_DEVICES`, and the reason in one line.
+    """The device to run on, a key of `DEVICES`, and the reason in one line.
 
     Args:
         wanted: a device, or "auto" for the artifact's own, or else the CPU.
@@ -180,9 +248,9 @@ def choose_device(wanted: str, made_for: str, available: Sequence[str]) -> tuple
     """
     found = {name.partition(".")[0] for name in available}
     device = made_for if wanted == "auto" else wanted
-    if device not in _DEVICES:
-        raise UserError(f"no OpenVINO device '{device}': there are auto, {', '.join(_DEVICES)}")
-    title = _DEVICES[device]
+    if device not in DEVICES:
+        raise UserError(f"no OpenVINO device '{device}': there are auto, {', '.join(DEVICES)}")
+    title = DEVICES[device]
     problem = None
     if title not in found:
         problem = f"OpenVINO finds no {title} on this machine, only {', '.join(sorted(found)) or 'nothing'}"
