@@ -159,7 +159,8 @@ def stored_weights(artifact: Path, config: TextConfig, shapes: dict[str, tuple[i
             if name in shapes:
                 places.setdefault(name, {})[at] = file, weight, _Part.of(weight, nodes)
             if weight.role != "embedding":
-                share = config.num_experts_per_tok / config.num_experts if weight.role == "experts" else 1.0
+                experts = config.num_experts if weight.role == "experts" else None
+                share = config.num_experts_per_tok / experts if experts else 1.0
                 decoded |= {constant: size * share for constant, size in weight.sizes.items()}
     tensors = {}
     for name, found in places.items():

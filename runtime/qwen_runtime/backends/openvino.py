@@ -20,7 +20,7 @@ import numpy.typing as npt
 from qwen_profiles.errors import UserError
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends import Guidance, TokenStream
+from qwen_runtime.backends import Guidance, Tokenizer, TokenStream
 from qwen_runtime.backends.stateful import Stateful
 from qwen_runtime.images import Patches
 
@@ -38,7 +38,7 @@ class OpenVINO:
 
     rewinds = False  # the pipeline's own prefix cache does what rewinding is for
     shows_logits = False
-    tokenizer: _Tokenizer
+    tokenizer: Tokenizer
 
     def __init__(self, artifact: Artifact, device: str, reason: str, genai: Any, pipeline: Any) -> None:
         self.provider, self.reason = f"openvino-{device}", reason
@@ -49,7 +49,7 @@ class OpenVINO:
         self._lock = threading.Lock()  # of the pipeline, which several answers may share
         self._numbers = itertools.count()
         self._stateful: Stateful | None = None
-        self.tokenizer = _Tokenizer(pipeline.get_tokenizer())
+        self.tokenizer = self._text = _Tokenizer(pipeline.get_tokenizer())
 
     @classmethod
     def load(cls, artifact: Artifact, provider: str, keep: int) -> OpenVINO:
@@ -98,7 +98,7 @@ class OpenVINO:
         config.stop_token_ids = set() if options.get("ignore_eos") else set(self._artifact.end_tokens)
         if guidance is not None:
             config.structured_output_config = self._structure(guidance)
-        text = self.tokenizer if self._artifact.images else None
+        text = self._text if self._artifact.images else None
         return _Generator(self._pipeline, self._lock, next(self._numbers), config, text)
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
