@@ -402,8 +402,9 @@ def test_guidance(shipped: Path) -> None:
         assert answer.lstrip().startswith("{")
         with pytest.raises(UserError, match="takes no llguidance grammar"):
             model.generate("Is it?", guidance=Guidance("lark_grammar", 'start: "a"'))
-        with pytest.raises(UserError, match="shows no logits"):
-            model.generate("Is it?", logprobs=1)
+        with pytest.raises(UserError, match=r"the guidance is not valid: .*Unsupported type"):
+            model.generate("Is it?", guidance=Guidance("json_schema", '{"type": "nope"}'))
+        assert "".join(model.generate("Is it?", guidance=guidance, sampling=GREEDY)) in ("yes", "no")
 
 
 def test_refused(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ from qwen_runtime.images import Patches
 
 
 class Guidance(NamedTuple):
-    """What an answer must look like: a JSON schema, a regular expression, or a grammar for llguidance."""
+    """What an answer must look like: a JSON schema, a regular expression, a grammar for llguidance, or what
+    `grammar.make_guidance` makes of tools."""
 
-    kind: Literal["json_schema", "regex", "lark_grammar"]
+    kind: Literal["json_schema", "regex", "lark_grammar", "answer"]
     text: str
 
 

@@ -12,6 +12,7 @@ from qwen_profiles.providers import PROVIDER_OPTIONS
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends import Guidance
+from qwen_runtime.grammar import lark
 from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.provider import PROVIDERS, Choice, load_first
 from qwen_runtime.resident import release_mapped
@@ -55,7 +56,10 @@ class GenAI:
         parameters = self._og.GeneratorParams(self._model)
         parameters.set_search_options(max_length=max_length, **options)
         if guidance is not None:
-            parameters.set_guidance(*guidance)
+            kind, text = guidance
+            if kind == "answer":
+                kind, text = "lark_grammar", lark(text)
+            parameters.set_guidance(kind, text)
         try:
             return self._og.Generator(self._model, parameters)
         except Exception as error:

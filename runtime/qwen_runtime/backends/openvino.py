@@ -10,7 +10,7 @@ import itertools
 import random
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qwen_profiles.errors import UserError
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends import Guidance, Tokenizer, TokenStream
 from qwen_runtime.backends.stateful import Stateful
+from qwen_runtime.grammar import structural_tag
 from qwen_runtime.images import Patches
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -40,13 +41,17 @@ class OpenVINO:
     shows_logits = False
     tokenizer: Tokenizer
 
-    def __init__(self, artifact: Artifact, device: str, reason: str, genai: Any, pipeline: Any) -> None:
+    def __init__(
+        self, artifact: Artifact, device: str, reason: str, genai: Any, open_pipeline: Callable[[], Any]
+    ) -> None:
         self.provider, self.reason = f"openvino-{device}", reason
         self.appends: int | None = artifact.chunk_size
         self._artifact, self._device = artifact, device
         self._genai = genai
-        self._pipeline = pipeline
-        self._lock = threading.Lock()  # of the pipeline, which several answers may share
+        self._open = open_pipeline
+        self.pipeline = pipeline = open_pipeline()
+        self.lock = threading.Lock()  # of the pipeline, which several answers may share
+        self._valid: set[Guidance] = set()
         self._numbers = itertools.count()
         self._stateful: Stateful | None = None
         self.tokenizer = self._text = _Tokenizer(pipeline.get_tokenizer())
@@ -66,15 +71,18 @@ class OpenVINO:
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = artifact.chunk_size
         scheduler.enable_prefix_caching = keep > 0
-        try:
-            pipeline = openvino_genai.ContinuousBatchingPipeline(
+
+        def open_pipeline() -> Any:
+            return openvino_genai.ContinuousBatchingPipeline(
                 artifact.root, scheduler, DEVICES[device], _properties(artifact, device)
             )
+
+        try:
+            return cls(artifact, device, reason, openvino_genai, open_pipeline)
         except RuntimeError as error:
             raise UserError(
                 f"OpenVINO could not load {artifact.root} on {DEVICES[device]}: {_last_line(error)}"
             ) from error
-        return cls(artifact, device, reason, openvino_genai, pipeline)
 
     def generator(
         self,
@@ -89,7 +97,7 @@ class OpenVINO:
                     "with OpenVINO an answer has guidance, or logprobs and logit_bias: leave one off"
                 )
             return self._with_logits().generator(options, max_length)
-        config = self._pipeline.get_config()
+        config = self.pipeline.get_config()
         for name, value in {"random_seed": random.randrange(2**31), **options}.items():
             if name == "min_p":
                 value = min(value, _LARGEST_MIN_P)
@@ -97,9 +105,33 @@ class OpenVINO:
         config.max_length = max_length
         config.stop_token_ids = set() if options.get("ignore_eos") else set(self._artifact.end_tokens)
         if guidance is not None:
+            self._check(guidance)
             config.structured_output_config = self._structure(guidance)
         text = self._text if self._artifact.images else None
-        return _Generator(self._pipeline, self._lock, next(self._numbers), config, text)
+        return _Generator(self, next(self._numbers), config, text)
+
+    def _check(self, guidance: Guidance) -> None:
+        """Try a grammar with one token. OpenVINO GenAI compiles it in a step of the pipeline, and where that
+        fails it tries again in every later step, whoever's it is: then only a new pipeline helps.
+
+        Raises:
+            UserError: xgrammar refuses the grammar.
+        """
+        if guidance in self._valid:
+            return
+        config = self.pipeline.get_config()
+        config.max_new_tokens = 1
+        config.structured_output_config = self._structure(guidance)
+        trial = _Generator(self, next(self._numbers), config, self._text if self._artifact.images else None)
+        trial.append_tokens(np.asarray(self._text.encode("A"), np.int32))
+        try:
+            while not trial.tried():
+                trial.generate_next_token()
+        except RuntimeError as error:
+            with self.lock:
+                self.pipeline = self._open()
+            raise UserError(f"the guidance is not valid: {_last_line(error)}") from error
+        self._valid.add(guidance)
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """The pipeline echoes a prompt with them."""
@@ -118,7 +150,7 @@ class OpenVINO:
 
     def _with_logits(self) -> Stateful:
         """Compiled once, when somebody first wants logits."""
-        with self._lock:
+        with self.lock:
             if self._stateful is None:
                 properties = _properties(self._artifact, self._device)
                 self._stateful = Stateful(self._artifact, DEVICES[self._device], properties)
@@ -129,19 +161,20 @@ class OpenVINO:
             raise UserError(
                 "OpenVINO takes no llguidance grammar: give a JSON schema or a regular expression"
             )
+        if guidance.kind == "answer":
+            return self._genai.StructuredOutputConfig(structural_tags_config=structural_tag(guidance.text))
         return self._genai.StructuredOutputConfig(**{guidance.kind: guidance.text})
 
 
 class _Generator:
     """One request to the pipeline, begun with the first token that is asked for."""
 
-    def __init__(
-        self, pipeline: Any, lock: threading.Lock, number: int, config: Any, text: _Tokenizer | None
-    ) -> None:
+    def __init__(self, backend: OpenVINO, number: int, config: Any, text: _Tokenizer | None) -> None:
         """Args:
         text: set where the pipeline takes its prompts as text, because it may have images.
         """
-        self._pipeline, self._lock, self._number, self._config = pipeline, lock, number, config
+        self._backend, self._number, self._config = backend, number, config
+        self._pipeline = backend.pipeline
         self._text = text
         self._prompt: list[int] = []
         self._inputs: tuple[str, list[npt.NDArray[np.uint8]]] | None = None
@@ -159,7 +192,9 @@ class _Generator:
 
     def generate_next_token(self) -> None:
         """One step of the pipeline, which may only read a piece of a long prompt."""
-        with self._lock:
+        with self._backend.lock:
+            if self._pipeline is not self._backend.pipeline:
+                raise RuntimeError("another answer's guidance was not valid and took the pipeline: ask again")
             if self._request is None:
                 self._request = self._begin()
             if not self._ready and not self._request.can_read():  # another answer's step may have made it
@@ -173,6 +208,10 @@ class _Generator:
     def get_next_tokens(self) -> npt.NDArray[np.int64]:
         """The new token, or none while the prompt is still being read."""
         return np.array(self._token, np.int64)
+
+    def tried(self) -> bool:
+        """Whether the request was begun and is through."""
+        return self._request is not None and self.is_done()
 
     def is_done(self) -> bool:
         running = type(self._request.get_status()).RUNNING

@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.backends import Guidance
 from qwen_runtime.generation import TokenLogprob
+from qwen_runtime.grammar import make_guidance
 from qwen_runtime.serve.common import check_model, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
-from qwen_runtime.serve.grammar import make_guidance
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.serve.schema import (

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_runtime.serve.grammar import takes_text
+from qwen_runtime.grammar import takes_text
 
 Delta = dict[str, Any]
 
