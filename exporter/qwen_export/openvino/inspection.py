@@ -31,7 +31,7 @@ def inspect_ir(artifact: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         kinds = Counter(node.get_type_name() for node in model.get_ops())
         graphs[name] = sum(kinds.values())
         operators += kinds
-        for weight in weights(model):
+        for weight in weights(model, Path(name).stem):
             largest = max(weight.sizes, key=weight.sizes.__getitem__)
             stored[weight.role][weight.stored].add(largest)  # what is tied is used twice
     return {

@@ -154,8 +154,8 @@ def stored_weights(artifact: Path, config: TextConfig, shapes: dict[str, tuple[i
     for file in (artifact / name for name in _LANGUAGE_MODELS if (artifact / name).is_file()):
         model = read_model(file)
         nodes = {node.get_friendly_name(): node for node in model.get_ops()}
-        for weight in weights(model):
-            name, at = _place(weight.node)
+        for weight in weights(model, file.stem):
+            name, at = _place(weight)
             if name in shapes:
                 places.setdefault(name, {})[at] = file, weight, _Part.of(weight, nodes)
             if weight.role != "embedding":
@@ -183,13 +183,13 @@ def stored_weights(artifact: Path, config: TextConfig, shapes: dict[str, tuple[i
     return StoredWeights(tensors, int(sum(decoded.values())), _COPIES * size + _RUNTIME_BYTES)
 
 
-def _place(node: str) -> tuple[str, int]:
-    """The checkpoint's name of the weight that a node uses, and which part of it; "" where it has none."""
-    found = _MODULE.search(node)
-    if found is None:
-        return "", 0
+def _place(weight: Weight) -> tuple[str, int]:
+    """The checkpoint's name of a weight, and which part of it; "" where it has none."""
+    found = _MODULE.search(weight.node)
+    if found is None:  # an IR of its own has no name for what it is
+        return ("model.embed_tokens.weight" if weight.role == "embedding" else ""), 0
     module = found[1]
-    if "::bmm/" in node:
-        tensor, at = _EXPERTS.get(node.rpartition("/")[2], ("", 0))
+    if "::bmm/" in weight.node:
+        tensor, at = _EXPERTS.get(weight.node.rpartition("/")[2], ("", 0))
         return f"model.{module.removesuffix('.experts')}.experts.{tensor}", at
     return f"{'' if module == 'lm_head' else 'model.'}{module}.weight", 0
