@@ -426,6 +426,14 @@ def test_refused(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Model.load(shipped)
 
 
+def test_a_torchvision_for_another_pytorch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    with pytest.raises(UserError, match=r"another PyTorch .*nms.*: pip uninstall torchvision"):
+        make_artifact(TINY, exact_profile(), tmp_path / "artifact")
+
+
 def test_each_backend_imports_its_own_library_only(exact: Path, cpu_artifact: Path) -> None:
     program = """
 import sys

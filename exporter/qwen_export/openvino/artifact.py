@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -169,6 +169,14 @@ def require_libraries() -> None:
             import_module(name)
         except ImportError as error:
             raise UserError(f"exporting for OpenVINO needs {error.name or name}: {_INSTALL}") from error
+    with suppress(ImportError):  # optimum-intel wants it, nothing here does
+        try:
+            import_module("torchvision")
+        except RuntimeError as error:  # transformers would end with less to go by
+            raise UserError(
+                f"torchvision was built for another PyTorch ({error}): pip uninstall torchvision, or install "
+                "the build that goes with PyTorch"
+            ) from error
 
 
 @contextmanager
