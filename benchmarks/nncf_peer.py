@@ -1,4 +1,5 @@
-"""NNCF's INT4 on a checkpoint, for `benchmarks.quality`; runs in the environment of the extra `openvino`.
+"""Our OpenVINO recipe and NNCF's own INT4 on a checkpoint, for `benchmarks.quality`; runs in the environment
+of the extra `openvino`.
 
     python -m benchmarks.nncf_peer CHECKPOINT TEXTS.npz > rows.jsonl
 
@@ -25,7 +26,14 @@ import openvino as ov
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.openvino.convert import convert
 from qwen_export.openvino.load import load_model
+from qwen_profiles.schema import load_profile
 
+from tests.artifacts import make_artifact
+
+OURS = {
+    "profile intel-lunar-lake": [],
+    "profile intel-lunar-lake, scale estimation": ["compression=scale-estimation"],
+}
 # Computed in float32, so that the weights alone are compared.
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
@@ -76,7 +84,16 @@ def main() -> None:
     checkpoint, data = Checkpoint.open(sys.argv[1], text_only=True), np.load(sys.argv[2])
     nncf.set_log_level(logging.ERROR)
     rows = sys.stdout
+
+    def report(name: str, folder: Path) -> None:
+        row = measure(folder, data["texts"], data["reference"])
+        print(json.dumps({name: row}), file=rows, flush=True)
+
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        for name, overrides in OURS.items():
+            profile = load_profile("intel-lunar-lake", overrides)
+            target = make_artifact(checkpoint.root, profile, Path(folder, name))
+            report(name, target)
         plain = Path(folder, "plain")
         convert(load_model(checkpoint)[0], plain, lambda model, _: model)
         for name, options, estimated in configurations():
@@ -94,9 +111,7 @@ def main() -> None:
             target = Path(folder, "compressed")
             target.mkdir(exist_ok=True)
             ov.save_model(model, target / "openvino_model.xml", compress_to_fp16=False)
-            print(
-                json.dumps({name: measure(target, data["texts"], data["reference"])}), file=rows, flush=True
-            )
+            report(name, target)
 
 
 if __name__ == "__main__":
