@@ -138,7 +138,8 @@ def llama_peer(file: Path, asked: argparse.Namespace) -> Peer:
 def openvino_peer(checkpoint: Path, output: Path, asked: argparse.Namespace) -> Peer:
     program = "from qwen_export.cli import main; main()"
     options = ["--profile", "intel-lunar-lake", "--no-verify", "--output", output]
-    subprocess.run([asked.openvino, "-c", program, *options, checkpoint], check=True, stdout=sys.stderr)
+    if not output.exists():
+        subprocess.run([asked.openvino, "-c", program, *options, checkpoint], check=True, stdout=sys.stderr)
     sizes = json.loads((output / "manifest.json").read_text())["bytes_by_role"]
     command = [asked.openvino, "-m", "benchmarks.peers.openvino", str(output), *_lengths(asked)]
     return Peer("ours, intel-lunar-lake (OpenVINO)", command, sum(sizes.values()))
@@ -161,22 +162,27 @@ def profiles(names: list[str]) -> Iterator[tuple[str, Profile]]:
 
 
 def prepare(asked: argparse.Namespace, folder: Path) -> list[Peer]:
-    """Make what each peer reads. The bandwidth comes first."""
-    checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[asked.size])
-    copy_tokenizer(TINY, checkpoint)
+    """Make what each peer reads and is not there yet. The bandwidth comes first."""
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        copy_tokenizer(TINY, write_checkpoint(checkpoint, GEOMETRIES[asked.size]))
     peers = [Peer(BANDWIDTH, [sys.executable, "-m", "benchmarks.peers.bandwidth"])]
-    for number, (name, profile) in enumerate(profiles(asked.profiles)):
-        output = folder / f"ours{number}"
-        export(Checkpoint.open(str(checkpoint)), profile, output, Quiet())
+    for name, profile in profiles(asked.profiles):
+        output = folder / name
+        if not output.exists():
+            export(Checkpoint.open(str(checkpoint)), profile, output, Quiet())
         peers.append(onnx_peer(name, output, asked, bytes_read(checkpoint, profile)))
     if asked.llama:
         from benchmarks.peers.gguf_file import write_gguf
 
-        peers.append(llama_peer(write_gguf(folder / "model.gguf", load_config(checkpoint)), asked))
+        file = folder / "model.gguf"
+        peers.append(llama_peer(file if file.exists() else write_gguf(file, load_config(checkpoint)), asked))
     if asked.openvino:
         peers.append(openvino_peer(checkpoint, folder / "openvino", asked))
     if asked.builder:
-        built = build(wrap(checkpoint, folder / "wrapped"), folder / "built")
+        built = folder / "built"
+        if not built.exists():
+            build(wrap(checkpoint, folder / "wrapped"), built)
         peers.append(onnx_peer("builder, default", built, asked, file_bytes(built)))
     for text in asked.peer:
         name, _, command = text.partition("=")
@@ -272,7 +278,9 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
-    parser.add_argument("--folder", type=Path, help="keep checkpoint and artifacts there")
+    parser.add_argument(
+        "--folder", type=Path, help="keep checkpoint and artifacts there, and take those that are there"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
