@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -325,6 +327,25 @@ def test_refused_where_it_is_not_possible(trained_artifact: Path, cpu_artifact: 
         with pytest.raises(UserError, match="takes no log probabilities"):
             model.generate("The", logprobs=3, speculative=True)
     with Model.load(cpu_artifact) as model, pytest.raises(UserError, match="has no MTP head"):
+        model.generate("The", speculative=True)
+
+
+def test_old_artifact_is_refused_on_load(trained_artifact: Path, tmp_path: Path) -> None:
+    """One whose decoder took every row of a pair at once: the bits would not be those of single tokens."""
+    artifact = shutil.copytree(trained_artifact, tmp_path / "old")
+    decoder = onnx.load(artifact / "speculative.onnx", load_external_data=False)
+    rows = [value for value in decoder.graph.input if value.name.startswith("rows.")]
+    assert rows
+    for value in rows:
+        decoder.graph.input.remove(value)
+        decoder.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 0]), value.name))
+    onnx.save(decoder, artifact / "speculative.onnx")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    changed = (artifact / "speculative.onnx").read_bytes()
+    entry = {"size": len(changed), "sha256": hashlib.sha256(changed).hexdigest()}
+    manifest["files"]["speculative.onnx"] = entry
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with Model.load(artifact) as model, pytest.raises(UserError, match="earlier version: export it again"):
         model.generate("The", speculative=True)
 
 

@@ -22,6 +22,7 @@ _DECODER, _HEAD = "speculative.onnx", "mtp.onnx"
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _PAIR = 2
 _PAST, _PRESENT = "past_key_values.", "present."
+_ROWS = "rows."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _APART, _AT_ONCE = np.array([1, 1]), np.array([2, 0])  # rows of a pair, in two products or in one
 
@@ -55,7 +56,8 @@ class Sessions:
         """Load both with the provider that the model runs on.
 
         Raises:
-            UserError: the artifact has no MTP head, or the provider is not one for speculative decoding.
+            UserError: the artifact has no MTP head, an earlier version made it, or the provider is not one
+                for speculative decoding.
         """
         import onnxruntime as ort
 
@@ -77,6 +79,11 @@ class Sessions:
             ort.InferenceSession(artifact.root / name, options, providers=[_PROVIDERS[provider]])
             for name in (_DECODER, _HEAD)
         )
+        if not any(value.name.startswith(_ROWS) for value in decoder.get_inputs()):
+            raise UserError(
+                f"{_DECODER} of {artifact.root} was made by an earlier version: export it again, or leave "
+                "speculative decoding off"
+            )
         return cls(decoder, head, exact_rows(decoder))
 
 
@@ -91,7 +98,7 @@ def exact_rows(decoder: Any) -> dict[str, np.ndarray]:
         run = StatefulRun(decoder, zeros(decoder, _PAIR), inputs=rows)
         return list(run(range(_PAIR)).values())
 
-    found = {value.name: _APART for value in decoder.get_inputs() if value.name.startswith("rows.")}
+    found = {value.name: _APART for value in decoder.get_inputs() if value.name.startswith(_ROWS)}
     expected = outcome(found)
     for name in found:
         trial = found | {name: _AT_ONCE}
