@@ -494,6 +494,15 @@ def test_command_streams_an_answer(cpu_artifact: Path, model: Model) -> None:
     assert result["provider"] == "cpu"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("arguments", [[], ["-"]])
+def test_command_without_stdin(cpu_artifact: Path, arguments: list[str]) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *RUN, str(cpu_artifact), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stdin is closed: give a PROMPT" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_command_passes_its_options_on(cpu_artifact: Path, model: Model) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *QUESTION]
     sampling = Sampling(temperature=0.9, top_p=0.9, top_k=30, min_p=0.05, repetition_penalty=1.1, seed=7)

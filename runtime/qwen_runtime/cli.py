@@ -142,6 +142,8 @@ def answer(
         sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed, min_p=min_p)
         sampling.search_options()  # so that a mistake is known before a large model is loaded
         _check_name(artifact)
+        if sys.stdin is None and prompt in (None, "-"):
+            raise UserError("stdin is closed: give a PROMPT, or let stdin be open")
         text = sys.stdin.read() if prompt == "-" else prompt
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
