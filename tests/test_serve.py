@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -252,6 +253,29 @@ def test_tool_calls_are_streamed(ask: Callable[..., Any]) -> None:
     assert chunks[-1].finish_reason == "tool_calls"
 
 
+def test_call_that_is_cut_off(ask: Callable[..., Any]) -> None:
+    """As OpenAI has it: "length", and the arguments as far as they came."""
+    options: Any = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    whole = ask(**options, max_tokens=200)
+    [call] = whole.choices[0].message.tool_calls
+    # No `</function>`, nor all of the last argument.
+    options["max_tokens"] = whole.usage.completion_tokens - 8
+    cut = ask(**options).choices[0]
+    assert cut.finish_reason == "length"
+    [begun] = cut.message.tool_calls
+    assert begun.function.name == "weather"
+    assert call.function.arguments.startswith(begun.function.arguments)
+    assert len(begun.function.arguments) < len(call.function.arguments)
+    chunks = [chunk.choices[0] for chunk in ask(**options, stream=True)]
+    deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or ()]
+    assert "".join(delta.function.arguments for delta in deltas) == begun.function.arguments
+    assert chunks[-1].finish_reason == "length"
+    # An answer that stops there called nothing.
+    stopped = ask(**{**options, "max_tokens": 200}, stop="</function>").choices[0]
+    assert stopped.finish_reason == "stop"
+    assert not stopped.message.tool_calls[0].function.arguments.endswith("}")
+
+
 def test_tools_that_need_not_be_called(ask: Callable[..., Any], model: Model) -> None:
     told = "".join(model.generate(QUESTION, max_tokens=30, sampling=GREEDY, tools=[WEATHER]))
     assert ask(tools=[WEATHER]).choices[0].message.content == told
@@ -300,6 +324,66 @@ def test_logprobs(ask: Callable[..., Any], client: OpenAI, model: Model) -> None
     assert "".join(legacy.logprobs.tokens) == legacy.text
     assert legacy.logprobs.text_offset[:2] == [0, len(legacy.logprobs.tokens[0])]
     assert ask().choices[0].logprobs is None
+
+
+def test_logprobs_end_where_the_text_does(ask: Callable[..., Any], client: OpenAI, model: Model) -> None:
+    """Nothing is told of a stop string, in the stream neither before it is known to be one."""
+
+    def told(choices: list[Any]) -> list[str]:
+        found = [choice.logprobs for choice in choices if choice.logprobs]
+        return [entry.token for logprobs in found for entry in logprobs.content]
+
+    options: dict[str, Any] = {"logprobs": True, "max_tokens": 12}
+    whole = ask(**options).choices[0]
+    tokens, text = told([whole]), whole.message.content
+    for at in range(3, len(text) - 8, 5):
+        stop = text[at : at + 7]
+        shown = text[: text.index(stop)]
+        expected = [token for n, token in enumerate(tokens) if len("".join(tokens[:n])) < len(shown)]
+        assert told(ask(**options, stop=stop).choices) == expected
+        chunks = [chunk.choices[0] for chunk in ask(**options, stop=stop, stream=True)]
+        assert "".join(choice.delta.content or "" for choice in chunks) == shown
+        assert told(chunks) == expected
+    # A part that may begin the stop string is held back, and no part of it came of the last token but one.
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a a a b"]}}}
+    chunks = [
+        chunk.choices[0]
+        for chunk in ask(logprobs=True, response_format=form, stop=" a b", stream=True, max_tokens=20)
+    ]
+    assert told(chunks) == ['"', "a", " a"]
+    plain: dict[str, Any] = {"model": model.info.name, "prompt": "The", "max_tokens": 12, "temperature": 0}
+    legacy = client.completions.create(**plain, logprobs=0).choices[0]
+    assert legacy.logprobs and legacy.logprobs.tokens and legacy.logprobs.text_offset
+    at = legacy.logprobs.text_offset[4] + 1  # in the middle of a token
+    stop = legacy.text[at : at + 9]
+    stopped = client.completions.create(**plain, logprobs=0, stop=stop).choices[0]
+    assert stopped.text == legacy.text[: legacy.text.index(stop)]
+    assert stopped.logprobs and stopped.logprobs.tokens == legacy.logprobs.tokens[:5]
+    stream = client.completions.create(**plain, logprobs=0, stop=stop, stream=True)
+    pieces = [chunk.choices[0].logprobs for chunk in stream]
+    assert [token for piece in pieces if piece for token in piece.tokens or ()] == stopped.logprobs.tokens
+
+
+def test_text_offset_of_characters_in_several_tokens(client: OpenAI, model: Model) -> None:
+    ids = model.encode("é x")
+    assert len(ids) == 3
+    options: dict[str, Any] = {"model": model.info.name, "prompt": "The", "max_tokens": 6, "logprobs": 0}
+    options |= {"temperature": 2, "logit_bias": {str(token): 100 for token in ids}}
+    options |= {"presence_penalty": 2, "frequency_penalty": 2}
+    for seed in range(100):
+        choice = client.completions.create(**options, seed=seed).choices[0]
+        if "é x" in choice.text:
+            break
+    assert choice.logprobs and choice.logprobs.tokens and choice.logprobs.text_offset
+    whole = 0
+    for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+        if token == " x" and "é" in choice.text[:offset]:
+            assert choice.text[offset:].startswith(token)
+            whole += 1
+    assert whole
+    stream = client.completions.create(**options, seed=seed, stream=True)
+    pieces = [chunk.choices[0].logprobs for chunk in stream]
+    assert [at for piece in pieces if piece for at in piece.text_offset or ()] == choice.logprobs.text_offset
 
 
 def test_penalties(ask: Callable[..., Any]) -> None:
@@ -630,6 +714,48 @@ def test_reader_that_stops_is_let_go(
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         wait_until_idle(server)
+
+
+IMPATIENT = """
+import qwen_runtime.serve.http as http
+
+http.HEAD_TIMEOUT = 1.0
+http.BODY_TIMEOUT = 2.0
+http.SLOWEST_BODY = 1000.0
+"""
+
+
+def test_clients_that_say_nothing_are_let_go(
+    cpu_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a request holds no connection for ever; one that goes on slowly is answered."""
+    (tmp_path / "sitecustomize.py").write_text(IMPATIENT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body = json.dumps({"prompt": "The", "max_tokens": 1, "user": "u" * 6000}).encode()
+    length = f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with serving(cpu_artifact) as server:
+        address = urlsplit(server.url).hostname, urlsplit(server.url).port
+
+        def answered(*pieces: bytes, pause: float = 0.2) -> list[str]:
+            """The statuses of all answers before the server closes the connection."""
+            with socket.create_connection(address, timeout=8) as client:
+                for piece in pieces:
+                    client.sendall(piece)
+                    time.sleep(pause)
+                received = b"".join(iter(lambda: client.recv(65536), b""))
+            return re.findall(r"HTTP/1\.1 (\d+)", received.decode())
+
+        assert answered() == []
+        assert answered(get) == []
+        assert answered(get + b"\r\n", get) == ["200"]
+        assert answered(get + length, b"{") == ["200"]  # half of a body that nobody reads
+        assert answered(post + length + body[:50]) == ["408"]
+        last = b"Connection: close\r\n"
+        pieces = [body[at : at + 400] for at in range(0, len(body), 400)]
+        assert answered(post + last + length, *pieces) == ["200"]  # takes 3 seconds
+        assert answered(get + b"\r\n", *[get + b"\r\n"] * 3, get + last + b"\r\n", pause=0.6) == ["200"] * 5
 
 
 def test_ipv6(cpu_artifact: Path) -> None:

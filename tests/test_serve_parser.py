@@ -145,6 +145,14 @@ def test_cut_off(size: int) -> None:
     assert calls_of(garbled) == [("look", {"word": "a"})]
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("missing", ["</tool_call>", "\n</tool_call>", "ool_call>"])
+def test_a_call_that_lacks_only_its_last_mark_is_whole(missing: str, size: int) -> None:
+    for name, body, arguments in ("look", argument("word", "a"), {"word": "a"}), ("stop", "", {}):
+        message = parse(call(name, body).removesuffix(missing), size)
+        assert calls_of(message) == [(name, arguments)]
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize("body", ["\na b</parameter>\n", "\na b\n", "\na b", "a b\n"])
 def test_a_whole_call_with_marks_out_of_place(body: str, size: int) -> None:

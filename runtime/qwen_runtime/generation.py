@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +30,13 @@ class TokenLogprob:
 
     Attributes:
         text: the token, alone; a part of a character shows as U+FFFD.
+        offset: where its text begins in the answer, in characters; each part of a character where that does.
         logprob: natural logarithm of its probability.
         top: the likeliest tokens at its place and their logarithms, likeliest first.
     """
 
     text: str
+    offset: int
     logprob: float
     top: tuple[tuple[str, float], ...]
 
@@ -127,7 +130,7 @@ class Generation:
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """One for each of `tokens`, if they were asked for."""
+        """One for each of `tokens` but those whose text a stop string cut off, if they were asked for."""
         return self._progress.logprobs
 
     @property
@@ -213,6 +216,7 @@ def _answer(generator: Any, tokenizer: Tokenizer, plan: Plan, progress: _Progres
     decoder = tokenizer.create_stream()
     stop = StopFilter(plan.stop)
     seen: Counter[int] = Counter()
+    decoded = shown = 0  # characters
     while True:
         if progress.cancelled.is_set():
             progress.finish_reason = "cancelled"
@@ -228,12 +232,17 @@ def _answer(generator: Any, tokenizer: Tokenizer, plan: Plan, progress: _Progres
             break
         seen[token] += 1
         if logits is not None:
-            progress.logprobs.append(_logprob(logits, token, plan.logprobs or 0, tokenizer))
+            progress.logprobs.append(_logprob(logits, token, decoded, plan.logprobs or 0, tokenizer))
         progress.tokens.append(token)
-        if piece := stop.feed(decoder.decode(token)):
+        text = decoder.decode(token)
+        piece = stop.feed(text)
+        decoded, shown = decoded + len(text), shown + len(piece)
+        if stop.stopped:  # before the last piece, so that nobody hears of what was cut off
+            progress.finish_reason = "stop"
+            del progress.logprobs[within(progress.logprobs, shown) :]
+        if piece:
             yield piece
         if stop.stopped:
-            progress.finish_reason = "stop"
             return
         if len(progress.tokens) == plan.max_tokens or generator.is_done():
             progress.finish_reason = "length"
@@ -265,7 +274,12 @@ def _prepare(generator: Any, plan: Plan, seen: Mapping[int, int]) -> Logits | No
     return reported
 
 
-def _logprob(logits: Logits, token: int, count: int, tokenizer: Tokenizer) -> TokenLogprob:
+def within(logprobs: Sequence[TokenLogprob], length: int) -> int:
+    """How many of these tokens begin in the first `length` characters of their answer."""
+    return bisect_left(logprobs, length, key=lambda entry: entry.offset)
+
+
+def _logprob(logits: Logits, token: int, offset: int, count: int, tokenizer: Tokenizer) -> TokenLogprob:
     def text(token: int) -> str:
         return str(tokenizer.decode(np.array([token], np.int32)))
 
@@ -274,4 +288,4 @@ def _logprob(logits: Logits, token: int, count: int, tokenizer: Tokenizer) -> To
     likeliest = np.argpartition(-logits, count)[:count]
     likeliest = likeliest[np.argsort(-logits[likeliest])]
     top = tuple((text(int(other)), float(logprobs[other])) for other in likeliest)
-    return TokenLogprob(text(token), float(logprobs[token]), top)
+    return TokenLogprob(text(token), offset, float(logprobs[token]), top)

@@ -158,7 +158,8 @@ def _tools(asked: ChatRequest, thinking: bool) -> tuple[list[dict[str, Any]], Gu
 
 
 def _finish_reason(answer: Answer, parser: AnswerParser) -> str:
-    called = answer.finish_reason == "stop" and "tool_calls" in parser.message
+    """ "tool_calls" promises arguments that can be read, which a stop string may have cut off."""
+    called = answer.finish_reason == "stop" and "tool_calls" in parser.message and not parser.in_call
     return "tool_calls" if called else answer.finish_reason
 
 

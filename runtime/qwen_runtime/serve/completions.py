@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -51,7 +50,7 @@ async def _whole(answer: Answer, head: Mapping[str, Any]) -> Response:
     choice = {
         "index": 0,
         "text": "".join(piece.text for piece in pieces),
-        "logprobs": _logprobs([*logprobs, *answer.logprobs], 0),
+        "logprobs": _logprobs([*logprobs, *answer.logprobs]),
         "finish_reason": answer.finish_reason,
     }
     return JSONResponse({**head, "choices": [choice], "usage": usage_of(answer)})
@@ -60,19 +59,15 @@ async def _whole(answer: Answer, head: Mapping[str, Any]) -> Response:
 async def _chunks(
     answer: Answer, head: Mapping[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any] | None]:
-    offset = 0
-
     def chunk(
         text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None = None
     ) -> dict[str, Any]:
-        nonlocal offset
         choice = {
             "index": 0,
             "text": text,
-            "logprobs": _logprobs(logprobs, offset),
+            "logprobs": _logprobs(logprobs),
             "finish_reason": finish_reason,
         }
-        offset += sum(len(entry.text) for entry in logprobs)
         return {**head, "choices": [choice]}
 
     try:
@@ -87,13 +82,12 @@ async def _chunks(
     yield None
 
 
-def _logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if not entries:
         return None
-    offsets = itertools.accumulate((len(entry.text) for entry in entries[:-1]), initial=offset)
     return {
         "tokens": [entry.text for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [dict(entry.top) for entry in entries],
-        "text_offset": list(offsets),
+        "text_offset": [entry.offset for entry in entries],
     }

@@ -16,7 +16,9 @@ from qwen_runtime.serve.errors import ApiError
 T = TypeVar("T")
 
 MAX_BODY = 32 * 1024 * 1024  # bytes; images come as base64
-BODY_TIMEOUT = 60.0  # seconds for a whole body
+HEAD_TIMEOUT = 20.0  # seconds for a whole head
+BODY_TIMEOUT = 60.0  # seconds for a whole body, and for a large one
+SLOWEST_BODY = 32 * 1024  # bytes a second
 SEND_TIMEOUT = 60.0  # seconds that a reader may take none of a stream
 
 
@@ -38,18 +40,20 @@ async def read_json(request: Request) -> bytes:
         raise ApiError(415, "send the body with Content-Type: application/json")
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
+        async with asyncio.timeout(BODY_TIMEOUT) as timeout:
+            limit = asyncio.get_running_loop().time() + BODY_TIMEOUT
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY:
                     raise ApiError(
                         413, f"the body is larger than {MAX_BODY} bytes", headers={"Connection": "close"}
                     )
+                timeout.reschedule(limit + len(body) / SLOWEST_BODY)
     except ClientDisconnect:
         raise ClientGone from None
     except TimeoutError:
         raise ApiError(
-            408, f"the body took more than {BODY_TIMEOUT:.0f} seconds", headers={"Connection": "close"}
+            408, f"the body came too slowly: {len(body)} bytes so far", headers={"Connection": "close"}
         ) from None
     return bytes(body)
 

@@ -38,6 +38,7 @@ _LOOSE_PARAMETER = re.compile(
     r"\s*<parameter=([^>\n]+)>\n?(.*?)()(?:\n?</parameter>|(?=\n?</function>|\n?</tool_call>))", re.DOTALL
 )
 _FUNCTION_END = re.compile(r"\s*</function>\s*</tool_call>")
+_ARGUMENTS_END = re.compile(r"\s*</function>")
 _PYTHON = {"True": True, "False": False, "None": None}  # how the chat template writes them
 
 
@@ -70,17 +71,28 @@ class AnswerParser:
         return deltas
 
     def finish(self) -> list[Delta]:
-        """The deltas of what was held back. A call that was cut off stays JSON that was cut off."""
+        """The deltas of what was held back. A call that was cut off stays JSON that was cut off.
+
+        One that lacks no more than its last mark is whole.
+        """
         deltas: list[Delta] = []
-        if self._state == self._arguments and _CALL_END in self._rest:
+        if self.in_call and _CALL_END in self._rest:
             self._parameter = _LOOSE_PARAMETER
             deltas += self.feed("")
+        if self.in_call and _ARGUMENTS_END.match(self._rest):
+            deltas.append(self._end_call())
+            self._rest = ""
         rest, self._rest = self._rest, ""
         if self._state == self._thought:
             deltas += self._say("reasoning_content", rest.rstrip())
-        elif self._state != self._arguments:
+        elif not self.in_call:
             deltas += self._say("content", _CALL + rest if self._state == self._call else rest)
         return deltas
+
+    @property
+    def in_call(self) -> bool:
+        """Whether the last call's arguments have no end yet."""
+        return self._state == self._arguments
 
     def _thought(self, deltas: list[Delta]) -> bool:
         text, ended = self._until(_THOUGHT_END)
@@ -126,10 +138,9 @@ class AnswerParser:
             return True
         found = _FUNCTION_END.match(self._rest)
         if found or ("<parameter=" not in self._rest and _CALL_END in self._rest):
-            deltas.append(self._argue("}" if function["arguments"] else "{}"))
+            deltas.append(self._end_call())
             end = found.end() if found else self._rest.index(_CALL_END) + len(_CALL_END)
             self._rest = self._rest[end:]
-            self._state, self._blank = self._text, True
             return True
         return False
 
@@ -151,6 +162,10 @@ class AnswerParser:
             self._blank = False
             self.message[kind] = (self.message.get(kind) or "") + text
             yield {kind: text}
+
+    def _end_call(self) -> Delta:
+        self._state, self._blank = self._text, True
+        return self._argue("}" if self.message["tool_calls"][-1]["function"]["arguments"] else "{}")
 
     def _argue(self, fragment: str) -> Delta:
         calls = self.message["tool_calls"]

@@ -90,7 +90,7 @@ async def _events(answer: Answer, parser: AnswerParser, head: Mapping[str, Any])
     for delta in parser.finish():
         for event in items.add(delta):
             yield numbered(event)
-    for event in items.end("incomplete" if cut else "completed"):
+    for event in items.end("incomplete" if cut or parser.in_call else "completed"):
         yield numbered(event)
     usage = _usage(answer)
     if cut:

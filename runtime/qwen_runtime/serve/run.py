@@ -13,6 +13,7 @@ import uvicorn
 from qwen_profiles.errors import UserError
 
 from qwen_runtime.serve.app import LOOPBACK, make_app
+from qwen_runtime.serve.connection import Connection
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.http import SEND_TIMEOUT
 from qwen_runtime.serve.worker import Source
@@ -61,6 +62,7 @@ def serve(
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
+            http=Connection,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=grace,
             limit_concurrency=_CONNECTIONS,

@@ -21,7 +21,7 @@ from typing import Any
 
 from qwen_profiles.errors import UserError
 
-from qwen_runtime.generation import Generation, TokenLogprob
+from qwen_runtime.generation import Generation, TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.serve.parser import AnswerParser
 
@@ -71,7 +71,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next piece of text, and what was asked to be told of the tokens up to it."""
+    """The next piece of text, and what was asked to be told of the tokens that begin in it."""
 
     id: int
     text: str
@@ -155,8 +155,9 @@ class _Worker:
                 self._send(Started(job.id, generation.prompt_tokens, generation.cached_tokens))
                 told = 0
                 for text in generation:
-                    self._send(Piece(job.id, text, tuple(generation.logprobs[told:])))
-                    told = len(generation.logprobs)
+                    end = within(generation.logprobs, len(generation.text))
+                    self._send(Piece(job.id, text, tuple(generation.logprobs[told:end])))
+                    told = end
                 last: Event = Done(
                     job.id,
                     generation.finish_reason or "cancelled",
