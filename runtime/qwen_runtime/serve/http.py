@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 MAX_BODY = 32 * 1024 * 1024  # bytes; images come as base64
 HEAD_TIMEOUT = 20.0  # seconds for a whole head
-BODY_TIMEOUT = 60.0  # seconds for a whole body, and for a large one
-SLOWEST_BODY = 32 * 1024  # bytes a second
+BODY_TIMEOUT = 60.0  # seconds for a whole body, or more for one that is large and comes
+SLOWEST_BODY = 32 * 1024  # at this many bytes a second
 SEND_TIMEOUT = 60.0  # seconds that a reader may take none of a stream
 
 
