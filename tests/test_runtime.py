@@ -494,6 +494,13 @@ def test_command_streams_an_answer(cpu_artifact: Path, model: Model) -> None:
     assert result["provider"] == "cpu"
 
 
+def test_guidance_that_fails_on_the_way(model: Model) -> None:
+    """GenAI 0.18 loses the tokens of a character that its grammar forces. The model stays usable."""
+    with pytest.raises(UserError, match="could not be held to the guidance: Parser Error"):
+        list(model.generate("The", max_tokens=5, sampling=GREEDY, guidance=Guidance("regex", "中")))
+    assert list(model.generate("The", max_tokens=5, sampling=GREEDY))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 @pytest.mark.parametrize("arguments", [[], ["-"]])
 def test_command_without_stdin(cpu_artifact: Path, arguments: list[str]) -> None:

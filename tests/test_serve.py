@@ -197,6 +197,18 @@ def test_json_schema(ask: Callable[..., Any], thinking: bool) -> None:
     assert choice.finish_reason == "stop"
 
 
+def test_schemas_with_characters_of_several_tokens(ask: Callable[..., Any], model: Model) -> None:
+    assert len(model.encode("中")) > 1
+    schema = {"type": "object", "properties": {"名": {"enum": ["中🙂"]}}, "required": ["名"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    choice = ask(response_format=form, max_tokens=60).choices[0]
+    assert json.loads(choice.message.content) == {"名": "中🙂"} and choice.finish_reason == "stop"
+    tool = function("look", parameters=schema)
+    [call] = ask(tools=[tool], tool_choice=function("look"), max_tokens=90).choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"名": "中🙂"}
+
+
 def test_json_object(ask: Callable[..., Any]) -> None:
     choice = ask(response_format={"type": "json_object"}, max_tokens=40, temperature=1, seed=1).choices[0]
     assert choice.message.content.startswith("{")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from qwen_profiles.errors import UserError
 
 from qwen_runtime.backends import Tokenizer
 from qwen_runtime.prefix import State
@@ -21,6 +22,8 @@ from qwen_runtime.stop import StopFilter
 
 Logits = npt.NDArray[np.float32]
 
+# What ONNX Runtime GenAI says when llguidance fails.
+_GUIDANCE_FAILURES = ("Error committing tokens", "Error computing mask")
 _NO_CHANCE = 1000.0  # its exponential is infinite, and float32 still tells such logits apart
 
 
@@ -94,7 +97,8 @@ class _Progress:
 class Generation:
     """One answer as it grows: iterate it for pieces of text, with `for` or `async for`, or `run` it.
 
-    A context manager, or call `close`; one that is dropped frees what it holds too.
+    A context manager, or call `close`; one that is dropped frees what it holds too. A `UserError` comes where
+    the answer cannot be held to its guidance.
 
     Attributes:
         text: the pieces yielded so far.
@@ -196,8 +200,11 @@ def _run(
             yield from _answer(state.generator, tokenizer, plan, progress)
         else:
             progress.finish_reason = "cancelled"
-    except Exception:
+    except Exception as error:
         usable = False
+        if any(failure in str(error) for failure in _GUIDANCE_FAILURES):
+            reason = str(error).partition(": ")[2].partition("\n")[0]
+            raise UserError(f"the answer could not be held to the guidance: {reason}") from error
         raise
     finally:
         if usable:

@@ -16,6 +16,9 @@ from qwen_runtime.backends import Guidance
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ELSEWHERE = {"$ref", "anyOf", "oneOf", "allOf", "const", "enum"}  # where a schema without a type has it
 _NOTHING = {"type": "grammar", "grammar": 'root ::= ""'}  # xgrammar takes no empty literal
+# llguidance forces what must come next as the tokenizer would write it, which is best for the answer. To ONNX
+# Runtime GenAI 0.18, though, the rest of a character that a token began is U+FFFD, and the answer fails.
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _THOUGHT = r"thought[lazy]: /(.|\n)*<\/think>/"
 _TEXT = r'text[suffix="\n</parameter>\n"]: /(.|\n)*/'
 
@@ -55,7 +58,9 @@ def lark(answer: str) -> str:
     if asked["thinking"]:
         rules.append(_THOUGHT)
     begin = 'thought "\\n\\n" ' if asked["thinking"] else ""
-    return "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
+    text = "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
+    plain = text.isascii() and "\\u" not in text
+    return text if plain else _NO_FORCING + text
 
 
 def _function(rule: str, function: Mapping[str, Any]) -> str:
