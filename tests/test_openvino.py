@@ -21,6 +21,7 @@ from qwen_export.openvino.compress import compress
 from qwen_export.openvino.convert import convert
 from qwen_export.openvino.hollow import Hollows, Part
 from qwen_export.openvino.load import load_model
+from qwen_export.openvino.repair import repair
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Guidance, Model, Sampling
@@ -260,7 +261,7 @@ def write_whole(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None:
     if checkpoint.config.tie_word_embeddings:
         recipe["embedding"] = recipe["lm_head"]
     model, _ = load_model(checkpoint)
-    convert(model, folder, lambda traced, _: compress(traced, recipe))
+    convert(model, folder, lambda traced, _: repair(compress(traced, recipe)))
 
 
 def stored(artifact: Path) -> list[tuple[str, np.ndarray]]:
