@@ -121,8 +121,9 @@ def _cpu_bytes(planned: Plan) -> int:
 
     MatMulNBits repacks its codes, with a float scale and a float sum for each block, and lets go of the
     mapped codes but not of the scales: mapped, or the widened copy of float16 ones. Float products repack
-    too. What others take, such as a gather or QMoE, stays mapped: counted in full, as it will be in memory
-    once it was used.
+    too. What others take, such as a gather, stays mapped: counted in full, as it will be in memory once it
+    was used. So is QMoE's, which repacks its codes on CPUs with AVX2 and lets go of the mapped ones: the
+    same bytes.
     """
     tensors: dict[str, StoredTensor] = {t.name: t for _, stored in planned.stored for t in stored}
     mapped: set[str] = set()
