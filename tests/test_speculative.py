@@ -147,6 +147,17 @@ def assert_same(model: Model, prompt: str, tokens: int, **options: Any) -> Gener
     return guessed
 
 
+def assert_same_and_guessed(model: Model, prompts: list[str], tokens: int) -> None:
+    """So is each of these, and many guesses are right."""
+    drafted = accepted = 0
+    for prompt in prompts:
+        guesses = assert_same(model, prompt, tokens).acceptance
+        assert guesses is not None
+        drafted += guesses.drafted
+        accepted += guesses.accepted
+    assert accepted > 0.4 * drafted > 0
+
+
 def test_greedy_output_is_the_same_with_any_head(case, tmp_path: Path) -> None:
     """An untrained head guesses wrong nearly always: every way of going on after that is taken."""
     artifact = make_artifact(case[2], with_mtp(float_profile("fused")), tmp_path / "out", False)
@@ -171,14 +182,8 @@ def test_text_prompts_of_a_vision_language_artifact(tmp_path: Path) -> None:
 def test_greedy_output_is_the_same_with_the_trained_head(trained: Path, tmp_path: Path) -> None:
     """Exact arithmetic: many guesses are right, and every token is GenAI's."""
     artifact = make_artifact(trained, with_mtp(float_profile("fused")), tmp_path / "out", False)
-    drafted = accepted = 0
     with Model.load(artifact) as model:
-        for prompt in PROMPTS:
-            guesses = assert_same(model, prompt, 100).acceptance
-            assert guesses is not None
-            drafted += guesses.drafted
-            accepted += guesses.accepted
-    assert accepted > 0.4 * drafted > 0
+        assert_same_and_guessed(model, PROMPTS, 100)
 
 
 @pytest.fixture(scope="module", params=["trained", *SHAPES])
@@ -231,14 +236,8 @@ def test_greedy_output_is_the_same_with_quantised_activations(shipped: Path) -> 
 def test_sixty_answers_are_the_same(trained_artifact: Path) -> None:
     prompts = [text.strip()[:200] for text in list(topics.values())[:60]]
     assert len(prompts) == 60
-    drafted = accepted = 0
     with Model.load(trained_artifact) as model:
-        for prompt in prompts:
-            guesses = assert_same(model, prompt, 80).acceptance
-            assert guesses is not None
-            drafted += guesses.drafted
-            accepted += guesses.accepted
-    assert accepted > 0.4 * drafted > 0
+        assert_same_and_guessed(model, prompts, 80)
 
 
 def test_the_ordinary_graph_and_its_weights_are_untouched(trained_artifact: Path, cpu_artifact: Path) -> None:

@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from qwen_runtime.artifact import Artifact
 
-EMBEDDINGS = (
-    "openvino_text_embeddings_model.xml"  # artifacts that see have it, and a language model of its own name
-)
+# Artifacts that see have it, and a language model of its own name.
+EMBEDDINGS = "openvino_text_embeddings_model.xml"
 _TEXT, _SEEING = "openvino_model.xml", "openvino_language_model.xml"
 _STREAMS = 4  # of positions that a seeing model wants: a token's place, and time, height and width
 
