@@ -30,9 +30,6 @@ def fit_table(found: Fit) -> Table:
     """One model on one profile, in full."""
     predicted, profile = found.estimate, found.profile
     table = Table("what", "predicted", title=f"{found.model} for {profile.name}")
-    if predicted is None:
-        table.add_row("cannot be exported", found.reason or "")
-        return table
     budget = f"of {_gb(predicted.budget)}"
     table.add_row("size on disk", _gb(predicted.disk))
     table.add_row("memory at load", f"{_gb(predicted.load)} {budget}")
@@ -61,9 +58,6 @@ def compare_table(found: list[Fit]) -> Table:
         table.add_column(column, justify="right")
     for row in found:
         name, predicted = row.profile.name if one_model else row.model, row.estimate
-        if predicted is None:
-            table.add_row(name, *[""] * 6, "not yet")
-            continue
         table.add_row(
             name,
             f"{predicted.disk / 1e9:.2f}",
@@ -84,8 +78,7 @@ def matrix_table(found: list[Fit]) -> Table:
     table = Table("tokens/s, at most", *(model.removeprefix("Qwen3.5-") for model in models), title="Qwen3.5")
     rows: dict[str, list[str]] = {}
     for row in found:
-        fits = row.estimate is not None and row.reason is None
-        cell = _rate(row.estimate.decode_rate) if fits and row.estimate else "-"
+        cell = _rate(row.estimate.decode_rate) if row.reason is None else "-"
         rows.setdefault(row.profile.name, []).append(cell)
     for profile, cells in rows.items():
         table.add_row(profile, *cells)
