@@ -140,7 +140,7 @@ def test_mistakes(tmp_path: Path) -> None:
         "is no size": ["--auto-precision", "--size", "large"],
         "give at least that": ["--auto-precision", "--bits", "2"],
         "are for --auto-precision": ["--bits", "5"],
-        "--calibration is for --auto-precision, or": ["--calibration", str(short)],
+        "--calibration is for --auto-precision and": ["--calibration", str(short)],
         "is for ONNX Runtime": ["--profile", "intel-lunar-lake", "--auto-precision", "--bits", "5"],
         "compression awq is for backend openvino": ["--set", "compression=awq"],
         "give a text of 128": ["--auto-precision", "--bits", "6", "--calibration", str(short)],

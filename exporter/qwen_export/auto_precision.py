@@ -7,11 +7,9 @@ is spent by taking, again and again, the step that spares most for its bytes.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import cast, get_args
 
@@ -19,13 +17,13 @@ import numpy as np
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile, Role, WeightFormat
 
-from qwen_export import package
+from qwen_export.calibration import pieces
 from qwen_export.checkpoint import MTP, Checkpoint
 from qwen_export.estimate import estimate
 from qwen_export.export import Plan, Progress, plan
 from qwen_export.graph.recipe import LAYER
 from qwen_export.quantize import Quantization
-from qwen_export.sensitivity import TOKENS, Part, divergences, steps, weight_errors
+from qwen_export.sensitivity import Part, divergences, steps, weight_errors
 from qwen_export.weights import Weight
 
 # Sensitivity is measured with the first.
@@ -109,7 +107,7 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
     parts: dict[Part, dict[str, Quantization]] = {}
     for name, (part, form) in _quantised(planned).items():
         parts.setdefault(part, {})[name] = form
-    ids = _tokens(checkpoint, profile, text)
+    (ids,) = pieces(checkpoint, profile, text, most=1)
     progress.start(steps(checkpoint.config, list(parts)))
     found = divergences(checkpoint.config, checkpoint.tensors, parts, ids, lambda: progress.advance(1))
     return _candidates(checkpoint, profile, found)
@@ -215,30 +213,6 @@ def _sizes(planned: Plan) -> dict[Part, int]:
 def _part(weight: Weight) -> Part:
     found = LAYER.match(weight.rows[0].tensor)
     return Part(int(found[1]) if found else -1, weight.role)
-
-
-def _tokens(checkpoint: Checkpoint, profile: Profile, path: Path | None) -> np.ndarray:
-    """int64 [TOKENS] of the calibration text, by the checkpoint's tokenizer."""
-    import onnxruntime_genai as og
-
-    try:
-        text = (path or files("qwen_export") / "calibration.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        package.copy_files(checkpoint.root, Path(folder))
-        package.write_json(Path(folder, package.GENAI_CONFIG), package.genai_config(checkpoint, profile, {}))
-        try:
-            tokenizer = og.Tokenizer(folder)
-        except RuntimeError as error:
-            raise UserError(
-                f"{checkpoint.root} has no tokenizer that can be read ({error}): put tokenizer.json and "
-                "tokenizer_config.json there"
-            ) from error
-        ids = np.asarray(tokenizer.encode(text), np.int64)
-    if len(ids) < TOKENS:
-        raise UserError(f"{path} has {len(ids)} tokens: give a text of {TOKENS} at least")
-    return ids[:TOKENS]
 
 
 def _error(errors: Mapping[str, Sequence[float]], names: Iterable[str], at: int) -> float:

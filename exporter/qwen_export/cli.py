@@ -151,8 +151,8 @@ def main() -> None:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --auto-precision, or --set compression=awq and the like: text to measure on, UTF-8; else a "
-    "shipped one.",
+    help="With --auto-precision or --set compression=gptq: UTF-8 text of the kind that the model will read; "
+    "else a shipped one.",
 )
 @click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
 @click.option(
@@ -199,8 +199,8 @@ def export_command(
             raise UserError("--size and --bits are for --auto-precision: add it")
         elif calibration and profile.compression == "data-free":
             raise UserError(
-                "--calibration is for --auto-precision, or with a profile for OpenVINO for "
-                "--set compression=scale-estimation, awq or gptq: add one"
+                "--calibration is for --auto-precision and --set compression=gptq (for OpenVINO "
+                "scale-estimation and awq too): add one"
             )
         if not ignore_memory:
             _note_short_context(require_fit(source, profile), max_context)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -25,9 +26,11 @@ from qwen_profiles.errors import UserError
 from qwen_profiles.schema import Profile
 
 from qwen_export import package
+from qwen_export.calibration import pieces
 from qwen_export.card import README, model_card
 from qwen_export.checkpoint import MTP, Checkpoint
 from qwen_export.config import expected_shapes, mtp_shapes
+from qwen_export.gptq import PIECES, with_feedbacks
 from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
 from qwen_export.graph.embedding import embedding
 from qwen_export.graph.model import GraphOptions, cache_bytes_per_token, decoder
@@ -35,7 +38,7 @@ from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import Target, target_for
 from qwen_export.graph.vision import vision_tower
-from qwen_export.stream import Journal, Stored, source_bytes, write_weights
+from qwen_export.stream import Journal, Stored, StoredWith, source_bytes, write_weights
 from qwen_export.vision_config import vision_shapes
 
 # A prompt with images goes to the decoder in one run, whatever `search.chunk_size` says: ONNX Runtime GenAI
@@ -184,7 +187,8 @@ def export(
         write = partial(write_artifact, checkpoint, profile, calibration)
     else:
         planned = plan(checkpoint, profile, all_logits, _has_mtp(checkpoint, profile, progress))
-        write = partial(_export, checkpoint, profile, planned, all_logits)
+        text = pieces(checkpoint, profile, calibration, PIECES) if profile.compression == "gptq" else None
+        write = partial(_export, checkpoint, profile, planned, all_logits, text)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = output.parent / f".{output.name}.partial"
     work.mkdir(exist_ok=True)
@@ -205,15 +209,25 @@ def export(
 
 
 def _export(
-    checkpoint: Checkpoint, profile: Profile, planned: Plan, all_logits: bool, work: Path, progress: Progress
+    checkpoint: Checkpoint,
+    profile: Profile,
+    planned: Plan,
+    all_logits: bool,
+    text: np.ndarray | None,
+    work: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     staged = work / package.STAGED
-    journal = _begin(work, _fingerprint(checkpoint, profile, planned), progress)
+    journal = _begin(work, _fingerprint(checkpoint, profile, planned, text), progress)
     data = staged / DATA_FILE
     _check_space(data, planned.data_bytes)
 
     progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in planned.stored))
-    write_weights(checkpoint, planned.stored, data, planned.data_bytes, journal, progress.advance)
+    stored: Iterable[StoredWith] = ((*entry, {}) for entry in planned.stored)
+    if text is not None:
+        progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
+        stored = with_feedbacks(checkpoint.config, checkpoint.tensors, planned.stored, text)
+    write_weights(checkpoint, stored, data, planned.data_bytes, journal, progress.advance)
 
     package.copy_files(checkpoint.root, staged)
     for name, model in planned.models.items():
@@ -269,14 +283,15 @@ def _begin(work: Path, fingerprint: str, progress: Progress) -> Journal:
     return journal
 
 
-def _fingerprint(checkpoint: Checkpoint, profile: Profile, planned: Plan) -> str:
-    """Changes when any byte of the data file could: the shards, the profile, the layout, or our code."""
+def _fingerprint(checkpoint: Checkpoint, profile: Profile, planned: Plan, text: np.ndarray | None) -> str:
+    """Changes when any byte of the data file could: shards, profile, layout, calibration text, our code."""
     shards = sorted({file for source in checkpoint.tensors.values() for file in source.files})
     identity = {
         "qwen_edge": version("qwen-edge"),
         "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],
         "profile": profile.model_dump(),
         "layout": [repr(entry) for _, tensors in planned.stored for entry in tensors],
+        "text": None if text is None else text.tolist(),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -61,8 +61,15 @@ class Quantized:
     zero_points: np.ndarray | None
 
 
-def quantize(weight: np.ndarray, form: Quantization) -> Quantized:
-    """Quantise `weight` [N, K] in bfloat16, float16 or float32, all finite. Rows are independent."""
+def quantize(weight: np.ndarray, form: Quantization, feedback: np.ndarray | None = None) -> Quantized:
+    """Quantise `weight` [N, K] in bfloat16, float16 or float32, all finite. Rows are independent.
+
+    Args:
+        feedback: float32 [K, K], strictly lower triangular. Row k says what feature k makes up for of the
+            errors of those before it (`gptq`). None: every code is the nearest.
+    """
+    if feedback is not None:
+        return _quantize_in_order(weight, form, feedback)
     n, k = weight.shape
     blocks = form.blocks(k)
     packed = np.empty(form.packed_shape(n, k), np.uint8)
@@ -77,6 +84,39 @@ def quantize(weight: np.ndarray, form: Quantization) -> Quantized:
         scales[rows] = scale.reshape(-1, blocks)
         zeros[rows] = zero.reshape(-1, blocks)
     return Quantized(packed, scales, None if form.symmetric else pack_codes(zeros, form.bits))
+
+
+def _quantize_in_order(weight: np.ndarray, form: Quantization, feedback: np.ndarray) -> Quantized:
+    """Feature by feature: each is rounded with what the errors before it leave to it.
+
+    A block's scale is fitted to what its features would be, could they make up exactly for all before.
+    """
+    n, k = weight.shape
+    blocks, levels = form.blocks(k), (1 << form.bits) - 1
+    exact = np.ascontiguousarray(weight.T, np.float32)
+    errors = np.empty_like(exact)
+    codes = np.empty((blocks * form.block_size, n), np.uint8)
+    scales = np.empty((blocks, n), form.scale_dtype)
+    zeros = np.empty((blocks, n), np.uint8)
+    for block in range(blocks):
+        start, stop = block * form.block_size, min((block + 1) * form.block_size, k)
+        left = feedback[start:stop, :start] @ errors[:start]
+        within = feedback[start:stop, start:stop]
+        wanted = np.zeros((form.block_size, n), np.float32)
+        wanted[: stop - start] = exact[start:stop] + np.linalg.solve(
+            np.eye(stop - start, dtype=np.float32) + within, left
+        )
+        _, scales[block], zeros[block] = _fit(wanted, form)
+        scale, zero = scales[block].astype(np.float32), zeros[block].astype(np.float32)
+        codes[start : start + form.block_size] = zeros[block]  # what K is padded with means 0
+        left += exact[start:stop]
+        for feature in range(start, stop):
+            row = left[feature - start] + feedback[feature, start:feature] @ errors[start:feature]
+            _round(row, scale, zero, levels, row)
+            codes[feature] = row + zero
+            np.subtract(exact[feature], row * scale, out=errors[feature])
+    packed = _pack(codes, form.bits).T.reshape(form.packed_shape(n, k))
+    return Quantized(packed, scales.T, None if form.symmetric else pack_codes(zeros.T, form.bits))
 
 
 def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:

@@ -17,6 +17,7 @@ from qwen_export.graph.yarn import inverse_frequencies
 from qwen_export.sources import Source
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
+_STATES = 4  # recurrent states worked on at a time, so that they stay in the CPU's cache
 _L2_EPSILON = 1e-6  # transformers' l2norm
 
 
@@ -66,8 +67,16 @@ def embed(config: TextConfig, weights: Weights, ids: np.ndarray) -> np.ndarray:
 
 def logits(config: TextConfig, weights: Weights, hidden: np.ndarray) -> np.ndarray:
     """The last layer's hidden states [..., hidden] -> logits [..., vocab]."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return weights.linear(head, _rms_norm(config, weights, "model.norm.weight", hidden))
+    return weights.linear(head_name(config), last_norm(config, weights, hidden))
+
+
+def head_name(config: TextConfig) -> str:
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
+def last_norm(config: TextConfig, weights: Weights, hidden: np.ndarray) -> np.ndarray:
+    """What lm_head is given: [..., hidden] -> the same shape."""
+    return _rms_norm(config, weights, "model.norm.weight", hidden)
 
 
 def layer(config: TextConfig, weights: Weights, index: int, hidden: np.ndarray) -> np.ndarray:
@@ -161,17 +170,29 @@ def _gated_delta_net(config: TextConfig, weights: Weights, layer: str, x: np.nda
     decay = np.exp(-np.exp(weights.whole(f"{name}.A_log")) * np.logaddexp(a, np.float32(0)))
 
     output = np.empty_like(value)
-    state = np.zeros((batch, heads, config.linear_key_head_dim, config.linear_value_head_dim), np.float32)
+    for start in range(0, batch, _STATES):
+        some = slice(start, start + _STATES)
+        output[some] = _delta_rule(query[some], key[some], value[some], beta[some], decay[some])
+
+    gate = _silu(weights.linear(f"{name}.in_proj_z.weight", x)).reshape(output.shape)
+    normed = _normed(output, config.rms_norm_eps) * weights.whole(f"{name}.norm.weight") * gate
+    return weights.linear(f"{name}.out_proj.weight", normed.reshape(batch, length, -1))
+
+
+def _delta_rule(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, beta: np.ndarray, decay: np.ndarray
+) -> np.ndarray:
+    """[batch, T, heads, size] of query, key and value, [batch, T, heads] of the rest -> like `value`."""
+    output = np.empty_like(value)
+    batch, length, heads, key_size = key.shape
+    state = np.zeros((batch, heads, key_size, value.shape[-1]), np.float32)
     for t in range(length):
         k = key[:, t, :, :, None]
         state *= decay[:, t, :, None, None]
         seen = (k.swapaxes(-1, -2) @ state)[..., 0, :]
         state += k * (beta[:, t, :, None] * (value[:, t] - seen))[..., None, :]
         output[:, t] = (query[:, t, :, None, :] @ state)[..., 0, :]
-
-    gate = _silu(weights.linear(f"{name}.in_proj_z.weight", x)).reshape(output.shape)
-    normed = _normed(output, config.rms_norm_eps) * weights.whole(f"{name}.norm.weight") * gate
-    return weights.linear(f"{name}.out_proj.weight", normed.reshape(batch, length, -1))
+    return output
 
 
 def _causal_conv(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:

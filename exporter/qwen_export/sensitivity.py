@@ -19,7 +19,6 @@ from qwen_export.quantize import Quantization, dequantize, quantize
 from qwen_export.reference import Weights, float32, log_softmax
 from qwen_export.sources import Source
 
-TOKENS = 128  # of the text that parts are compared on
 _TOGETHER = 16  # parts that go through a layer at once
 _SAMPLED_ROWS = 256  # of each tensor, to compare precisions
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from qwen_export.quantize import Quantization, quantize
 from qwen_export.weights import Rows, StoredTensor, Weight
 
 Stored = tuple[Weight, list[StoredTensor]]
+# And what the codes of a weight are made with, by tensor of the checkpoint (`quantize`); empty: the nearest.
+StoredWith = tuple[Weight, list[StoredTensor], Mapping[str, np.ndarray]]
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
 _SYNC_BYTES = 32 * 1024 * 1024
@@ -38,6 +40,7 @@ class _Piece:
     tensors: Sequence[StoredTensor]
     rows: Rows
     first_row: int
+    feedback: np.ndarray | None
 
 
 def source_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
@@ -72,7 +75,7 @@ class Journal:
 
 def write_weights(
     checkpoint: Checkpoint,
-    stored: Sequence[Stored],
+    stored: Iterable[StoredWith],
     path: Path,
     size: int,
     journal: Journal,
@@ -109,17 +112,18 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _remaining(
-    stored: Sequence[Stored], journal: Journal, checkpoint: Checkpoint, advance: Callable[[int], None]
-) -> Iterator[Stored]:
-    for weight, tensors in stored:
+    stored: Iterable[StoredWith], journal: Journal, checkpoint: Checkpoint, advance: Callable[[int], None]
+) -> Iterator[StoredWith]:
+    for entry in stored:
+        weight, *_ = entry
         if weight.name in journal.done:
             advance(source_bytes(checkpoint, weight))
         else:
-            yield weight, tensors
+            yield entry
 
 
 def _finished(
-    checkpoint: Checkpoint, stored: Iterator[Stored], file: BinaryIO, advance: Callable[[int], None]
+    checkpoint: Checkpoint, stored: Iterator[StoredWith], file: BinaryIO, advance: Callable[[int], None]
 ) -> Iterator[Weight]:
     """Convert pieces in worker threads, a bounded number at a time; yield each weight once it is whole."""
     lock = threading.Lock()
@@ -138,8 +142,8 @@ def _finished(
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for weight, tensors in stored:
-                pieces = list(_pieces(weight, tensors))
+            for weight, tensors, feedbacks in stored:
+                pieces = list(_pieces(weight, tensors, feedbacks))
                 open_pieces[weight.name] = len(pieces)
                 for piece in pieces:
                     running[pool.submit(_convert, checkpoint, piece, file, lock)] = weight
@@ -149,14 +153,17 @@ def _finished(
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(weight: Weight, tensors: Sequence[StoredTensor]) -> Iterator[_Piece]:
+def _pieces(
+    weight: Weight, tensors: Sequence[StoredTensor], feedbacks: Mapping[str, np.ndarray]
+) -> Iterator[_Piece]:
     row = int(np.prod(weight.row_shape, dtype=np.int64))
     step = max(1, _PIECE_ELEMENTS // row)
     first_row = 0
     for part in weight.rows:
         for start in range(part.start, part.stop, step):
             stop = min(start + step, part.stop)
-            yield _Piece(weight, tensors, Rows(part.tensor, start, stop), first_row)
+            rows = Rows(part.tensor, start, stop)
+            yield _Piece(weight, tensors, rows, first_row, feedbacks.get(part.tensor))
             first_row += stop - start
 
 
@@ -190,7 +197,7 @@ def _stored_form(checkpoint: Checkpoint, piece: _Piece) -> list[np.ndarray]:
     if weight.transform is not None:
         rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):
-        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage)
+        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage, piece.feedback)
         arrays = [quantized.packed, quantized.scales, quantized.zero_points]
         return [np.ascontiguousarray(array) for array in arrays if array is not None]
     with np.errstate(over="ignore"):  # reported below

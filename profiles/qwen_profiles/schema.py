@@ -127,8 +127,9 @@ class Profile(_Frozen):
     """By layer, the formats of roles that differ there, as `--auto-precision` chooses them."""
 
     compression: Literal["data-free", "scale-estimation", "awq", "gptq"] = "data-free"
-    """How the OpenVINO backend finds scales and codes of 4-bit weights: from the weights alone, in little
-    memory, or from activations on a calibration text too, with the whole model in memory."""
+    """How scales and codes of 4-bit weights are found: from the weights alone, or from activations on a
+    calibration text too. For ONNX Runtime that is `gptq`, layer by layer; for OpenVINO it is NNCF's, with the
+    whole model in memory."""
 
     accuracy_level: int = Field(default=0, ge=0, le=4)
     """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
@@ -162,8 +163,8 @@ class Profile(_Frozen):
             raise ValueError(f"cache_dtype must be activation_dtype, {self.activation_dtype}")
         if self.scale_dtype == "float32" and self.activation_dtype == "float16":
             raise ValueError("scale_dtype must be float16, as the activations are")
-        if self.compression != "data-free" and self.backend != "openvino":
-            raise ValueError(f"compression {self.compression} is for backend openvino: leave it out")
+        if self.compression not in ("data-free", "gptq") and self.backend != "openvino":
+            raise ValueError(f"compression {self.compression} is for backend openvino: choose gptq")
         if self.lowering == "fused" and self.provider == "dml":
             raise ValueError("provider dml has no kernels for lowering fused: set lowering to portable")
         return self

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qwen_profiles.errors import UserError
 
-_TEXTS, _TOKENS = 16, 128  # as many pieces of the text as there are, of so many tokens each
+from qwen_export.calibration import in_pieces, read_text
+
+_PIECES = 16  # at most
 
 
 class Calibration:
@@ -27,16 +27,8 @@ class Calibration:
     def __init__(self, source: Path, embedding: Any, text: Path | None) -> None:
         from transformers import AutoTokenizer
 
-        path = text or files("qwen_export") / "calibration.txt"
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {text} as UTF-8 text: {error}") from error
-        ids = np.asarray(AutoTokenizer.from_pretrained(source)(content)["input_ids"], np.int64)
-        if len(ids) < _TOKENS:
-            raise UserError(f"{path} has {len(ids)} tokens: give a text of {_TOKENS} at least")
-        count = min(_TEXTS, len(ids) // _TOKENS)
-        self._pieces = ids[: count * _TOKENS].reshape(count, _TOKENS)
+        ids = AutoTokenizer.from_pretrained(source)(read_text(text))["input_ids"]
+        self._pieces = in_pieces(ids, _PIECES, text)
         self._embedding = embedding
 
     def dataset(self, model: Any) -> Any:
