@@ -66,6 +66,9 @@ def recipes() -> Iterator[tuple[str, Profile]]:
     yield "float32", float_profile("fused")
     yield "profile cpu", load_profile("cpu")
     yield "profile strix-halo", load_profile("strix-halo")
+    yield "profile cpu-int4", load_profile("cpu-int4")
+    for name in ("cpu", "strix-halo"):
+        yield f"profile {name}, compression=gptq", load_profile(name, ["compression=gptq"])
     yield "all int8, block 128", uniform("int8", 128, True)
     for symmetric in (True, False):
         for block in (32, 64, 128):
@@ -81,6 +84,7 @@ def chosen(checkpoint: Checkpoint) -> Iterator[tuple[str, Profile]]:
         "cpu": load_profile("cpu"),
         "cpu, scale_dtype=float16": load_profile("cpu", ["scale_dtype=float16"]),
         "strix-halo": load_profile("strix-halo"),
+        "strix-halo, compression=gptq": load_profile("strix-halo", ["compression=gptq"]),
     }
     for name, base in profiles.items():
         candidates = measured(checkpoint, base, None, Quiet())
