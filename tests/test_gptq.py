@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from qwen_export.gptq import PIECES, feedback, with_feedbacks
 from qwen_export.quantize import Quantization, dequantize, quantize
 from qwen_profiles.errors import UserError
 from qwen_profiles.schema import load_profile
-from random_checkpoints import TINY, TINY_MOE, TINY_VL
+from random_checkpoints import TINY, TINY_MOE, TINY_VL, copy_tokenizer, load_tensors, save_shards
 from transformers import AutoModelForCausalLM
 
 from artifacts import Quiet, Session
@@ -236,6 +237,16 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the model has 512 tokens: put the model's own tokenizer there"):
         export(Checkpoint.open(str(source)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_overflow(tmp_path: Path) -> None:
+    tensors = load_tensors(TINY)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    copy_tokenizer(TINY, tmp_path)
+    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
+    save_shards(tmp_path, tensors, 1)
+    with pytest.raises(UserError, match=r"inputs of model.layers.1.mlp.down_proj.weight overflow"):
+        export(Checkpoint.open(str(tmp_path)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
 
 
 def test_at_most_so_much_text_is_read() -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from qwen_profiles.errors import UserError
 
 from qwen_export import reference
 from qwen_export.config import TextConfig
@@ -57,6 +58,9 @@ def with_feedbacks(
 
     Args:
         pieces: int64 [pieces, tokens] of text.
+
+    Raises:
+        UserError: activations overflow.
     """
     by_layer: dict[int, list[Stored]] = {}  # lm_head is the layer after the last
     for weight, places in stored:
@@ -69,10 +73,11 @@ def with_feedbacks(
     hidden = reference.embed(config, Weights(tensors), pieces)
     for index in range(max(by_layer, default=-1) + 1):
         watched = _Watched(tensors)
-        if index < config.num_hidden_layers:
-            hidden = reference.layer(config, watched, index, hidden)
-        else:
-            watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
+        with np.errstate(over="ignore", invalid="ignore"):  # reported when feedback is asked for
+            if index < config.num_hidden_layers:
+                hidden = reference.layer(config, watched, index, hidden)
+            else:
+                watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
         for weight, places in by_layer.get(index, []):
             yield weight, places, {rows.tensor: watched.feedback(rows.tensor) for rows in weight.rows}
 
@@ -112,6 +117,11 @@ class _Watched(Weights):
 
     def feedback(self, name: str) -> np.ndarray:
         gram = self._grams[name]
+        if not np.isfinite(gram).all():
+            raise UserError(
+                f"the inputs of {name} overflow on the calibration text: "
+                "export with --set compression=data-free"
+            )
         if id(gram) not in self._feedbacks:
             self._feedbacks[id(gram)] = feedback(gram, self._tokens[name])
         return self._feedbacks[id(gram)]
