@@ -38,7 +38,7 @@ from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import Target, target_for
 from qwen_export.graph.vision import vision_tower
-from qwen_export.stream import Journal, Stored, StoredWith, source_bytes, write_weights
+from qwen_export.stream import Journal, Stored, StoredWith, nearest, source_bytes, write_weights
 from qwen_export.vision_config import vision_shapes
 
 # A prompt with images goes to the decoder in one run, whatever `search.chunk_size` says: ONNX Runtime GenAI
@@ -223,7 +223,7 @@ def _export(
     _check_space(data, planned.data_bytes)
 
     progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in planned.stored))
-    stored: Iterable[StoredWith] = ((*entry, {}) for entry in planned.stored)
+    stored: Iterable[StoredWith] = ((*entry, nearest) for entry in planned.stored)
     if text is not None:
         progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
         stored = with_feedbacks(checkpoint.config, checkpoint.tensors, planned.stored, text)

@@ -23,7 +23,7 @@ from qwen_export.graph.recipe import LAYER
 from qwen_export.quantize import Quantization
 from qwen_export.reference import Weights
 from qwen_export.sources import Source
-from qwen_export.stream import Stored, StoredWith
+from qwen_export.stream import Stored, StoredWith, nearest
 from qwen_export.weights import Weight
 
 PIECES = 64  # of calibration text, at most
@@ -52,7 +52,7 @@ def with_feedbacks(
     stored: Sequence[Stored],
     pieces: np.ndarray,
 ) -> Iterator[StoredWith]:
-    """All of `stored`, in the order in which the model runs, with the feedbacks that codes are made with.
+    """All of `stored`, in the order in which the model runs, with what finds the feedbacks of its tensors.
 
     The vision tower and the MTP head have none: calibration text does not go through them.
 
@@ -66,7 +66,7 @@ def with_feedbacks(
     for weight, places in stored:
         index = _layer(config, weight)
         if index is None:
-            yield weight, places, {}
+            yield weight, places, nearest
         else:
             by_layer.setdefault(index, []).append((weight, places))
 
@@ -79,7 +79,7 @@ def with_feedbacks(
             else:
                 watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
         for weight, places in by_layer.get(index, []):
-            yield weight, places, {rows.tensor: watched.feedback(rows.tensor) for rows in weight.rows}
+            yield weight, places, watched.feedback
 
 
 def _layer(config: TextConfig, weight: Weight) -> int | None:
@@ -117,11 +117,11 @@ class _Watched(Weights):
 
     def feedback(self, name: str) -> np.ndarray:
         gram = self._grams[name]
-        if not np.isfinite(gram).all():
-            raise UserError(
-                f"the inputs of {name} overflow on the calibration text: "
-                "export with --set compression=data-free"
-            )
         if id(gram) not in self._feedbacks:
+            if not np.isfinite(gram).all():
+                raise UserError(
+                    f"the inputs of {name} overflow on the calibration text: "
+                    "export with --set compression=data-free"
+                )
             self._feedbacks[id(gram)] = feedback(gram, self._tokens[name])
         return self._feedbacks[id(gram)]

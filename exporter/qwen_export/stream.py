@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -24,8 +24,10 @@ from qwen_export.quantize import Quantization, quantize
 from qwen_export.weights import Rows, StoredTensor, Weight
 
 Stored = tuple[Weight, list[StoredTensor]]
-# And what the codes of a weight are made with, by tensor of the checkpoint (`quantize`); empty: the nearest.
-StoredWith = tuple[Weight, list[StoredTensor], Mapping[str, np.ndarray]]
+# Finds the feedback that the codes of a checkpoint's tensor are made with (`quantize`). It may take long, so
+# it is asked for only where a weight is still to be written.
+Feedback = Callable[[str], np.ndarray | None]
+StoredWith = tuple[Weight, list[StoredTensor], Feedback]
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
 _SYNC_BYTES = 32 * 1024 * 1024
@@ -41,6 +43,10 @@ class _Piece:
     rows: Rows
     first_row: int
     feedback: np.ndarray | None
+
+
+def nearest(tensor: str) -> None:
+    """No feedback: every code is the nearest."""
 
 
 def source_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
@@ -142,8 +148,8 @@ def _finished(
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for weight, tensors, feedbacks in stored:
-                pieces = list(_pieces(weight, tensors, feedbacks))
+            for weight, tensors, feedback in stored:
+                pieces = list(_pieces(weight, tensors, feedback))
                 open_pieces[weight.name] = len(pieces)
                 for piece in pieces:
                     running[pool.submit(_convert, checkpoint, piece, file, lock)] = weight
@@ -153,17 +159,15 @@ def _finished(
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(
-    weight: Weight, tensors: Sequence[StoredTensor], feedbacks: Mapping[str, np.ndarray]
-) -> Iterator[_Piece]:
+def _pieces(weight: Weight, tensors: Sequence[StoredTensor], feedback: Feedback) -> Iterator[_Piece]:
     row = int(np.prod(weight.row_shape, dtype=np.int64))
     step = max(1, _PIECE_ELEMENTS // row)
     first_row = 0
     for part in weight.rows:
+        found = feedback(part.tensor)
         for start in range(part.start, part.stop, step):
             stop = min(start + step, part.stop)
-            rows = Rows(part.tensor, start, stop)
-            yield _Piece(weight, tensors, rows, first_row, feedbacks.get(part.tensor))
+            yield _Piece(weight, tensors, Rows(part.tensor, start, stop), first_row, found)
             first_row += stop - start
 
 
