@@ -35,6 +35,7 @@ from qwen_export.export import Progress as ExportProgress
 from qwen_export.export import default_output, export
 from qwen_export.fit import Fit, compare, configured, family, require_fit, shipped_profiles
 from qwen_export.inspection import inspect, precisions
+from qwen_export.output import check_output
 from qwen_export.tables import (
     compare_table,
     fit_table,
@@ -139,7 +140,7 @@ def main() -> None:
     "than the checkpoint was trained for.",
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
-@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+@click.option("--force", is_flag=True, help="Replace the output folder if it is an artifact.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
 @click.option(
     "--auto-precision",
@@ -193,6 +194,7 @@ def export_command(
         profile = load_profile(profile_name, overrides)
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
+        check_output(folder, source.root, force)
         if auto_precision:
             profile = _chosen(source, profile, size, bits, calibration, progress and not as_json)
         elif size or bits:

@@ -38,6 +38,7 @@ from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import Target, target_for
 from qwen_export.graph.vision import vision_tower
+from qwen_export.output import check_output, put_in_place, work_folder
 from qwen_export.stream import Journal, Stored, StoredWith, nearest, source_bytes, write_weights
 from qwen_export.vision_config import vision_shapes
 
@@ -162,8 +163,8 @@ def export(
             shipped one.
 
     Raises:
-        UserError: the checkpoint contradicts its config or holds NaN, the output exists, the disk is full,
-            another export is writing to the same place, `max_context` is out of reach, or the profile's
+        UserError: the checkpoint contradicts its config or holds NaN, the output exists or is not an artifact
+            (see `check_output`), the disk is full, another export is writing to the same place, `max_context` is out of reach, or the profile's
             backend is not installed.
     """
     if max_context is not None:
@@ -175,8 +176,7 @@ def export(
             )
         checkpoint = replace(checkpoint, config=config)
         profile = profile.model_copy(update={"context_length": max_context})
-    if output.exists() and not force:
-        raise UserError(f"{output} already exists: choose another folder with -o, or replace it with --force")
+    check_output(output, checkpoint.root, force)
     checkpoint.check(expected_shapes(checkpoint.config))
     if checkpoint.vision:
         checkpoint.check(vision_shapes(checkpoint.vision))
@@ -189,13 +189,11 @@ def export(
         planned = plan(checkpoint, profile, all_logits, _has_mtp(checkpoint, profile, progress))
         text = pieces(checkpoint, profile, calibration, PIECES) if profile.compression == "gptq" else None
         write = partial(_export, checkpoint, profile, planned, all_logits, text)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.parent / f".{output.name}.partial"
-    work.mkdir(exist_ok=True)
+    work = work_folder(output)
     try:
         with FileLock(work / "lock", timeout=0):
             written = write(work, progress)
-            _put_in_place(work / package.STAGED, output)
+            put_in_place(work / package.STAGED, output)
     except Timeout as error:
         raise UserError(f"another export is writing {output}: wait for it to end") from error
     except OSError as error:
@@ -306,17 +304,6 @@ def _check_space(data: Path, data_bytes: int) -> None:
             f"the artifact needs {needed / 1e9:.1f} GB more and {data.parent.parent.parent} has "
             f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
         )
-
-
-def _put_in_place(staged: Path, output: Path) -> None:
-    """Rename `staged` to `output`; an older artifact of that name goes away only then."""
-    if not output.exists():
-        os.replace(staged, output)
-        return
-    old = staged.parent / "replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(output, old)
-    os.replace(staged, output)
 
 
 def default_output(checkpoint: Checkpoint, profile: Profile) -> Path:
