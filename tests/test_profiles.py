@@ -9,18 +9,22 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.export import plan
-from qwen_export.fit import configured, fit
+from qwen_export.fit import configured, family, fit
+from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.targets import target_for
+from qwen_export.quantize import Quantization
 from qwen_export.verify.verification import verify
 from qwen_profiles.documentation import BEGIN, END, fields_table
 from qwen_profiles.errors import UserError
 from qwen_profiles.providers import PROVIDER_OPTIONS
 from qwen_profiles.reading import profile_names
-from qwen_profiles.schema import Profile, load_profile, parse_profile
+from qwen_profiles.schema import Profile, WeightFormat, load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
 from random_checkpoints import TINY, TINY_MOE, TINY_VL
 from test_ort124 import greedy
@@ -73,6 +77,37 @@ def test_every_profile_exports_experts_and_vision(name: str, checkpoint: Path, t
         assert graphs == sorted(path.name for path in artifact.glob("*.onnx"))
         if name in KINDS and checkpoint == TINY_MOE:
             assert len(greedy(python, artifact, [1, 2, 3], 4)["tokens"]) == 4
+
+
+def families() -> dict[str, Checkpoint]:
+    shipped = {path.name: Checkpoint.open(str(path)) for path in (TINY, TINY_MOE, TINY_VL)}
+    return family() | shipped
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if PROFILES[name].provider == "dml"])
+def test_directml_gets_an_even_number_of_blocks(name: str) -> None:
+    """DirectML reads zero points with rows padded to an even count, and answers wrongly where it is odd."""
+    seen = 0
+    for checkpoint in families().values():
+        for weight, _ in plan(checkpoint, PROFILES[name]).stored:
+            if isinstance(form := weight.storage, Quantization):
+                assert weight.shape[-1] % (2 * form.block_size) == 0, (checkpoint.source, weight.name)
+                assert not form.symmetric
+                seen += 1
+    assert seen > 1000
+
+
+@pytest.mark.parametrize("features", [48, 72, 96, 112, 160, 192, 240, 384, 1000, 1056])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_odd_numbers_of_blocks_are_never_chosen_for_directml(features: int, precision: str) -> None:
+    for block_size in (16, 32, 64, 128, 256):
+        form = WeightFormat(precision=precision, block_size=block_size)
+        recipe = Recipe({"mlp": form}, target_for("portable", "dml"), np.dtype(np.float16))
+        storage = recipe.storage("mlp", features)
+        if isinstance(storage, Quantization):
+            assert features % (2 * storage.block_size) == 0
+        else:
+            assert features % 32, "blocks of 16 would do"
 
 
 def generations(profile: Profile) -> list[str]:

@@ -82,13 +82,13 @@ class Recipe:
         carried: bool = False,
     ) -> Quantization | None:
         if whole_blocks or self.target.exact_blocks:
-            while block >= _SMALLEST_BLOCK and not self._fits(in_features, block, bits):
+            while block >= _SMALLEST_BLOCK and not self._fits(in_features, block):
                 block //= 2
         if block < _SMALLEST_BLOCK:
             return None
         symmetric = symmetric and not self.target.zero_points_required
         return Quantization(bits, block, symmetric, self.scale_dtype or self.dtype, carried)
 
-    def _fits(self, in_features: int, block: int, bits: int) -> bool:
-        whole_bytes = not self.target.exact_blocks or in_features // block * bits % 8 == 0
-        return in_features % block == 0 and whole_bytes
+    def _fits(self, in_features: int, block: int) -> bool:
+        even = not self.target.exact_blocks or in_features // block % 2 == 0
+        return in_features % block == 0 and even
