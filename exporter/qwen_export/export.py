@@ -164,8 +164,8 @@ def export(
 
     Raises:
         UserError: the checkpoint contradicts its config or holds NaN, the output exists or is not an artifact
-            (see `check_output`), the disk is full, another export is writing to the same place, `max_context` is out of reach, or the profile's
-            backend is not installed.
+            (see `check_output`), the disk is full, another export is writing to the same place, `max_context`
+            is out of reach, or the profile's backend is not installed.
     """
     if max_context is not None:
         config = checkpoint.config.reaching(max_context)

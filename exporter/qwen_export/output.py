@@ -1,4 +1,4 @@
-"""The folder that an export writes: refused where it would replace what is not ours, put in place in one step."""
+"""The folder that an export writes: refused where it would replace what is not ours, put in place at once."""
 
 from __future__ import annotations
 

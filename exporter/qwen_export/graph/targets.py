@@ -20,10 +20,10 @@ class Target:
         operators: com.microsoft operators that the graph may use.
         zero_points_required: MatMulNBits must be given its zero points. DirectML's kernel
             dequantises without subtracting the default zero point when the input is absent.
-        exact_blocks: MatMulNBits' block size must divide K into an even number of blocks. DirectML describes B
-            as [N, K], and reads zero points with rows padded to an even count: those of 4 bits must fill whole
-            bytes, and those of 8 bits are wrong by 80 to 170% where the count is odd (12 single nodes run on
-            the DirectML of onnxruntime-genai-winml 0.18).
+        exact_blocks: MatMulNBits' block size must divide K into an even number of blocks. DirectML
+            describes B as [N, K], and reads zero points with rows padded to an even count: those of 4 bits
+            must fill whole bytes, and those of 8 bits are wrong by 80 to 170% where the count is odd (12
+            single nodes, run on the DirectML of onnxruntime-genai-winml 0.18).
         silu_inside: GatedRMSNorm and CausalConvWithState apply SiLU themselves. The CPU's kernels do so value
             by value and several times slower than QuickGelu, which is vectorised.
     """
