@@ -3,7 +3,7 @@
     pip install onnxruntime-genai-cuda onnxruntime-gpu       (in place of onnxruntime-genai and onnxruntime)
     python -m benchmarks.cuda [--sizes 0.8B 4B] [--builder] [--rounds 5] [--json cuda.json]
 
-NOT RUN YET: no GPU has been at hand; tests/test_cuda_benchmark.py rehearses it on the CPU. It stops with a
+NOT RUN YET: no GPU has been at hand; tests/benchmarks/test_cuda.py rehearses it on the CPU. It stops with a
 clear message where there is no CUDA provider.
 
 Parity is that of the unquantised float16 graph of the trained tiny checkpoint, lowered as the profile says,
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 from rich.console import Console
@@ -37,8 +37,8 @@ from benchmarks.builder import wrap
 from benchmarks.decode import Peer, bytes_read, file_bytes, onnx_peer, spread
 from benchmarks.export import watched
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.artifacts import Quiet, Session, cosine, float_profile, make_artifact
-from tests.random_checkpoints import TINY, copy_tokenizer
+from tests.support.artifacts import Quiet, Session, cosine, float_profile, make_artifact
+from tests.support.random_checkpoints import TINY, copy_tokenizer
 
 CUDA = "CUDAExecutionProvider"
 PROFILE = "nvidia-rtx-24gb"

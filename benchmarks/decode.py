@@ -39,9 +39,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from qwen_export.checkpoint import Checkpoint
-from qwen_export.config import load_config
-from qwen_export.export import export, plan
+from qwen_export.architecture.text_config import load_config
+from qwen_export.backends.onnx.plan import plan
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.export import export
 from qwen_profiles.schema import Profile, load_profile
 from rich.console import Console
 from rich.table import Table
@@ -49,8 +50,8 @@ from rich.table import Table
 from benchmarks.builder import build, wrap
 from benchmarks.export import peak_bytes
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.artifacts import Quiet
-from tests.random_checkpoints import TINY, copy_tokenizer
+from tests.support.artifacts import Quiet
+from tests.support.random_checkpoints import TINY, copy_tokenizer
 
 PROMPT = 512
 LLAMA = "llama.cpp Q4_0"

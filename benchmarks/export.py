@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from qwen_export.checkpoint import Checkpoint
-from qwen_export.config import expected_shapes, load_config
+from qwen_export.architecture.text_config import expected_shapes, load_config
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.builder import command as builder_command
 from benchmarks.builder import wrap
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.random_checkpoints import TINY, copy_tokenizer
+from tests.support.random_checkpoints import TINY, copy_tokenizer
 
 _POLL = 0.02  # seconds
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from qwen_export.config import expected_shapes, load_config, mtp_shapes
+from qwen_export.architecture.text_config import expected_shapes, load_config, mtp_shapes
 
 _FAMILY: dict[str, Any] = {
     "vocab_size": 248320,

@@ -23,12 +23,12 @@ from typing import Any
 import nncf
 import numpy as np
 import openvino as ov
-from qwen_export.checkpoint import Checkpoint
-from qwen_export.openvino.convert import convert
-from qwen_export.openvino.load import load_model
+from qwen_export.backends.openvino.convert import convert
+from qwen_export.backends.openvino.load import load_model
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_profiles.schema import load_profile
 
-from tests.artifacts import make_artifact
+from tests.support.artifacts import make_artifact
 
 OURS = {
     "profile intel-lunar-lake": [],

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
-from qwen_export.fit import configured, fit
+from qwen_export.planner.fit import configured, fit
 from qwen_profiles.schema import load_profile
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint

@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from qwen_export.auto_precision import measured
-from qwen_export.checkpoint import Checkpoint
+from qwen_common.errors import UserError
+from qwen_export.backends.openvino.load import load_model
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
-from qwen_export.openvino.load import load_model
-from qwen_profiles.errors import UserError
+from qwen_export.quantize.auto_precision import measured
 from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -36,8 +36,8 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.builder import build, wrap
-from tests.artifacts import Quiet, Session, float_profile
-from tests.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.artifacts import Quiet, Session, float_profile
+from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
 
 CHECKPOINTS = {"dense": TINY, "moe": TINY_MOE, "vl": TINY_VL}
 EVALUATION = TINY.parent / "eval.txt"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
@@ -28,8 +28,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.mtp import with_head
-from tests.random_checkpoints import TINY, copy_tokenizer
+from tests.support.mtp import with_head
+from tests.support.random_checkpoints import TINY, copy_tokenizer
 
 PROMPT_TOKENS, TOKENS = 128, 16
 RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)

@@ -17,21 +17,21 @@ import tempfile
 import time
 from pathlib import Path
 
-from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.artifacts import Quiet
+from tests.support.artifacts import Quiet
 
 _TINY = Path(__file__).parents[1] / "tests" / "checkpoints" / "tiny-dense"
 # __name__ is not __main__ in the process that runs the artifact.
 _VERIFY = """
 import sys
 from pathlib import Path
-from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.verify.verification import verify
-from tests.artifacts import Quiet
+from tests.support.artifacts import Quiet
 if __name__ == "__main__":
     verify(Path(sys.argv[1]), Checkpoint.open(sys.argv[2]), Quiet())
     print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))

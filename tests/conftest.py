@@ -9,9 +9,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 from qwen_profiles.schema import load_profile
-from random_checkpoints import TINY
 
-from artifacts import make_artifact
+from tests.support.artifacts import make_artifact
+from tests.support.random_checkpoints import TINY
 
 
 @pytest.fixture(scope="session")

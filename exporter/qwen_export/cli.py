@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click_default_group import DefaultGroup
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from qwen_profiles.errors import BELOW_THE_BAR, UserError, reported
+from qwen_common.errors import BELOW_THE_BAR, UserError, reported
 from qwen_profiles.schema import Profile, load_profile
 from rich.console import Console
 from rich.progress import (
@@ -28,14 +28,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from qwen_export.architecture.text_config import expected_shapes
+from qwen_export.backends.onnx.inspection import inspect, precisions
 from qwen_export.bundle.platforms import PLATFORMS
-from qwen_export.checkpoint import Checkpoint
-from qwen_export.config import expected_shapes
-from qwen_export.export import Progress as ExportProgress
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import default_output, export
-from qwen_export.fit import Fit, compare, configured, family, require_fit, shipped_profiles
-from qwen_export.inspection import inspect, precisions
 from qwen_export.output import check_output
+from qwen_export.planner.fit import Fit, compare, configured, family, require_fit, shipped_profiles
+from qwen_export.progress import Progress as ExportProgress
 from qwen_export.tables import (
     compare_table,
     fit_table,
@@ -236,7 +236,7 @@ def _chosen(
     calibration: Path | None,
     progress: bool,
 ) -> Profile:
-    from qwen_export.auto_precision import auto_precision
+    from qwen_export.quantize.auto_precision import auto_precision
 
     if profile.backend != "onnx":
         raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")

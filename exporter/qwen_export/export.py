@@ -13,114 +13,33 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from filelock import FileLock, Timeout
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 from qwen_profiles.schema import Profile
 
-from qwen_export import package
-from qwen_export.calibration import pieces
-from qwen_export.card import README, model_card
-from qwen_export.checkpoint import MTP, Checkpoint
-from qwen_export.config import expected_shapes, mtp_shapes
-from qwen_export.gptq import PIECES, with_feedbacks
-from qwen_export.graph.builder import DATA_FILE, DataLayout, GraphBuilder
-from qwen_export.graph.embedding import embedding
-from qwen_export.graph.model import GraphOptions, cache_bytes_per_token, decoder
-from qwen_export.graph.mtp import mtp_head
-from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.targets import Target, target_for
-from qwen_export.graph.vision import vision_tower
+from qwen_export.architecture.text_config import expected_shapes, mtp_shapes
+from qwen_export.architecture.vision_config import vision_shapes
+from qwen_export.backends.onnx import package
+from qwen_export.backends.onnx.plan import Plan, plan
+from qwen_export.backends.onnx.stream import Journal, StoredWith, nearest, source_bytes, write_weights
+from qwen_export.checkpoint.checkpoint import MTP, Checkpoint
+from qwen_export.graph.builder import DATA_FILE
+from qwen_export.graph.model import cache_bytes_per_token
+from qwen_export.model_card import README, model_card
 from qwen_export.output import check_output, put_in_place, work_folder
-from qwen_export.stream import Journal, Stored, StoredWith, nearest, source_bytes, write_weights
-from qwen_export.vision_config import vision_shapes
+from qwen_export.progress import Progress
+from qwen_export.quantize.calibration import pieces
+from qwen_export.quantize.gptq import PIECES, with_feedbacks
 
-# A prompt with images goes to the decoder in one run, whatever `search.chunk_size` says: ONNX Runtime GenAI
-# cannot cut their positions. So the portable graph must take longer runs. Its work grows with the cube of the
-# run, and 512 tokens hold an image of about 650 x 650 pixels and a question.
-_IMAGE_RUN_TOKENS = 512
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
-
-
-class Progress(Protocol):
-    """What an export tells while it runs."""
-
-    def note(self, message: str) -> None:
-        """One line worth reading now."""
-
-    def start(self, total: int) -> None:
-        """`total` bytes of checkpoint are to be dealt with."""
-
-    def advance(self, count: int) -> None:
-        """`count` of them just were."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An export before any weight is read: graphs by file name, and every tensor's place in the data file."""
-
-    target: Target
-    models: dict[str, ir.Model]
-    stored: list[Stored]
-    data_bytes: int
-    max_run_tokens: int | None  # of the decoder; None: any number
-
-    def carried_roles(self) -> list[str]:
-        """Roles with weights whose codes are the checkpoint's own."""
-        return sorted({weight.role for weight, _ in self.stored if weight.carried})
-
-    def bytes_by_role(self) -> dict[str, int]:
-        totals: dict[str, int] = {}
-        for weight, tensors in self.stored:
-            totals[weight.role] = totals.get(weight.role, 0) + sum(tensor.nbytes for tensor in tensors)
-        return totals
-
-
-def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp: bool = False) -> Plan:
-    """Build the graphs from the config and lay out the data file; reads no weight."""
-    target = target_for(profile.lowering, profile.provider)
-    dtype = np.dtype(profile.activation_dtype)
-    layout = DataLayout()
-    recipe = Recipe(
-        profile.weights,
-        target,
-        dtype,
-        profile.accuracy_level,
-        np.dtype(profile.scale_dtype or profile.activation_dtype),
-        checkpoint.tensors,
-        profile.layer_weights,
-    )
-    config, vision = checkpoint.config, checkpoint.vision
-
-    run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if vision else profile.prefill_chunk
-
-    g = GraphBuilder(target, dtype, layout)
-    decoder(
-        g, config, recipe, GraphOptions(run, all_logits, embeddings=vision is not None, hidden_states=mtp)
-    )
-    models = {package.MODEL_FILE: g.model("qwen3_5")}
-    if vision:
-        g = GraphBuilder(target, dtype, layout)
-        embedding(g, config, vision, recipe)
-        models[package.EMBEDDING_FILE] = g.model("qwen3_5_embedding")
-        g = GraphBuilder(target, dtype, layout)
-        vision_tower(g, vision, recipe)
-        models[package.VISION_FILE] = g.model("qwen3_5_vision")
-    if mtp:
-        g = GraphBuilder(target, dtype, layout, pairs=True)
-        decoder(g, config, recipe, GraphOptions(run, hidden_states=True))
-        models[package.SPECULATIVE_FILE] = g.model("qwen3_5_speculative")
-        g = GraphBuilder(target, dtype, layout)
-        mtp_head(g, config, recipe)
-        models[package.MTP_FILE] = g.model("qwen3_5_mtp")
-    return Plan(target, models, layout.stored, layout.end, None if target.has("LinearAttention") else run)
 
 
 def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:
@@ -181,7 +100,7 @@ def export(
     if checkpoint.vision:
         checkpoint.check(vision_shapes(checkpoint.vision))
     if profile.backend == "openvino":
-        from qwen_export.openvino.artifact import require_libraries, write_artifact
+        from qwen_export.backends.openvino.artifact import require_libraries, write_artifact
 
         require_libraries()
         write = partial(write_artifact, checkpoint, profile, calibration)

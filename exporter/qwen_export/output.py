@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
-from qwen_export import package
+from qwen_export.backends.onnx import package
 
 # What an export keeps in its hidden folder until it is done.
 _WORK = {"lock", "fingerprint", "journal.jsonl", "weights", "replaced", package.STAGED, package.GENAI_CONFIG}

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
-from qwen_export.config import TextConfig
-from qwen_export.graph.yarn import inverse_frequencies
-from qwen_export.sources import Source
+from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.yarn import inverse_frequencies
+from qwen_export.checkpoint.sources import Source
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
 _STATES = 4  # recurrent states worked on at a time, so that they stay in the CPU's cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from qwen_profiles.errors import USER_ERROR
+from qwen_common.errors import USER_ERROR
 
 
 def main() -> None:

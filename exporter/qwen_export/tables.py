@@ -8,7 +8,7 @@ from typing import Any
 from qwen_profiles.schema import Profile
 from rich.table import Table
 
-from qwen_export.fit import Fit
+from qwen_export.planner.fit import Fit
 
 
 def profiles_table(profiles: Iterable[Profile]) -> Table:

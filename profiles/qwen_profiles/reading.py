@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 # What `weights.body` stands for: most of the bytes, and what takes 4 bits well.
 BODY = ("mlp", "experts")

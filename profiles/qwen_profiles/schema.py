@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from qwen_common.errors import UserError
 
-from qwen_profiles.errors import UserError
 from qwen_profiles.reading import merged, read_fields, shipped_text
 
 Role = Literal[

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 from rich.table import Table
 
 from qwen_runtime.bandwidth import read_bandwidth

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 from rich.console import Console
 
 from qwen_runtime.model import Message, Model

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 from click_default_group import DefaultGroup
-from qwen_profiles.errors import UserError, reported
+from qwen_common.errors import UserError, reported
 
 from qwen_runtime.generation import Generation
 from qwen_runtime.kiosk.commands import COMMANDS as KIOSK_COMMANDS

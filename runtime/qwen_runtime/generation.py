@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
-from qwen_runtime.backends import Tokenizer
+from qwen_runtime.backends.protocol import Tokenizer
 from qwen_runtime.prefix import State
 from qwen_runtime.speculative import Acceptance
 from qwen_runtime.stop import StopFilter

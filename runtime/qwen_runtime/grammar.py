@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwen_runtime.backends import Guidance
+from qwen_runtime.guidance import Guidance
 
 # One line, spaced as models write it. With white space left free, small models write little else.
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

@@ -5,7 +5,7 @@ to 2e-7 on an opaque PNG. It is not used here because in 0.18 it minds neither t
 orientation, decodes JPEG differently, ends the whole process at a GIF, and reads its limit of pixels from the
 artifact, so that one photograph may fill the context.
 
-Source: transformers' Qwen2VLImageProcessor; tests/test_images.py compares.
+Source: transformers' Qwen2VLImageProcessor; tests/runtime/test_images.py compares.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
-from qwen_runtime import backends
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends import Backend, Guidance
+from qwen_runtime.backends.load import load as load_backend
+from qwen_runtime.backends.protocol import Backend
 from qwen_runtime.generation import Generation, Logits, Plan
+from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images
 from qwen_runtime.prefix import State, StateCache, common_prefix
 from qwen_runtime.speculative import Sessions, Speculator
@@ -150,7 +151,7 @@ class Model:
                 provider is not in this install.
         """
         artifact = Artifact.open(path, verify)
-        backend = backends.load(artifact, provider, keep)
+        backend = load_backend(artifact, provider, keep)
         info = ModelInfo(
             name=artifact.manifest["model"]["name"],
             path=artifact.root,

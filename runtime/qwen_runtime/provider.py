@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 T = TypeVar("T")
 

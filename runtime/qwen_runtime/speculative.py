@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

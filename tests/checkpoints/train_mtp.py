@@ -23,7 +23,7 @@ from train import HERE, SEQUENCE, Variant, batches, optimizer, rate
 from transformers import Qwen3_5ForCausalLM
 
 sys.path.insert(0, str(HERE.parent))
-from mtp import MtpHead
+from tests.support.mtp import MtpHead
 
 BASE = HERE / "tiny-dense"
 LAST_ATTENTION = 7

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 from qwen_runtime.artifact import Artifact, sha256
 from qwen_runtime.kiosk.bundle import (
     ARTIFACT,

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 
 def make_keys(private: Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_export.bundle.platforms import Platform
 

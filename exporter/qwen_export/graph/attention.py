@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
 from qwen_export.graph.tokens import joined, pieces
-from qwen_export.weights import Rows, Weight, one_plus
+from qwen_export.graph.weights import Rows, Weight, one_plus
 
 _MASKED = -1e30  # added to float32 scores
 

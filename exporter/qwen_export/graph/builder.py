@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graph.targets import CONTRIB_OPERATORS, Target
-from qwen_export.weights import StoredTensor, Weight
+from qwen_export.graph.weights import StoredTensor, Weight
 
 OPSET = 21
 IR_VERSION = 10

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.vision_config import VisionConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import take_rows
 from qwen_export.graph.model import vocabulary
 from qwen_export.graph.recipe import Recipe
-from qwen_export.vision_config import VisionConfig
 
 
 def embedding(g: GraphBuilder, config: TextConfig, vision: VisionConfig, recipe: Recipe) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.tokens import joined, pieces
-from qwen_export.weights import Rows, Weight, negative_exp
+from qwen_export.graph.weights import Rows, Weight, negative_exp
 
 _L2_EPSILON = 1e-6  # transformers' l2norm
 _FLOAT32 = np.dtype(np.float32)

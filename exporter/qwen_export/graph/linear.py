@@ -10,8 +10,8 @@ from qwen_profiles.schema import Role
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.tokens import by_rows
-from qwen_export.quantize import Quantization
-from qwen_export.weights import Rows, Storage, Weight
+from qwen_export.graph.weights import Rows, Storage, Weight
+from qwen_export.quantize.blockwise import Quantization
 
 
 def projection(recipe: Recipe, name: str, role: Role, in_features: int, *rows: Rows) -> Weight:

@@ -8,7 +8,7 @@ from qwen_profiles.schema import Role
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.recipe import Recipe
-from qwen_export.weights import Rows
+from qwen_export.graph.weights import Rows
 
 
 def mlp(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
@@ -17,7 +17,7 @@ from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
-from qwen_export.weights import Rows, Weight
+from qwen_export.graph.weights import Rows, Weight
 
 Shape = tuple[int | str, ...]
 

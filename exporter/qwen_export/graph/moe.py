@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, product
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.tokens import joined, pieces
-from qwen_export.quantize import Quantization
-from qwen_export.weights import Rows, Weight, interleave_gate_up
+from qwen_export.graph.weights import Rows, Weight, interleave_gate_up
+from qwen_export.quantize.blockwise import Quantization
 
 
 def mixture_of_experts(

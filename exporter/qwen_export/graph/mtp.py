@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection, take_rows
@@ -13,7 +13,7 @@ from qwen_export.graph.model import feed_forward, last_positions, states, vocabu
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
-from qwen_export.weights import Rows
+from qwen_export.graph.weights import Rows
 
 
 def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:

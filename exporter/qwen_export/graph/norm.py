@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graph.builder import GraphBuilder
-from qwen_export.weights import Rows, Weight, one_plus
+from qwen_export.graph.weights import Rows, Weight, one_plus
 
 
 def norm_weight(g: GraphBuilder, name: str, size: int) -> ir.Value:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from qwen_profiles.schema import Role, WeightFormat
 
+from qwen_export.checkpoint.sources import Source, common_packing
 from qwen_export.graph.targets import Target
-from qwen_export.quantize import Quantization
-from qwen_export.sources import Source, common_packing
-from qwen_export.weights import Storage
+from qwen_export.graph.weights import Storage
+from qwen_export.quantize.blockwise import Quantization
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")  # begins the names of a layer's tensors
 _BITS = {"int4": 4, "int8": 8}

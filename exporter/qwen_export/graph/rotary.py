@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.yarn import inverse_frequencies
 from qwen_export.graph.builder import GraphBuilder
-from qwen_export.graph.yarn import inverse_frequencies
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from qwen_profiles.schema import Role
 
+from qwen_export.architecture.vision_config import VisionConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
-from qwen_export.vision_config import VisionConfig
-from qwen_export.weights import Rows, Transform, Weight, flatten_rows
+from qwen_export.graph.weights import Rows, Transform, Weight, flatten_rows
 
 _ROLE: Role = "vision"
 _ROPE_THETA = 10_000.0

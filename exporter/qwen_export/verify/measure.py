@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwen_export import reference
-from qwen_export.config import TextConfig
+from qwen_export.architecture.text_config import TextConfig
+from qwen_export.checkpoint.sources import Source
 from qwen_export.reference import Weights, log_softmax
-from qwen_export.sources import Source
 from qwen_export.verify.running import Runner, Started, Timing
 from qwen_export.verify.stored import Stored
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 from qwen_runtime import Model
 
 T = TypeVar("T")

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import onnx
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
-from qwen_export.export import Plan
+from qwen_export.backends.onnx.plan import Plan
+from qwen_export.checkpoint.sources import Source, TensorInfo
 from qwen_export.graph.builder import DATA_FILE
-from qwen_export.quantize import Quantization, Quantized, dequantize
-from qwen_export.sources import Source, TensorInfo
-from qwen_export.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
+from qwen_export.graph.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
+from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
 
 _UNDONE: dict[Transform | None, Transform] = {
     None: lambda rows: rows,

@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import psutil
 from pydantic import ValidationError
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 from qwen_profiles.schema import Profile
 from qwen_runtime.bandwidth import read_bandwidth
 
-from qwen_export import package
-from qwen_export.card import README, model_card, render
-from qwen_export.checkpoint import Checkpoint
-from qwen_export.config import expected_shapes
-from qwen_export.estimate import estimate
-from qwen_export.export import Progress, plan
-from qwen_export.inspection import precisions, read_manifest
+from qwen_export.architecture.text_config import expected_shapes
+from qwen_export.backends.onnx import package
+from qwen_export.backends.onnx.inspection import precisions, read_manifest
+from qwen_export.backends.onnx.plan import plan
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.model_card import README, model_card, render
+from qwen_export.planner.estimate import estimate
+from qwen_export.progress import Progress
 from qwen_export.verify.findings import findings, passes
 from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
 from qwen_export.verify.plots import plots
@@ -148,7 +149,7 @@ def _stored(
     artifact: Path, checkpoint: Checkpoint, profile: Profile, shapes: dict[str, tuple[int, ...]]
 ) -> StoredWeights:
     if profile.backend == "openvino":
-        from qwen_export.openvino.stored import stored_weights
+        from qwen_export.backends.openvino.stored import stored_weights
 
         return stored_weights(artifact, checkpoint.config, shapes)
     planned = plan(checkpoint, profile)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from qwen_profiles.errors import UserError
-from qwen_profiles.providers import PROVIDER_OPTIONS
+from qwen_common.errors import UserError
+from qwen_common.providers import PROVIDER_OPTIONS
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends import Guidance
 from qwen_runtime.grammar import lark
+from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.provider import PROVIDERS, Choice, load_first
 from qwen_runtime.resident import release_mapped

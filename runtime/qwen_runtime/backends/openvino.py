@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends import Guidance, Tokenizer, TokenStream
+from qwen_runtime.backends.protocol import Tokenizer, TokenStream
 from qwen_runtime.backends.stateful import Stateful
 from qwen_runtime.grammar import structural_tag
+from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import sha256
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from qwen_profiles.errors import UserError, reported
+from qwen_common.errors import UserError, reported
 
 _KEY = click.option(
     "--key", type=click.Path(path_type=Path, dir_okay=False), help="Public key that signed the bundle."

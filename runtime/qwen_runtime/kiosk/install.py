@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import sha256
 from qwen_runtime.kiosk.bundle import ARTIFACT, REQUIREMENTS, WHEELS, Bundle

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.generation import Generation
 from qwen_runtime.model import Model, Sampling

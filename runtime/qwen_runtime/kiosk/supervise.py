@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.kiosk.install import Installation, Release
 

@@ -12,9 +12,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from qwen_runtime.backends import Guidance
 from qwen_runtime.generation import TokenLogprob
 from qwen_runtime.grammar import make_guidance
+from qwen_runtime.guidance import Guidance
 from qwen_runtime.serve.common import check_model, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError

@@ -10,7 +10,7 @@ import sys
 from contextlib import closing
 
 import uvicorn
-from qwen_profiles.errors import UserError
+from qwen_common.errors import UserError
 
 from qwen_runtime.serve.app import LOOPBACK, make_app
 from qwen_runtime.serve.connection import Connection

@@ -1,0 +1,1 @@
+"""What exporter, runtime and profiles share. Needs the standard library only."""

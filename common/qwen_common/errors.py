@@ -1,0 +1,51 @@
+"""The one error that is the user's to fix, and how both commands report it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+USER_ERROR = 2
+INTERNAL_ERROR = 1
+BELOW_THE_BAR = 3  # an artifact that is whole and not good enough
+INTERRUPTED = 130
+READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line that says what to do next."""
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn an exception into one line on stderr and an exit code.
+
+    Exit codes: 2 for a `UserError` and a full disk, 1 for anything else that is our fault, 130 after Ctrl-C;
+    141, without a word, when the reader of stdout, such as `head`, has gone.
+    With `debug` the traceback is printed instead of the line.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing can be flushed to it at exit
+        sys.exit(READER_GONE)
+    except Exception as error:
+        if type(error).__module__.startswith("click"):
+            raise  # click reports its own usage errors, with exit code 2
+        if debug:
+            raise
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(USER_ERROR)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"error: cannot write: {error.strerror}: make room for it", file=sys.stderr)
+            sys.exit(USER_ERROR)
+        detail = " ".join(str(error).split()) or "no message"
+        print(f"internal error: {type(error).__name__}: {detail} (run again with --debug)", file=sys.stderr)
+        sys.exit(INTERNAL_ERROR)

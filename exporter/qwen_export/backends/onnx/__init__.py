@@ -1,0 +1,1 @@
+"""An artifact for ONNX Runtime GenAI."""

@@ -1,0 +1,230 @@
+"""The files beside the graph: ONNX Runtime GenAI's configuration, tokenizer files, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qwen_common.errors import UserError
+from qwen_common.providers import PROVIDER_OPTIONS
+from qwen_profiles.schema import Profile
+
+from qwen_export.architecture.vision_config import VisionConfig
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.graph.model import states
+
+FORMAT_VERSION = 1
+STAGED = "artifact"  # in the hidden folder of an export, what becomes the output
+MANIFEST = "manifest.json"
+GENAI_CONFIG = "genai_config.json"
+MODEL_FILE = "model.onnx"
+EMBEDDING_FILE = "embedding.onnx"
+VISION_FILE = "vision.onnx"
+PROCESSOR_CONFIG = "processor_config.json"
+SPECULATIVE_FILE = "speculative.onnx"
+MTP_FILE = "mtp.onnx"
+
+_NO_TOKEN = -1
+_HASH_BLOCK = 1024 * 1024
+# The tokenizer, and the terms that the weights come under.
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+    "NOTICE",
+)
+# Called the same in generation_config.json and in GenAI.
+_SAMPLING = ("temperature", "top_k", "top_p", "do_sample")
+
+
+def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """ONNX Runtime GenAI's description of the model: its files, its inputs and outputs, how to sample.
+
+    Args:
+        generation: the checkpoint's generation_config.json, {} if it has none.
+    """
+    config = checkpoint.config
+    context = min(profile.context_length, config.positions)
+    dtype = np.dtype(profile.activation_dtype)
+    tokens = "inputs_embeds" if checkpoint.vision else "input_ids"
+    inputs = {name: name for name in (tokens, "attention_mask", "position_ids")}
+    outputs = {"logits": "logits"}
+    kinds = {layer_type: config.layer_types.index(layer_type) for layer_type in config.layer_types}
+    names = {"full_attention": ("key", "value"), "linear_attention": ("conv", "recurrent")}
+    for layer_type, layer in kinds.items():
+        for kind, state in zip(names[layer_type], states(config, layer, dtype), strict=True):
+            inputs[f"past_{kind}_names"] = state.past.replace(f".{layer}.", ".%d.")
+            outputs[f"present_{kind}_names"] = state.present.replace(f".{layer}.", ".%d.")
+    end = generation.get("eos_token_id", config.eos_token_id)
+    first_end = end[0] if isinstance(end, list) else end
+    pad = generation.get("pad_token_id", config.pad_token_id)
+    if checkpoint.vision:
+        # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
+        # also its <|endoftext|>. One sequence is never padded.
+        pad = _NO_TOKEN
+    options = {**PROVIDER_OPTIONS.get(profile.provider, {}), **profile.provider_options}
+    provider_options = [] if profile.provider == "cpu" else [{profile.provider: options}]
+    return {
+        "model": {
+            "type": checkpoint.model_type,
+            "vocab_size": config.vocab_size,
+            "context_length": context,
+            "bos_token_id": generation.get("bos_token_id") or config.bos_token_id or first_end,
+            "eos_token_id": end,
+            "pad_token_id": pad if pad is not None else first_end,
+            "decoder": {
+                "filename": MODEL_FILE,
+                # 0: ONNX Runtime's own choice, every physical core. Without it GenAI takes half of them.
+                "session_options": {"intra_op_num_threads": 0, "provider_options": provider_options},
+                "hidden_size": config.hidden_size,
+                "head_size": config.head_dim,
+                "num_attention_heads": config.num_attention_heads,
+                "num_key_value_heads": config.num_key_value_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                # Told of layer types, GenAI holds the states in a way that cannot return to an earlier point.
+                # Untold, past and present share a buffer, which only the fused operators are made for.
+                **({} if profile.lowering == "fused" else {"layer_types": list(config.layer_types)}),
+                "inputs": inputs,
+                "outputs": outputs,
+            },
+            **(_multimodal(checkpoint.vision) if checkpoint.vision else {}),
+        },
+        "search": {
+            **{name: generation[name] for name in _SAMPLING if name in generation},
+            "max_length": context,
+            "chunk_size": profile.prefill_chunk,
+            # Only GroupQueryAttention writes into the past it was given.
+            "past_present_share_buffer": profile.lowering == "fused",
+        },
+    }
+
+
+def generation_config(root: Path) -> dict[str, Any]:
+    """The checkpoint's generation_config.json, {} if it has none."""
+    path = root / "generation_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path.name} is not valid JSON: download it again") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _multimodal(vision: VisionConfig) -> dict[str, Any]:
+    """The models before the decoder; both take their session options from its section."""
+    return {
+        "image_token_id": vision.image_token_id,
+        "video_token_id": vision.video_token_id,
+        "vision_start_token_id": vision.vision_start_token_id,
+        "embedding": {
+            "filename": EMBEDDING_FILE,
+            "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
+            "outputs": {"inputs_embeds": "inputs_embeds"},
+        },
+        "vision": {
+            "filename": VISION_FILE,
+            "config_filename": PROCESSOR_CONFIG,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "patch_size": vision.patch_size,
+            "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
+            "outputs": {"image_features": "image_features"},
+        },
+    }
+
+
+def processor_config(vision: VisionConfig) -> dict[str, Any]:
+    """What happens to an image, as steps of ONNX Runtime Extensions' image processor.
+
+    `width` and `height` of Resize are required and unused: `smart_resize` goes by the pixels.
+    """
+    processor = vision.processor
+    patches = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("DecodeImage", {"color_space": "RGB"}),
+        ("ConvertRGB", {}),
+        (
+            "Resize",
+            {
+                "width": 960,
+                "height": 672,
+                "smart_resize": 1,
+                "min_pixels": processor.size.shortest_edge,
+                "max_pixels": processor.size.longest_edge,
+                **patches,
+            },
+        ),
+        ("Rescale", {"rescale_factor": processor.rescale_factor}),
+        ("Normalize", {"mean": processor.image_mean, "std": processor.image_std, "qwen3_vl": 1}),
+        ("PatchImage", {**patches, "temporal_patch_size": vision.temporal_patch_size}),
+    ]
+    transforms = [
+        {"operation": {"name": kind.lower(), "type": kind, "attrs": attributes}} for kind, attributes in steps
+    ]
+    return {"processor": {"name": "qwen3_vl_image_processor", "transforms": transforms}}
+
+
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy the tokenizer's files, chat template and licence as they are."""
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def manifest(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    runs_on: Mapping[str, Any],
+    context_length: int,
+    files: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What this artifact is, where it came from, and the size and SHA-256 of each of its files.
+
+    Args:
+        runs_on: what it needs of its backend.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "qwen_edge": version("qwen-edge"),
+        "model": {"name": model_name(checkpoint), "model_type": checkpoint.model_type},
+        "source": {"checkpoint": model_name(checkpoint), "revision": checkpoint.revision},
+        "profile": profile.name,
+        "backend": profile.backend,
+        "provider": profile.provider,
+        **runs_on,
+        "activation_dtype": profile.activation_dtype,
+        "recipe": {role: form.model_dump() for role, form in profile.weights.items()},
+        "context_length": context_length,
+        "files": dict(files),
+    }
+
+
+def model_name(checkpoint: Checkpoint) -> str:
+    """The hub id, or the folder's own name: never where it lay on this machine."""
+    return checkpoint.root.name if Path(checkpoint.source).exists() else checkpoint.source
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """{"size": bytes, "sha256": hex} of one file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_bytes(as_json(content))
+
+
+def as_json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,193 @@
+"""An artifact for OpenVINO GenAI: converted, compressed, looked at, described."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from qwen_common.errors import UserError
+from qwen_profiles.schema import Profile, Role, WeightFormat
+
+from qwen_export.backends.onnx import package
+from qwen_export.backends.openvino.calibration import Calibration
+from qwen_export.backends.openvino.compress import check, compress
+from qwen_export.backends.openvino.convert import convert
+from qwen_export.backends.openvino.fill import Filler
+from qwen_export.backends.openvino.load import load_model
+from qwen_export.backends.openvino.repair import repair
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.graph.model import cache_bytes_per_token
+from qwen_export.model_card import README, model_card
+
+if TYPE_CHECKING:
+    from qwen_export.progress import Progress
+
+_GENERATION_CONFIG = "generation_config.json"
+_LIBRARIES = ("openvino", "openvino_tokenizers", "nncf", "optimum.intel", "torch", "transformers")
+_INSTALL = "pip install 'qwen-edge[export,openvino]', in an environment of its own"
+# What of ONNX Runtime GenAI's description our runtime needs here too.
+_MODEL_FIELDS = ("type", "vocab_size", "context_length", "bos_token_id", "eos_token_id", "pad_token_id")
+_VISION_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id")
+# Not PROCESSOR_CONFIG's name: OpenVINO GenAI would read it and expect transformers' content.
+_IMAGES = "image_processor.json"
+
+
+def write_artifact(
+    checkpoint: Checkpoint, profile: Profile, calibration: Path | None, work: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write every file of the artifact to `work`/artifact; returns the manifest.
+
+    Args:
+        calibration: text for a `compression` that needs one; None takes the shipped one.
+
+    Raises:
+        UserError: a weight holds NaN or Inf, or was not stored as the recipe says.
+    """
+    staged, scratch = work / package.STAGED, work / "weights"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    recipe = profile.weights
+    if checkpoint.config.tie_word_embeddings:
+        recipe = {**recipe, "embedding": recipe["lm_head"]}
+    sizes: dict[Role, int] = {}
+    try:
+        with _quiet():
+            progress.note("tracing the model: minutes for a large one")
+            data_free = profile.compression == "data-free"
+            hollow = [role for role, form in recipe.items() if form.precision != "float" and data_free]
+            model, hollows = load_model(checkpoint, hollow)
+            filler = Filler(hollows, recipe, scratch)
+            if not data_free:
+                text = Calibration(checkpoint.root, model.get_input_embeddings().weight, calibration)
+
+            def finish(traced: Any, name: str) -> Any:
+                progress.note(f"compressing {name}")
+                if data_free:
+                    filler.fill(traced)
+                repair(traced)
+                if not data_free:
+                    traced = _calibrated(traced, name, recipe, profile.compression, text)
+                for role, size in check(traced, recipe, name).items():
+                    sizes[role] = sizes.get(role, 0) + size
+                return traced
+
+            convert(model, staged, finish)
+            hollows.check()
+            if missing := _roles(checkpoint) - sizes.keys():
+                raise UserError(f"the IR has no weights of {', '.join(sorted(missing))}: {_INSTALL}")
+            generation = checkpoint.root / _GENERATION_CONFIG
+            if generation.is_file():
+                shutil.copyfile(generation, staged / generation.name)
+            package.copy_files(checkpoint.root, staged)
+            _write_tokenizers(checkpoint.root, staged)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return _describe(checkpoint, profile, staged, sizes)
+
+
+def _calibrated(
+    model: Any, name: str, recipe: Mapping[Role, WeightFormat], compression: str, text: Calibration
+) -> Any:
+    """The whole model through NNCF, 4-bit weights of the language model with what `compression` names."""
+    options: dict[str, Any] = {}
+    if any(given.any_name == "beam_idx" for given in model.inputs):
+        options = {"dataset": text.dataset(model), compression.replace("-", "_"): True}
+    return compress(model, recipe, name, **options)
+
+
+def _describe(
+    checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: dict[Role, int]
+) -> dict[str, Any]:
+    config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
+    model = {name: config["model"][name] for name in _MODEL_FIELDS}
+    if checkpoint.vision:
+        model |= {name: config["model"][name] for name in _VISION_FIELDS}
+        model["vision"] = {"config_filename": _IMAGES}
+        package.write_json(staged / _IMAGES, package.processor_config(checkpoint.vision))
+    model["decoder"] = {"session_options": config["model"]["decoder"]["session_options"]}
+    manifest = package.manifest(
+        checkpoint,
+        profile,
+        {"device": profile.device, "openvino": version("openvino"), "nncf": version("nncf")},
+        context_length=model["context_length"],
+        files={path.name: package.file_entry(path) for path in sorted(staged.iterdir())},
+    )
+    manifest["settings"] = profile.model_dump(mode="json")
+    manifest["bytes_by_role"] = sizes
+    manifest["carried_over"] = []
+    manifest["all_logits"] = True
+    manifest["cache_bytes_per_token"] = cache_bytes_per_token(
+        checkpoint.config, np.dtype(profile.activation_dtype)
+    )
+    if checkpoint.vision:
+        manifest["image_prompt_tokens"] = manifest["context_length"]
+    manifest["runtime"] = {"model": model, "search": config["search"]}
+    (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
+    manifest["files"][README] = package.file_entry(staged / README)
+    package.write_json(staged / package.MANIFEST, manifest)
+    return manifest
+
+
+def _roles(checkpoint: Checkpoint) -> set[Role]:
+    """Those that a model like this has weights of."""
+    config = checkpoint.config
+    roles: set[Role] = {"embedding", "lm_head"}
+    roles |= {"experts", "shared_expert"} if config.num_experts else {"mlp"}
+    if "full_attention" in config.layer_types:
+        roles.add("attention")
+    if "linear_attention" in config.layer_types:
+        roles |= {"linear_attention", "gate"}
+    if checkpoint.vision:
+        roles.add("vision")
+    return roles
+
+
+def _write_tokenizers(source: Path, staged: Path) -> None:
+    """The tokenizer and the way back, as models that OpenVINO runs."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
+    models = convert_tokenizer(AutoTokenizer.from_pretrained(source), with_detokenizer=True)
+    for model, name in zip(models, ("openvino_tokenizer", "openvino_detokenizer"), strict=True):
+        openvino.save_model(model, staged / f"{name}.xml")
+
+
+def require_libraries() -> None:
+    """Raise a UserError that says what to install, if something is missing."""
+    for name in _LIBRARIES:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"exporting for OpenVINO needs {error.name or name}: {_INSTALL}") from error
+    with suppress(ImportError):  # optimum-intel wants it, nothing here does
+        try:
+            import_module("torchvision")
+        except RuntimeError as error:  # transformers would end with less to go by
+            raise UserError(
+                f"torchvision was built for another PyTorch ({error}): pip uninstall torchvision, or install "
+                "the build that goes with PyTorch"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries print: warnings of the tracing, progress bars, tables on stdout."""
+    import nncf
+    import transformers
+
+    logs: Any = transformers.utils.logging
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    nncf.set_log_level(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings(action="ignore"):
+        yield

@@ -1,0 +1,1 @@
+"""A Hugging Face checkpoint: its files, and the forms in which they store a weight."""

@@ -1,0 +1,1 @@
+"""What an artifact will take and give, before anything but config.json was read."""

@@ -1,0 +1,127 @@
+"""GPTQ: codes of 4-bit weights that make up for each other's errors on real activations.
+
+A projection's error on inputs X [tokens, K] is E X^T for the errors E [N, K] of its weights. Where input
+features go together, one feature's error can be made up for by the next: feature k is rounded with what the
+earlier errors leave to it, E[:, :k] F[k, :k]^T. The F that leaves the least comes from the factor of
+H = X^T X = (F^T + I) D (F^T + I)^T.
+
+The model runs in float32, layer by layer, on calibration text; memory holds one layer's activations and H's.
+Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is the same codes by this factor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from qwen_common.errors import UserError
+
+from qwen_export import reference
+from qwen_export.architecture.text_config import TextConfig
+from qwen_export.backends.onnx.stream import Stored, StoredWith, nearest
+from qwen_export.checkpoint.sources import Source
+from qwen_export.graph.recipe import LAYER
+from qwen_export.graph.weights import Weight
+from qwen_export.quantize.blockwise import Quantization
+from qwen_export.reference import Weights
+
+PIECES = 64  # of calibration text, at most
+# What a text says about how K features go together is partly chance, the more the shorter it is: this times
+# K / tokens is added to H's diagonal, as a share of its mean. Measured in docs/quality.md.
+_DAMPING = 3.0
+
+
+def feedback(gram: np.ndarray, tokens: int) -> np.ndarray:
+    """F, float32 [K, K], strictly lower triangular, for inputs X [tokens, K] with `gram` = X^T X [K, K]."""
+    damped = gram.astype(np.float64)
+    size = len(damped)
+    mean = np.trace(damped) / size
+    if mean == 0:  # nothing ever comes in
+        return np.zeros_like(gram, np.float32)
+    damped[np.diag_indices_from(damped)] += mean * _DAMPING * size / tokens
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    del damped  # K may be 17408, and this 2.4 GB
+    upper /= np.diag(upper).copy()
+    return np.tril(upper.T.astype(np.float32), -1)
+
+
+def with_feedbacks(
+    config: TextConfig,
+    tensors: Mapping[str, Source],
+    stored: Sequence[Stored],
+    pieces: np.ndarray,
+) -> Iterator[StoredWith]:
+    """All of `stored`, in the order in which the model runs, with what finds the feedbacks of its tensors.
+
+    The vision tower and the MTP head have none: calibration text does not go through them.
+
+    Args:
+        pieces: int64 [pieces, tokens] of text.
+
+    Raises:
+        UserError: activations overflow.
+    """
+    by_layer: dict[int, list[Stored]] = {}  # lm_head is the layer after the last
+    for weight, places in stored:
+        index = _layer(config, weight)
+        if index is None:
+            yield weight, places, nearest
+        else:
+            by_layer.setdefault(index, []).append((weight, places))
+
+    hidden = reference.embed(config, Weights(tensors), pieces)
+    for index in range(max(by_layer, default=-1) + 1):
+        watched = _Watched(tensors)
+        with np.errstate(over="ignore", invalid="ignore"):  # reported when feedback is asked for
+            if index < config.num_hidden_layers:
+                hidden = reference.layer(config, watched, index, hidden)
+            else:
+                watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
+        for weight, places in by_layer.get(index, []):
+            yield weight, places, watched.feedback
+
+
+def _layer(config: TextConfig, weight: Weight) -> int | None:
+    """Where a weight meets the activations that its codes are made with; None: nowhere."""
+    if not isinstance(weight.storage, Quantization) or weight.storage.bits != 4 or weight.carried:
+        return None
+    tensor = weight.rows[0].tensor
+    found = LAYER.match(tensor)
+    if found:
+        return int(found[1])
+    return config.num_hidden_layers if tensor == reference.head_name(config) else None
+
+
+class _Watched(Weights):
+    """Weights that sum up X^T X of what comes in; of experts, what comes in to any of them."""
+
+    def __init__(self, tensors: Mapping[str, Source]) -> None:
+        super().__init__(tensors)
+        self._grams: dict[str, np.ndarray] = {}
+        self._tokens: Counter[str] = Counter()
+        self._feedbacks: dict[int, np.ndarray] = {}  # by the gram's id
+        self._last: tuple[np.ndarray, np.ndarray] | None = None
+
+    def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
+        self.watch(name, x)
+        return super().linear(name, x, expert)
+
+    def watch(self, name: str, x: np.ndarray) -> None:
+        if self._last is None or self._last[0] is not x:  # several projections take the same x
+            inputs = x.reshape(-1, x.shape[-1])
+            self._last = x, inputs.T @ inputs
+        gram = self._last[1]
+        self._grams[name] = self._grams[name] + gram if name in self._grams else gram
+        self._tokens[name] += x.size // x.shape[-1]
+
+    def feedback(self, name: str) -> np.ndarray:
+        gram = self._grams[name]
+        if id(gram) not in self._feedbacks:
+            if not np.isfinite(gram).all():
+                raise UserError(
+                    f"the inputs of {name} overflow on the calibration text: "
+                    "export with --set compression=data-free"
+                )
+            self._feedbacks[id(gram)] = feedback(gram, self._tokens[name])
+        return self._feedbacks[id(gram)]

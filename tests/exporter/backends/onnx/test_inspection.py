@@ -1,0 +1,66 @@
+"""`qwen-export inspect`: what it says is what the manifest, the graphs and the kernel tables say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from qwen_export.cli import main
+from qwen_profiles.schema import load_profile
+
+from tests.support.artifacts import make_artifact
+from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+
+
+def inspect(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["inspect", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
+def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(checkpoint, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
+    found = json.loads(inspect(artifact, "--json").stdout)
+    runs = {name: entry["runs"] for name, entry in found["providers"].items()}
+    assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": None, "openvino": None}
+    graphs = {
+        path.name: len(onnx.load(path, load_external_data=False).graph.node)
+        for path in artifact.glob("*.onnx")
+    }
+    assert found["graphs"] == graphs
+    assert found["providers"]["dml"]["covered"] == sum(found["operators"].values()) == sum(graphs.values())
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
+def test_a_fused_artifact_says_what_others_lack(checkpoint: Path, tmp_path: Path) -> None:
+    artifact = make_artifact(checkpoint, load_profile("cpu"), tmp_path / "out", all_logits=False)
+    found = json.loads(inspect(artifact, "--json").stdout)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert {role: entry["bytes"] for role, entry in found["roles"].items()} == manifest["bytes_by_role"]
+    assert found["roles"]["attention"]["precision"] == "int8, block 128"
+    assert found["providers"]["cpu"]["runs"]
+    for provider in ("cuda", "dml"):
+        entry = found["providers"][provider]
+        assert not entry["runs"] and "LinearAttention" in entry["missing"]
+        assert entry["covered"] + sum(entry["missing"].values()) == entry["nodes"]
+    # CUDA's GroupQueryAttention takes no float32, which this artifact has.
+    assert "GroupQueryAttention" in found["providers"]["cuda"]["missing"]
+    shown = inspect(artifact)
+    assert shown.exit_code == 0 and "LinearAttention" in shown.stdout and "int8, block 128" in shown.stdout
+
+
+def test_no_weight_is_read_and_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
+    artifact = make_artifact(TINY, load_profile("cpu"), tmp_path / "out", all_logits=False)
+    data = artifact / "model.onnx.data"
+    size = data.stat().st_size
+    data.unlink()
+    with data.open("wb") as file:
+        file.truncate(size)  # a hole
+    assert inspect(artifact).exit_code == 0
+    data.unlink()
+    assert inspect(artifact).exit_code == 2
+    assert "has no manifest.json" in inspect(tmp_path).stderr
+    (artifact / "manifest.json").write_text("[]")
+    assert "is not a manifest" in inspect(artifact).stderr

@@ -1,0 +1,231 @@
+"""Reading checkpoints, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from qwen_common.errors import UserError
+from qwen_export.architecture.text_config import expected_shapes, load_config
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_profiles.schema import load_profile
+
+from tests.support.artifacts import Quiet
+from tests.support.random_checkpoints import load_tensors, save_shards, write_random_checkpoint
+
+NORM = "model.layers.2.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_rows_are_those_that_were_saved(dtype: torch.dtype, shards: int, wrap: bool, tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, dtype=dtype, shards=shards, wrap=wrap)
+    checkpoint = Checkpoint.open(str(folder))
+    checkpoint.check(expected_shapes(checkpoint.config))
+    saved = {name.replace("language_model.", ""): value for name, value in load_tensors(folder).items()}
+    assert set(saved) == set(checkpoint.tensors)
+    for name, value in saved.items():
+        rows = len(value)
+        start, stop = rows // 3, rows - rows // 4
+        found = checkpoint.read(name, start, stop).astype(np.float32)
+        np.testing.assert_array_equal(found, value[start:stop].float().numpy())
+
+
+def test_layer_types_follow_the_interval(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    config["full_attention_interval"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_config(folder).layer_types == ("linear_attention", "full_attention") * 2
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def edit_index(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return damage
+
+
+def edit_tensors(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_tensors(folder)
+        change(tensors)
+        save_shards(folder, tensors, 2)
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def poison(value: float, row: int) -> Callable[[dict], None]:
+    def change(tensors: dict) -> None:
+        tensors["model.embed_tokens.weight"][row, 3] = value
+
+    return change
+
+
+def duplicate(folder: Path) -> None:
+    save_shards(folder, load_tensors(folder), 2)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00003-of-00002.safetensors")
+    edit_index(lambda index: index.update({"extra": "model-00003-of-00002.safetensors"}))(folder)
+    header_add(folder / "model-00003-of-00002.safetensors", "extra")
+
+
+def header_add(path: Path, name: str) -> None:
+    """Give a shard's first tensor a second name."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    first = next(key for key in header if key != "__metadata__")
+    header[name] = header.pop(first)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "config is not JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        "config.json is not a model configuration",
+    ),
+    "another model": (edit_config(model_type="llama"), "model type 'llama' is not Qwen3.5"),
+    "weights of a dense model": (
+        edit_config(model_type="qwen3_5_moe_text"),
+        "has no tensor model.layers.0.mlp",
+    ),
+    "bad head count": (edit_config(num_key_value_heads=3), "num_key_value_heads must divide"),
+    "negative size": (edit_config(hidden_size=-1), "config.json: hidden_size: "),
+    "scaled rotary embedding": (
+        edit_config(rope_parameters={"rope_type": "longrope", "mrope_section": [2, 1, 1]}),
+        "rope_parameters.rope_type: Input should be 'default' or 'yarn'",
+    ),
+    "missing shard": (
+        lambda folder: (folder / "model-00002-of-00002.safetensors").unlink(),
+        "shard model-00002-of-00002.safetensors is missing",
+    ),
+    "truncated shard": (truncate, "shard model-00002-of-00002.safetensors is truncated or damaged"),
+    "index leads out": (
+        edit_index(lambda index: index.update({NORM: "../other.safetensors"})),
+        "names a file outside the folder: ../other.safetensors",
+    ),
+    "index leads to the root": (
+        edit_index(lambda index: index.update({NORM: "/etc/passwd"})),
+        "names a file outside the folder: /etc/passwd",
+    ),
+    "index names the wrong shard": (
+        edit_index(lambda index: index.update({"model.nothing": "model-00001-of-00002.safetensors"})),
+        "holds model.nothing, but it does not",
+    ),
+    "index is not one": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        "is not a shard index",
+    ),
+    "tensor in two shards": (duplicate, "is in both"),
+    "tensor missing": (edit_tensors(lambda tensors: tensors.pop(NORM)), f"has no tensor {NORM}"),
+    "another shape": (
+        edit_config(intermediate_size=100),
+        "has shape (96, 64) where config.json says (100, 64)",
+    ),
+    "unsupported dtype": (
+        edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float64)})),
+        f"tensor {NORM} is F64, which is not supported yet",
+    ),
+    "NaN": (
+        edit_tensors(poison(float("nan"), 500)),
+        "tensor model.embed_tokens.weight in model-0000[12]-of-00002.safetensors holds NaN or Inf",
+    ),
+    "Inf": (
+        edit_tensors(poison(float("-inf"), 0)),
+        "tensor model.embed_tokens.weight in model-0000[12]-of-00002.safetensors holds NaN or Inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_damage_is_named(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint", shards=2, dtype=dtype)
+    damage, message = DAMAGE[name]
+    damage(folder)
+    pattern = message if "[12]" in message else re.escape(message)
+    with pytest.raises(UserError, match=pattern) as caught:
+        export(Checkpoint.open(str(folder)), load_profile("cpu"), tmp_path / "out", Quiet())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint")
+    weights = folder / "model.safetensors"
+    for name, message in {
+        "pytorch_model.bin": "pickled weights, which are never loaded",
+        "model.gguf": "holds GGUF, which is not supported yet",
+    }.items():
+        weights = weights.rename(folder / name)
+        with pytest.raises(UserError, match=message):
+            Checkpoint.open(str(folder))
+        (folder / "config.json").rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=message if "gguf" in name else "has no config.json"):
+            Checkpoint.open(str(folder))
+        (tmp_path / "elsewhere").rename(folder / "config.json")
+    for source in (str(weights), "someone/Qwen3.5-0.8B-GGUF"):
+        with pytest.raises(UserError, match=f"{source} holds GGUF, which is not supported yet"):
+            Checkpoint.open(source)
+    weights.unlink()
+    with pytest.raises(UserError, match="is the download complete"):
+        Checkpoint.open(str(folder))
+
+
+@pytest.mark.parametrize("source", ["./nothing", "/nothing/there", "one/two/three", "name"])
+def test_what_looks_like_a_folder_is_not_asked_of_the_hub(source: str) -> None:
+    with pytest.raises(UserError, match=f"no folder {source}"):
+        Checkpoint.open(source)
+
+
+def test_hub_id_without_a_hub() -> None:
+    with pytest.raises(UserError, match="the hub did not give it"):
+        Checkpoint.open("qwen-edge/does-not-exist")
+
+
+def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub cache filled beforehand: snapshots of links into blobs, found without a network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--someone--tiny"
+    source = write_random_checkpoint(tmp_path / "source", shards=2, dtype=torch.bfloat16)
+    snapshot, blobs = cache / "snapshots" / commit, cache / "blobs"
+    for folder in (snapshot, blobs, cache / "refs"):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    for number, path in enumerate(source.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../..") / "blobs" / str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    checkpoint = Checkpoint.open("someone/tiny")
+    assert checkpoint.revision == commit
+    assert checkpoint.read(NORM, 0, 64).dtype == ml_dtypes.bfloat16

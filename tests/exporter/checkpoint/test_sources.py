@@ -1,0 +1,348 @@
+"""FP8, GPTQ and AWQ: answers against transformers on the dequantised weights; codes bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from qwen_common.errors import UserError
+from qwen_export.backends.onnx.plan import plan
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
+
+from tests.support.artifacts import Session, cosine, float_profile, make_artifact
+from tests.support.quantized_checkpoints import (
+    FP8,
+    GEOMETRY,
+    PROJECTIONS,
+    Method,
+    awq,
+    fp8_blocks,
+    gptq,
+    integers,
+    write_quantized_checkpoint,
+)
+from tests.support.random_checkpoints import random_model
+
+LOWERINGS = ("fused", "portable")
+EXPERTS = ("experts",)
+MIXTURE = {"num_experts": 4}
+PREFIX = "model.language_model.layers.0.mlp"
+CASES: dict[str, tuple[Method | None, tuple[str, ...], dict[str, Any]]] = {
+    "fp8": (FP8, PROJECTIONS, {}),
+    "fp8 experts": (FP8, PROJECTIONS, MIXTURE),
+    "experts one by one": (None, PROJECTIONS, MIXTURE),
+    "gptq": (gptq(), PROJECTIONS, {}),
+    "gptq without sym": (gptq(sym=False), PROJECTIONS, {}),
+    "gptq_v2, groups of 32": (gptq(32, sym=False, version="gptq_v2"), PROJECTIONS, {}),
+    "gptq, one scale for each row": (gptq(256), ("q_proj", "k_proj", "v_proj"), {}),
+    "gptq experts": (gptq(), EXPERTS, MIXTURE),
+    "gptq experts without sym": (gptq(sym=False), EXPERTS, MIXTURE),
+    "awq": (awq(), PROJECTIONS, {}),
+    "awq experts": (awq(), EXPERTS, MIXTURE),
+    "half of what is one projection here": (gptq(), ("gate_proj", "q_proj"), {}),
+}
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_of_the_dequantised_weights(case: str, lowering: str, tmp_path: Path) -> None:
+    method, chosen, overrides = CASES[case]
+    folder, model = write_quantized_checkpoint(tmp_path / "checkpoint", method, chosen, **overrides)
+    session = Session(make_artifact(folder, float_profile(lowering), tmp_path / "artifact"))
+    prompt = torch.tensor(np.random.default_rng(1).integers(2, 512, (1, 40)))
+    with torch.no_grad():
+        ids = model.generate(prompt, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        expected = model(ids).logits.numpy()
+    found = session.run(ids.numpy())
+    assert cosine(found, expected).min() > 0.9999
+    # What we would choose after the same tokens is transformers' choice, or one that it likes as well.
+    chosen_by_us = np.take_along_axis(expected, found.argmax(-1)[..., None], -1)[..., 0]
+    assert (expected.max(-1) - chosen_by_us).max() < 1e-3
+
+
+def test_fp8_means_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = np.random.default_rng(0).normal(size=(384, 256)).astype(np.float32)
+    weight[130:140] *= 100
+    tensors, meaning = fp8_blocks(weight)
+    expected = Fp8Dequantize(None)._dequantize_one(
+        tensors["weight"], tensors["weight_scale_inv"], torch.float32
+    )
+    np.testing.assert_array_equal(meaning, expected.numpy())
+    name = "model.layers.0.mlp.gate_proj.weight"
+    folder, model = write_quantized_checkpoint(tmp_path, FP8)
+    source = Checkpoint.open(str(folder)).tensors[name]
+    meant = dict(model.state_dict())[name].numpy()
+    for start, stop in ((0, 384), (0, 1), (127, 129), (200, 384)):
+        np.testing.assert_array_equal(source.read(start, stop), meant[start:stop])
+
+
+def stored_weight(
+    artifact: Path, checkpoint: Path, lowering: str, name: str
+) -> tuple[Quantization, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+    """Form, codes, zero points, scales and values of one weight, from the artifact's own bytes."""
+    planned = plan(Checkpoint.open(str(checkpoint)), float_profile(lowering), all_logits=True)
+    weight, tensors = next((weight, tensors) for weight, tensors in planned.stored if weight.name == name)
+    data = (artifact / "model.onnx.data").read_bytes()
+    arrays = [
+        np.frombuffer(data, tensor.dtype, tensor.nbytes // tensor.dtype.itemsize, tensor.offset)
+        for tensor in tensors
+    ]
+    form = weight.storage
+    assert isinstance(form, Quantization)
+    k = weight.shape[-1]
+    n = int(np.prod(weight.shape[:-1]))
+    arrays = [
+        array.reshape(shape(n, k))
+        for array, shape in zip(
+            arrays, (form.packed_shape, form.scales_shape, form.zero_points_shape), strict=False
+        )
+    ]
+    codes = np.stack([arrays[0] & 15, arrays[0] >> 4], -1).reshape(n, -1)
+    zeros = None
+    if len(arrays) == 3:
+        zeros = np.stack([arrays[2] & 15, arrays[2] >> 4], -1).reshape(n, -1)[:, : form.blocks(k)]
+    values = dequantize(Quantized(arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None), k, form)
+    return form, codes, zeros, arrays[1], values
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize(
+    ("method", "sym"),
+    [(gptq(), True), (gptq(sym=False), False), (gptq(sym=False, version="gptq_v2"), False), (awq(), False)],
+)
+def test_codes_and_scales_are_the_checkpoints_own(
+    method: Method, sym: bool, lowering: str, tmp_path: Path
+) -> None:
+    folder, model = write_quantized_checkpoint(tmp_path / "checkpoint", method)
+    artifact = make_artifact(folder, float_profile(lowering), tmp_path / "artifact")
+    original = dict(random_model(**GEOMETRY).state_dict())
+    mlp = "model.layers.0.mlp"
+    for name, parts in {
+        f"{mlp}.gate_up_proj": ["gate_proj", "up_proj"],  # 256 inputs: two blocks of 128
+        f"{mlp}.down_proj": ["down_proj"],  # 384: three, of which 4-bit zero points are no whole bytes
+    }.items():
+        form, codes, zeros, scales, values = stored_weight(artifact, folder, lowering, name)
+        weights = np.concatenate([original[f"{mlp}.{part}.weight"].numpy() for part in parts])
+        expected_codes, expected_zeros, expected_scales = integers(weights, 128, sym)
+        repeats = 128 // form.block_size
+        assert form.carried and (repeats == 1 or (lowering == "portable" and name.endswith("down_proj")))
+        np.testing.assert_array_equal(codes, expected_codes)
+        np.testing.assert_array_equal(scales, np.repeat(expected_scales, repeats, axis=1).astype(np.float32))
+        assert (zeros is None) == (sym and lowering == "fused")
+        if zeros is not None:
+            np.testing.assert_array_equal(zeros, np.repeat(expected_zeros, repeats, axis=1))
+        meant = np.concatenate([dict(model.state_dict())[f"{mlp}.{part}.weight"].numpy() for part in parts])
+        np.testing.assert_array_equal(values, meant)
+
+
+@pytest.mark.parametrize("method", [gptq(sym=False), awq()])
+def test_any_rows_are_read_alike(method: Method, tmp_path: Path) -> None:
+    """Pieces begin and end anywhere; AWQ and the zero points hold eight rows in one int32."""
+    folder, model = write_quantized_checkpoint(tmp_path, method)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    source = Checkpoint.open(str(folder)).tensors[name]
+    meant = dict(model.state_dict())[name].numpy()
+    form = Quantization(4, 128, False, np.dtype(np.float32), carried=True)
+    whole = source.carry(0, 384, form)
+    for start, stop in ((0, 384), (0, 1), (7, 9), (8, 16), (13, 301), (383, 384)):
+        np.testing.assert_array_equal(source.read(start, stop), meant[start:stop])
+        for part, all_rows in zip(source.carry(start, stop, form), whole, strict=True):
+            np.testing.assert_array_equal(part, all_rows[start:stop])
+
+
+def write_many_experts(folder: Path, method: Method, experts: int) -> Path:
+    """One layer whose experts are noise: 1.5 M weights each."""
+    hidden, inner = 1024, 512
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    noise = torch.Generator().manual_seed(0)
+
+    def add(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config["text_config"]["num_experts"] = experts
+        tensors[f"{PREFIX}.gate.weight"] = torch.randn(experts, hidden, generator=noise)
+        kept = {name: value for name, value in tensors.items() if ".experts." not in name}
+        tensors.clear()
+        tensors.update(kept)
+        for kind, (n, k) in shapes.items():
+            packed, _ = method.pack(torch.randn(n, k, generator=noise).numpy())
+            for expert in range(experts):
+                tensors |= {
+                    f"{PREFIX}.experts.{expert}.{kind}.{suffix}": tensor.clone()
+                    for suffix, tensor in packed.items()
+                }
+
+    geometry = {"hidden_size": hidden, "moe_intermediate_size": inner, "num_experts": 2}
+    layers = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    return write_quantized_checkpoint(folder, method, EXPERTS, add, **geometry, **layers)[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("method", [FP8, gptq()], ids=["fp8", "gptq"])
+def test_memory_does_not_grow_with_the_number_of_experts(method: Method, tmp_path: Path) -> None:
+    """The peak of the exporting process, for four times the experts, is the same within 10%."""
+    code = (
+        "import sys; from qwen_export.cli import main; main(standalone_mode=False)\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    peaks = []
+    for experts in (16, 64):
+        folder = write_many_experts(tmp_path / f"checkpoint{experts}", method, experts)
+        arguments = [
+            "--profile",
+            "cpu",
+            str(folder),
+            "-o",
+            str(tmp_path / f"out{experts}"),
+            "--no-progress",
+            "--no-verify",
+        ]
+        command = [sys.executable, "-c", code, *arguments]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks.append(int(output.split("VmHWM:")[1].split()[0]))
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def without(ending: str) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    def edit(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        del tensors[f"{PREFIX}.{ending}"]
+
+    return edit
+
+
+def changed(ending: str, change: Callable[[torch.Tensor], torch.Tensor]):
+    def edit(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        tensors[f"{PREFIX}.{ending}"] = change(tensors[f"{PREFIX}.{ending}"]).contiguous()
+
+    return edit
+
+
+def declared(**values: Any) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    def edit(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config["quantization_config"] |= values
+
+    return edit
+
+
+def undeclared(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(torch.uint8)[3, 5] = 0x7F
+    return tensor
+
+
+GATE = "model.layers.0.mlp.gate_proj"
+DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
+    "FP8 without scales": (
+        FP8,
+        {},
+        without("gate_proj.weight_scale_inv"),
+        f"tensor {GATE}.weight is float8_e4m3fn without its scales",
+    ),
+    "scales without a weight": (
+        FP8,
+        {},
+        without("gate_proj.weight"),
+        f"has {GATE}.weight_scale_inv, but no {GATE}.weight",
+    ),
+    "scales of another shape": (
+        FP8,
+        {},
+        changed("gate_proj.weight_scale_inv", lambda tensor: tensor[:1]),
+        f"{GATE}.weight_scale_inv has shape (1, 2), which are no scales for 128 x 128 blocks",
+    ),
+    "FP8 that config.json does not declare": (FP8, {}, undeclared, "config.json says no quantization_config"),
+    "one factor for the whole tensor": (
+        FP8,
+        {},
+        declared(weight_block_size=None),
+        "weight_block_size None is not",
+    ),
+    "NaN in FP8": (FP8, {}, changed("gate_proj.weight", poisoned), f"tensor {GATE}.weight holds NaN"),
+    "a missing expert": (
+        FP8,
+        MIXTURE,
+        without("experts.2.up_proj.weight"),
+        "has model.layers.0.mlp.experts.2.up",
+    ),
+    "an expert that is nowhere": (
+        gptq(),
+        MIXTURE,
+        lambda tensors, config: [tensors.pop(name) for name in list(tensors) if "0.mlp.experts.2.up" in name],
+        "has no tensor model.layers.0.mlp.experts.2.up_proj.weight: is a shard missing?",
+    ),
+    "the last expert missing": (
+        gptq(),
+        MIXTURE,
+        lambda tensors, config: [tensors.pop(name) for name in list(tensors) if "0.mlp.experts.3." in name],
+        "has shape (3, 256, 256) where config.json says (4, 256, 256)",
+    ),
+    "no zero points": (gptq(), {}, without("gate_proj.qzeros"), f"has {GATE}.qweight, but no {GATE}.qzeros"),
+    "scales cut short": (
+        awq(),
+        {},
+        changed("gate_proj.scales", lambda tensor: tensor[:, :100]),
+        f"{GATE}.qweight has codes, zero points and scales of the shapes",
+    ),
+    "AWQ taken for GPTQ": (awq(), {}, declared(quant_method="gptq"), "which do not belong together"),
+    "not what config.json says": (
+        gptq(),
+        {},
+        lambda tensors, config: config["text_config"].update(intermediate_size=512),
+        "has shape (384, 256) where config.json says (512, 256)",
+    ),
+    "desc_act": (
+        gptq(desc_act=True),
+        {},
+        declared(),
+        "g_idx is not in order: the checkpoint was quantised with desc",
+    ),
+    "sym that is not": (gptq(sym=False), {}, declared(sym=True), "but config.json says sym"),
+    "a zero point of 16": (
+        gptq(sym=False),
+        {},
+        changed("gate_proj.qzeros", lambda tensor: torch.full_like(tensor, -1)),
+        f"{GATE}.qzeros has the zero point 16, but 4 bits do not hold that",
+    ),
+    "8 bits": (gptq(), {}, declared(bits=8), "quantization_config: gptq.bits 8 is not supported yet"),
+    "another kernel's order": (
+        awq(),
+        {},
+        declared(version="gemv"),
+        "awq.version 'gemv' is not supported yet",
+    ),
+    "another method": (
+        gptq(),
+        {},
+        declared(quant_method="bitsandbytes"),
+        "method 'bitsandbytes' is not supported",
+    ),
+    "no method": (
+        gptq(),
+        {},
+        lambda tensors, config: config["quantization_config"].clear(),
+        "not supported yet",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(name: str, tmp_path: Path) -> None:
+    method, overrides, edit, message = DAMAGE[name]
+    chosen = EXPERTS if overrides and method is not FP8 else PROJECTIONS
+    folder, _ = write_quantized_checkpoint(tmp_path / "checkpoint", method, chosen, edit, **overrides)
+    with pytest.raises(UserError) as caught:
+        make_artifact(folder, float_profile("fused"), tmp_path / "artifact")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "artifact").exists()

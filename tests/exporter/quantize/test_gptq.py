@@ -1,0 +1,255 @@
+"""GPTQ: its codes against the published algorithm, its inputs against transformers, its gain end to end."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from qwen_common.errors import UserError
+from qwen_export.backends.onnx.plan import plan
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_export.quantize import gptq
+from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
+from qwen_export.quantize.calibration import pieces
+from qwen_export.quantize.gptq import PIECES, feedback, with_feedbacks
+from qwen_profiles.schema import load_profile
+from transformers import AutoModelForCausalLM
+
+from benchmarks.quality import log_softmax, measure, windows
+from tests.support.artifacts import Quiet
+from tests.support.quantized_checkpoints import gptq as gptq_checkpoint
+from tests.support.quantized_checkpoints import write_quantized_checkpoint
+from tests.support.random_checkpoints import (
+    TINY,
+    TINY_MOE,
+    TINY_VL,
+    copy_tokenizer,
+    load_tensors,
+    save_shards,
+)
+
+FORMS = [
+    Quantization(4, block, symmetric, np.dtype(np.float32))
+    for block, symmetric in product((16, 32, 64, 128), (True, False))
+]
+
+
+def correlated(tokens: int, k: int, seed: int = 0) -> np.ndarray:
+    """Inputs [tokens, k] that mostly lie in few directions, as activations do."""
+    generator = np.random.default_rng(seed)
+    directions = generator.standard_normal((k // 4, k))
+    mixed = generator.standard_normal((tokens, k // 4)) @ directions
+    return (mixed + 0.5 * generator.standard_normal((tokens, k))).astype(np.float32)
+
+
+def published(weight: np.ndarray, form: Quantization, gram: np.ndarray) -> np.ndarray:
+    """Frantar et al.'s loop, in float64: every error is spread over all features that are still to come."""
+    inverse = np.linalg.cholesky(np.linalg.inv(gram)).T
+    weight, result = weight.astype(np.float64), np.empty(weight.shape)
+    k = weight.shape[1]
+    for start in range(0, k, form.block_size):
+        stop = min(start + form.block_size, k)
+        block = np.pad(weight[:, start:stop], ((0, 0), (0, form.block_size - (stop - start))))
+        fitted = quantize(block.astype(np.float32), form)
+        scale = fitted.scales[:, 0].astype(np.float64)
+        zero = 8.0 if fitted.zero_points is None else (fitted.zero_points[:, 0] & 15).astype(np.float64)
+        for feature in range(start, stop):
+            code = np.clip(np.rint(weight[:, feature] / scale) + zero, 0, 15)
+            result[:, feature] = (code - zero) * scale
+            error = (weight[:, feature] - result[:, feature]) / inverse[feature, feature]
+            weight[:, feature:] -= np.outer(error, inverse[feature, feature:])
+    return result
+
+
+@pytest.mark.parametrize("k", [256, 200])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_codes_are_the_published_algorithms(form: Quantization, k: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((40, k)).astype(np.float32)
+    x = correlated(600, k)
+    gram = x.T @ x
+    damped = gram + np.eye(k) * np.trace(gram) / k * gptq._DAMPING * k / len(x)
+    ours = dequantize(quantize(weight, form, feedback(gram, len(x))), k, form)
+    theirs = published(weight, form, damped)
+    # A value halfway between two codes may be rounded either way, and what follows in its row differs.
+    same = np.isclose(ours, theirs, atol=1e-4).all(axis=1)
+    assert same.mean() > 0.8
+    errors = [np.square((found - weight) @ x.T).sum() for found in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_error_of_the_output_falls(form: Quantization) -> None:
+    weight = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
+    seen, unseen = correlated(2048, 256), correlated(2048, 256)[::-1] * np.float32(1.5)
+    codes = quantize(weight, form, feedback(seen.T @ seen, len(seen)))
+    nearest, ours = (
+        np.square((dequantize(found, 256, form) - weight) @ unseen.T).sum()
+        for found in (quantize(weight, form), codes)
+    )
+    assert ours < 0.8 * nearest
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_without_anything_to_make_up_for_the_codes_are_the_nearest(form: Quantization) -> None:
+    weight = np.random.default_rng(3).standard_normal((24, 200)).astype(np.float32)
+    for nothing in (np.zeros((200, 200), np.float32), np.diag(np.arange(200)).astype(np.float32)):
+        found, nearest = quantize(weight, form, feedback(nothing, 10)), quantize(weight, form)
+        np.testing.assert_array_equal(found.packed, nearest.packed)
+        np.testing.assert_array_equal(found.scales, nearest.scales)
+        if not form.symmetric:
+            np.testing.assert_array_equal(found.zero_points, nearest.zero_points)
+
+
+@pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=["dense", "experts"])
+def test_inputs_are_what_transformers_projections_are_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(str(folder))
+    text = pieces(checkpoint, load_profile("cpu"), None, most=3)
+    grams: dict[str, tuple[np.ndarray, int]] = {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def watch(name: str) -> None:
+        def note(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            grams[f"{name}.weight"] = ((x.T @ x).numpy(), len(x))
+
+        model.get_submodule(name).register_forward_pre_hook(note)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            watch(name)
+    with torch.no_grad():
+        model(torch.from_numpy(text))
+    grams["model.embed_tokens.weight"] = grams.pop("lm_head.weight")
+
+    # What is handed on as the feedback is then the products themselves.
+    monkeypatch.setattr(gptq, "feedback", lambda gram, tokens: (gram, tokens))
+    profile = load_profile("cpu-int4")
+    stored = plan(checkpoint, profile, mtp=False).stored
+    found = list(with_feedbacks(checkpoint.config, checkpoint.tensors, stored, text))
+    assert {weight.name for weight, *_ in found} == {weight.name for weight, _ in stored}
+    compared = 0
+    for weight, _, products in found:
+        for name in {rows.tensor for rows in weight.rows}:
+            if (product := products(name)) is None:
+                continue
+            gram, tokens = product
+            if "experts." in name and "shared" not in name:
+                assert tokens == text.size * checkpoint.config.num_experts_per_tok
+                continue
+            expected, count = grams[name]
+            assert tokens == count
+            np.testing.assert_allclose(gram, expected, atol=1e-4 * np.abs(expected).max())
+            compared += 1
+    linear = sum(weight.count(".weight") for weight in grams) - compared
+    # The gates of the recurrence and of the experts are not in 4 bits.
+    layers = checkpoint.config.layer_types
+    gates = 2 * layers.count("linear_attention") + (len(layers) if checkpoint.config.num_experts else 0)
+    assert linear == gates
+
+
+@pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=["dense", "experts"])
+def test_less_is_lost_on_text_that_was_not_seen(folder: Path, tmp_path: Path) -> None:
+    texts = windows(4096)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = np.stack(
+            [log_softmax(model(torch.from_numpy(ids)[None]).logits[0].numpy()) for ids in texts]
+        )
+    lost = {}
+    for compression in ("data-free", "gptq"):
+        profile = load_profile("cpu-int4", [f"compression={compression}"])
+        artifact = tmp_path / compression
+        export(Checkpoint.open(str(folder)), profile, artifact, Quiet(), all_logits=True)
+        lost[compression] = measure(artifact, texts, expected)["kl"]
+    assert lost["gptq"] < 0.96 * lost["data-free"]
+
+
+class Interrupted(Quiet):
+    """Stops after some of the work, as Ctrl-C does."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self._left = left
+
+    def advance(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+def digest(artifact: Path) -> str:
+    return hashlib.sha256((artifact / "model.onnx.data").read_bytes()).hexdigest()
+
+
+def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    checkpoint, profile = Checkpoint.open(str(TINY_VL)), load_profile("cpu-int4")
+    export(checkpoint, profile, tmp_path / "whole", Quiet())
+    size = sum(source.nbytes for source in checkpoint.tensors.values())
+    for done in (0.2, 0.6, 0.9):
+        with pytest.raises(KeyboardInterrupt):
+            export(checkpoint, profile, tmp_path / "parts", Interrupted(int(done * size)))
+        assert not (tmp_path / "parts").exists()
+    export(checkpoint, profile, tmp_path / "parts", Quiet())
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+
+
+def test_another_text_gives_other_codes_and_starts_over(tmp_path: Path) -> None:
+    checkpoint, profile = Checkpoint.open(str(TINY)), load_profile("cpu-int4")
+    text = tmp_path / "text.txt"
+    text.write_text("The committee met on Tuesday to discuss the new timetable for the harbour ferry. " * 40)
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoint, profile, tmp_path / "a", Interrupted(2_000_000))
+    progress = Quiet()
+    export(checkpoint, profile, tmp_path / "a", progress, calibration=text)
+    assert any("starting over" in note for note in progress.notes)
+    export(checkpoint, profile, tmp_path / "b", Quiet())
+    assert digest(tmp_path / "a") != digest(tmp_path / "b")
+
+
+def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> None:
+    source, _ = write_quantized_checkpoint(tmp_path / "source", gptq_checkpoint(), vocab_size=2048)
+    checkpoint = Checkpoint.open(str(source))
+    found = {}
+    for compression in ("data-free", "gptq"):
+        profile = load_profile("cpu-int4", [f"compression={compression}"])
+        planned = plan(checkpoint, profile)
+        artifact = tmp_path / compression
+        export(checkpoint, profile, artifact, Quiet())
+        data = (artifact / "model.onnx.data").read_bytes()
+        found[compression] = {
+            tensor.name: data[tensor.offset : tensor.offset + tensor.nbytes]
+            for weight, tensors in planned.stored
+            if weight.carried
+            for tensor in tensors
+        }
+    assert found["gptq"] and found["gptq"] == found["data-free"]
+
+
+def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
+    source, _ = write_quantized_checkpoint(tmp_path / "source", None)
+    with pytest.raises(UserError, match="the model has 512 tokens: put the model's own tokenizer there"):
+        export(Checkpoint.open(str(source)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_overflow(tmp_path: Path) -> None:
+    tensors = load_tensors(TINY)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    copy_tokenizer(TINY, tmp_path)
+    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
+    save_shards(tmp_path, tensors, 1)
+    with pytest.raises(UserError, match=r"inputs of model.layers.1.mlp.down_proj.weight overflow"):
+        export(Checkpoint.open(str(tmp_path)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
+
+
+def test_at_most_so_much_text_is_read() -> None:
+    checkpoint = Checkpoint.open(str(TINY))
+    assert pieces(checkpoint, load_profile("cpu"), None, PIECES).shape == (PIECES, 128)

@@ -1,0 +1,250 @@
+"""Exports end to end: what they write, what stops them, and what a killed one leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from filelock import FileLock
+from qwen_common.errors import UserError
+from qwen_export.backends.onnx.plan import plan
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.cli import main
+from qwen_export.export import export
+from qwen_profiles.schema import load_profile, parse_profile
+from qwen_runtime.artifact import Artifact
+
+from benchmarks.geometry import write_checkpoint
+from tests.support.artifacts import Quiet, float_profile, make_artifact
+from tests.support.random_checkpoints import TINY, load_tensors, save_shards, write_random_checkpoint
+
+MEDIUM = {
+    "vocab_size": 60_000,
+    "hidden_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 3072,
+    "linear_num_value_heads": 16,
+    "tie_word_embeddings": False,
+}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def command(checkpoint: Path, output: Path) -> list[str]:
+    arguments = ["--profile", "cpu", str(checkpoint), "-o", str(output), "--no-progress", "--no-verify"]
+    return [sys.executable, "-c", "from qwen_export.cli import main; main()", *arguments]
+
+
+@pytest.mark.parametrize("profile", ["cpu", "strix-halo"])
+def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> None:
+    output = make_artifact(TINY, load_profile(profile), tmp_path / "out", all_logits=False)
+    manifest = Artifact.open(output, verify=True).manifest
+    assert set(manifest["files"]) == {path.name for path in output.iterdir()} - {"manifest.json"}
+    assert manifest["model"] == {"name": "tiny-dense", "model_type": "qwen3_5_text"}
+    assert manifest["profile"] == profile
+    assert str(TINY.parent) not in (output / "manifest.json").read_text()
+    planned = plan(Checkpoint.open(str(TINY)), load_profile(profile))
+    assert manifest["files"]["model.onnx.data"]["size"] == planned.data_bytes
+    assert sum(manifest["bytes_by_role"].values()) <= planned.data_bytes
+    assert not list(tmp_path.glob(".*"))
+    session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    expected = {"cpu": [], "strix-halo": [{"dml": {"enable_graph_capture": "0"}}]}
+    assert session["provider_options"] == expected[profile]
+
+
+def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
+    for profile in map(load_profile, ("cpu", "strix-halo")):
+        tied = plan(Checkpoint.open(str(write_random_checkpoint(tmp_path / "tied"))), profile)
+        untied_folder = write_random_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
+        untied = plan(Checkpoint.open(str(untied_folder)), profile)
+        assert "embedding" not in tied.bytes_by_role()
+        assert untied.bytes_by_role()["embedding"] == untied.bytes_by_role()["lm_head"]
+
+
+def test_sharded_and_wrapped_checkpoints_give_the_same_weights(tmp_path: Path) -> None:
+    found = set()
+    for shards, wrap in [(1, False), (3, False), (2, True)]:
+        folder = write_random_checkpoint(tmp_path / f"{shards}{wrap}", shards=shards, wrap=wrap)
+        output = make_artifact(folder, load_profile("cpu"), tmp_path / f"out{shards}{wrap}")
+        found.add(hashes(output)["model.onnx.data"])
+    assert len(found) == 1
+
+
+def test_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
+    output = make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
+    before = hashes(output)
+    with pytest.raises(UserError, match="already exists"):
+        make_artifact(TINY, load_profile("strix-halo"), output)
+    assert hashes(output) == before
+    export(Checkpoint.open(str(TINY)), load_profile("strix-halo"), output, Quiet(), force=True)
+    assert Artifact.open(output, verify=True).manifest["profile"] == "strix-halo"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_space_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(UserError, match=r"needs 0\.1 GB more and .* has 0\.0 GB free"):
+        make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real ENOSPC from the kernel in the middle of the weights; the next run goes on."""
+    real = Checkpoint.read
+
+    def full(self: Checkpoint, name: str, start: int, stop: int) -> np.ndarray:
+        if name.endswith("layers.5.mlp.down_proj.weight"):
+            os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+        return real(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "read", full)
+    with pytest.raises(UserError, match="no space left"):
+        make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    progress = Quiet()
+    export(Checkpoint.open(str(TINY)), load_profile("cpu"), tmp_path / "out", progress)
+    assert "did not finish" in progress.notes[0]
+
+
+def test_values_beyond_float16(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint")
+    tensors = load_tensors(folder)
+    tensors["model.layers.1.input_layernorm.weight"][3] = 1e6
+    save_shards(folder, tensors, 1)
+    with pytest.raises(UserError, match=r"layers\.1\.input_layernorm\.weight reaches 1e\+06"):
+        make_artifact(folder, float_profile("portable", "float16"), tmp_path / "out")
+
+
+def test_two_exports_to_one_place(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    with FileLock(tmp_path / ".out.partial" / "lock"), pytest.raises(UserError, match="another export"):
+        make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
+
+
+def test_unfinished_export_of_something_else(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", MEDIUM)
+    process = subprocess.Popen(command(checkpoint, tmp_path / "out"))
+    while not (tmp_path / ".out.partial" / "artifact" / "model.onnx.data").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    progress = Quiet()
+    export(Checkpoint.open(str(TINY)), load_profile("cpu"), tmp_path / "out", progress)
+    assert progress.notes == ["an earlier export of something else did not finish: starting over"]
+    assert hashes(tmp_path / "out") == hashes(
+        make_artifact(TINY, load_profile("cpu"), tmp_path / "again", False)
+    )
+
+
+def kill_after(arguments: list[str], seconds: float) -> bool:
+    """Start a process and kill it; whether it was still running."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return running
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Twenty exports killed with SIGKILL, each carried on by one that ends with the same bytes."""
+    import onnxruntime_genai as og
+
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", MEDIUM)
+    started = time.perf_counter()
+    subprocess.run(command(checkpoint, tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    duration = time.perf_counter() - started
+    expected = hashes(tmp_path / "whole")
+    generator = random.Random(0)
+    killed = resumed = 0
+    for attempt in range(20):
+        output, work = tmp_path / f"out{attempt}", tmp_path / f".out{attempt}.partial"
+        killed += kill_after(command(checkpoint, output), generator.uniform(0.2, 1.0) * duration)
+        if not output.exists():
+            for folder in (output, work, work / "artifact"):
+                with pytest.raises(UserError):
+                    Artifact.open(folder)
+                with pytest.raises(Exception):  # noqa: B017 - whatever ONNX Runtime GenAI raises
+                    og.Model(str(folder))
+            progress = Quiet()
+            export(Checkpoint.open(str(checkpoint)), load_profile("cpu"), output, progress)
+            resumed += any("going on after" in note and " 0 weights" not in note for note in progress.notes)
+        assert hashes(output) == expected
+        shutil.rmtree(output)
+    assert killed >= 10
+    assert resumed >= 1, "no kill came after the first journal entry: make the checkpoint larger"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
+    """The peak of the exporting process, for an embedding 16 times larger, is the same within 10%."""
+    peaks = []
+    for vocabulary in (20_000, 320_000):
+        geometry = {**MEDIUM, "vocab_size": vocabulary, "num_hidden_layers": 1, "tie_word_embeddings": True}
+        checkpoint = write_checkpoint(tmp_path / str(vocabulary), geometry)
+        # Not ru_maxrss: a new process inherits its parent's there.
+        code = (
+            "from qwen_export.cli import main\nmain(standalone_mode=False)\n"
+            "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        arguments = [sys.executable, "-c", code, *command(checkpoint, tmp_path / f"out{vocabulary}")[3:]]
+        output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+        peaks.append(int(output.split("VmHWM:")[1].split()[0]))
+        shutil.rmtree(checkpoint)
+    assert peaks[1] < 1.1 * peaks[0], peaks
+    assert peaks[1] < 600_000, peaks  # kB
+
+
+def test_profiles_are_checked() -> None:
+    with pytest.raises(UserError, match="no profile 'strixhalo': did you mean 'strix-halo'"):
+        load_profile("strixhalo")
+    with pytest.raises(UserError, match="no profile 'x': there are: apple-m4, cpu, "):
+        load_profile("x")
+    with pytest.raises(UserError, match="profile 'mine' is not valid TOML"):
+        parse_profile("mine", "a = ")
+    with pytest.raises(UserError, match="profile 'mine', field 'description': Field required"):
+        parse_profile("mine", "provider = 'cpu'")
+
+
+def test_command_line(tmp_path: Path) -> None:
+    runner = CliRunner()
+    arguments = ["--profile", "cpu", str(TINY), "-o", str(tmp_path / "out"), "--json", "--no-verify"]
+    done = runner.invoke(main, arguments)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["profile"] == "cpu"
+    again = runner.invoke(main, arguments)
+    assert again.exit_code == 2
+    assert again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+    unknown = runner.invoke(main, ["--profile", "cpux", str(TINY)])
+    assert unknown.exit_code == 2 and "did you mean 'cpu'" in unknown.stderr
+    assert "Examples:" in runner.invoke(main, ["--help"]).stdout
+
+
+def test_our_mistakes_have_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_export.cli.export", lambda *_, **__: 1 / 0)
+    failed = CliRunner().invoke(main, ["--profile", "cpu", str(TINY), "-o", str(tmp_path / "out")])
+    assert failed.exit_code == 1
+    assert "ZeroDivisionError" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_the_exporter_needs_no_torch() -> None:
+    code = "import sys, qwen_export.cli; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

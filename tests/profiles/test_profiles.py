@@ -1,0 +1,227 @@
+"""Profiles: what is shipped parses and exports, or is refused with the reason; files, `extends`, `--set`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from qwen_common.errors import UserError
+from qwen_common.providers import PROVIDER_OPTIONS
+from qwen_export.backends.onnx.plan import plan
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.cli import main
+from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.targets import target_for
+from qwen_export.planner.fit import configured, family, fit
+from qwen_export.quantize.blockwise import Quantization
+from qwen_export.verify.verification import verify
+from qwen_profiles.documentation import BEGIN, END, fields_table
+from qwen_profiles.reading import profile_names
+from qwen_profiles.schema import Profile, WeightFormat, load_profile, parse_profile
+from qwen_runtime.artifact import Artifact
+
+from tests.support.artifacts import Quiet, greedy, make_artifact
+from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+
+PROFILES = {name: load_profile(name) for name in profile_names()}
+# Those whose artifacts differ in more than names and limits, so that each kind is exported and run once.
+KINDS = ["cpu", "intel-n100", "strix-halo", "nvidia-rtx-8gb", "webgpu"]
+OPENVINO = [name for name, profile in PROFILES.items() if profile.backend != "onnx"]
+
+
+def test_all_classes_of_the_plan_are_there() -> None:
+    assert set(PROFILES) >= {
+        *("strix-halo", "radeon-780m", "radeon-890m"),
+        *("intel-lunar-lake", "intel-meteor-lake", "intel-arc-b580", "intel-n100"),
+        *("nvidia-rtx-8gb", "nvidia-rtx-24gb", "dgx-spark", "apple-m4"),
+        *("cpu", "cpu-avx2", "cpu-avx512", "webgpu"),
+    }
+    assert OPENVINO == ["intel-arc-b580", "intel-lunar-lake", "intel-meteor-lake"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_exports_or_says_what_to_install(name: str, tmp_path: Path) -> None:
+    """Each on the dense checkpoint; the kinds on the others too, below."""
+    profile = PROFILES[name]
+    if name in OPENVINO:
+        if find_spec("openvino"):
+            pytest.skip("tests/exporter/backends/openvino/test_openvino.py exports it")
+        with pytest.raises(UserError, match=r"needs .*: pip install 'qwen-edge\[export,openvino\]'"):
+            make_artifact(TINY, profile, tmp_path / "out")
+        assert not any(tmp_path.iterdir())
+        return
+    artifact = Artifact.open(make_artifact(TINY, profile, tmp_path / "out", all_logits=False))
+    assert artifact.manifest["provider"] == profile.provider
+    expected = {} if profile.provider == "cpu" else PROVIDER_OPTIONS.get(profile.provider, {})
+    assert artifact.provider_options(profile.provider) == expected
+    assert artifact.context_length <= profile.context_length
+    for python in generations(profile):
+        assert len(greedy(python, artifact.root, [1, 2, 3], 4)["tokens"]) == 4
+
+
+@pytest.mark.parametrize("checkpoint", [TINY_MOE, TINY_VL], ids=["experts", "vision"])
+@pytest.mark.parametrize("name", [name for name in PROFILES if name not in OPENVINO])
+def test_every_profile_exports_experts_and_vision(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Every graph loads on the generations that its profile's provider ships with; each kind runs too."""
+    artifact = make_artifact(checkpoint, PROFILES[name], tmp_path / "out", all_logits=False)
+    for python in generations(PROFILES[name]):
+        graphs = loaded(python, artifact)
+        assert graphs == sorted(path.name for path in artifact.glob("*.onnx"))
+        if name in KINDS and checkpoint == TINY_MOE:
+            assert len(greedy(python, artifact, [1, 2, 3], 4)["tokens"]) == 4
+
+
+def families() -> dict[str, Checkpoint]:
+    shipped = {path.name: Checkpoint.open(str(path)) for path in (TINY, TINY_MOE, TINY_VL)}
+    return family() | shipped
+
+
+@pytest.mark.parametrize("name", [name for name in PROFILES if PROFILES[name].provider == "dml"])
+def test_directml_gets_an_even_number_of_blocks(name: str) -> None:
+    """DirectML reads zero points with rows padded to an even count, and answers wrongly where it is odd."""
+    seen = 0
+    for checkpoint in families().values():
+        for weight, _ in plan(checkpoint, PROFILES[name]).stored:
+            if isinstance(form := weight.storage, Quantization):
+                assert weight.shape[-1] % (2 * form.block_size) == 0, (checkpoint.source, weight.name)
+                assert not form.symmetric
+                seen += 1
+    assert seen > 1000
+
+
+@pytest.mark.parametrize("features", [48, 72, 96, 112, 160, 192, 240, 384, 1000, 1056])
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_odd_numbers_of_blocks_are_never_chosen_for_directml(features: int, precision: str) -> None:
+    for block_size in (16, 32, 64, 128, 256):
+        form = WeightFormat(precision=precision, block_size=block_size)
+        recipe = Recipe({"mlp": form}, target_for("portable", "dml"), np.dtype(np.float16))
+        storage = recipe.storage("mlp", features)
+        if isinstance(storage, Quantization):
+            assert features % (2 * storage.block_size) == 0
+        else:
+            assert features % 32, "blocks of 16 would do"
+
+
+def generations(profile: Profile) -> list[str]:
+    """Interpreters that have the ONNX Runtimes which `profile`'s artifacts must load on."""
+    old = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
+    return [sys.executable, *([old] if old and profile.lowering == "portable" else [])]
+
+
+def loaded(python: str, artifact: Path) -> list[str]:
+    """The graphs of `artifact` that `python`'s ONNX Runtime made a session of: all, or it fails."""
+    code = (
+        "import sys, pathlib, onnxruntime as ort;"
+        "graphs = sorted(pathlib.Path(sys.argv[1]).glob('*.onnx'));"
+        "[ort.InferenceSession(graph, providers=['CPUExecutionProvider']) for graph in graphs];"
+        "print(*[graph.name for graph in graphs])"
+    )
+    return subprocess.check_output([python, "-c", code, artifact], text=True).split()
+
+
+def test_openvino_profiles_export_for_directml_as_they_advise(tmp_path: Path) -> None:
+    profile = load_profile("intel-lunar-lake", ["backend=onnx", "provider=dml"])
+    assert Artifact.open(make_artifact(TINY, profile, tmp_path / "out")).manifest["provider"] == "dml"
+
+
+def test_overrides() -> None:
+    sets = ["weights.body=int8", "weights.lm_head.block_size=64", "context_length=65536", 'description="x=y"']
+    profile, base = load_profile("strix-halo", sets), PROFILES["strix-halo"]
+    assert profile.weights["mlp"] == base.weights["mlp"].model_copy(update={"precision": "int8"})
+    assert profile.weights["experts"].precision == "int8"
+    assert profile.weights["lm_head"].block_size == 64 and profile.weights["lm_head"].precision == "int8"
+    assert profile.weights["attention"] == base.weights["attention"]
+    assert profile.context_length == 65536 and profile.description == "x=y"
+    both = load_profile("cpu", ["weights.body=int8", "weights.mlp=float"])
+    assert (both.weights["mlp"].precision, both.weights["experts"].precision) == ("float", "int8")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("weights.mpl=int4", "field 'weights.mpl': Input should be 'mlp'"),
+        ("weights.mlp=int3", "field 'weights.mlp.precision': Input should be 'int4'"),
+        ("weights.mlp.block_size=33", "field 'weights.mlp.block_size': Input should be 16"),
+        ("context_length=long", "field 'context_length': Input should be a valid integer"),
+        ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),
+        ("contxt=1", "field 'contxt': Extra inputs are not permitted"),
+        ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32"),
+        ("scale_dtype=int8", "field 'scale_dtype': Input should be 'float32' or 'float16'"),
+        ("provider=dml", "provider dml has no kernels for lowering fused"),
+        ("context_length", "'context_length' sets nothing: write field=value"),
+        ("=1", "'=1' sets nothing"),
+    ],
+)
+def test_wrong_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_profile("cpu", [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
+    path = tmp_path / "kiosk.toml"
+    path.write_text(
+        'extends = "cpu-avx2"\ndescription = "lobby"\ncontext_length = 2048\n[weights]\nbody = "int8"\n'
+    )
+    output = tmp_path / "out"
+    arguments = [
+        "--profile",
+        str(path),
+        str(TINY),
+        "-o",
+        str(output),
+        "--json",
+        "--no-verify",
+        "--set",
+        "prefill_chunk=64",
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads(done.stdout)
+    assert manifest["profile"] == "kiosk" and manifest["recipe"]["mlp"]["precision"] == "int8"
+    artifact = Artifact.open(output)
+    assert (artifact.context_length, artifact.chunk_size) == (2048, 64)
+    for text, message in {
+        'extends = "cpux"': "no profile 'cpux': did you mean 'cpu'",
+        "extends = 1": "'extends': give the name of one shipped profile",
+        'extends = "cpu"\nname = "x"\nweights = 3': "field 'weights'",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            parse_profile("mine", text)
+        assert message in str(raised.value)
+    with pytest.raises(UserError, match=r"cannot read the profile .*missing\.toml"):
+        load_profile(str(tmp_path / "missing.toml"))
+
+
+def test_every_field_is_documented() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text(encoding="utf-8")
+    assert f"{BEGIN}{fields_table()}{END}" in document
+    assert "|  |" not in fields_table()
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE], ids=lambda path: path.name)
+def test_float16_scales_are_half_the_bytes_and_the_same_model(checkpoint: Path, tmp_path: Path) -> None:
+    """On the CPU, where activations are float32: what runs is the reference with the weights as stored."""
+    usual = load_profile("cpu", ["accuracy_level=0"])
+    small = load_profile("cpu", ["accuracy_level=0", "scale_dtype=float16"])
+    sizes, losses = [], []
+    for profile in (usual, small):
+        artifact = make_artifact(checkpoint, profile, tmp_path / str(len(sizes)), all_logits=False)
+        predicted = fit(configured(str(checkpoint)), profile).estimate
+        sizes.append(sum(file.stat().st_size for file in artifact.iterdir()))
+        assert predicted is not None and predicted.disk == pytest.approx(sizes[-1], rel=0.01)
+        report = verify(artifact, Checkpoint.open(str(checkpoint)), Quiet(), tokens=256)
+        assert report["run"]["kl_divergence"] == pytest.approx(report["weights"]["kl_divergence"], rel=1e-3)
+        losses.append(report["run"]["kl_divergence"])
+    planned = plan(Checkpoint.open(str(checkpoint)), usual)
+    scales = sum(t.nbytes for _, tensors in planned.stored for t in tensors if t.name.endswith(".scales"))
+    assert sizes[0] - sizes[1] == pytest.approx(scales / 2, rel=0.05)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -1,0 +1,312 @@
+"""A real bundle of the trained checkpoint, installed and served without any network. Minutes of work."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+from qwen_common.errors import UserError
+from qwen_export.bundle.assemble import bundle, seal
+from qwen_export.bundle.keys import make_keys
+from qwen_export.bundle.platforms import PLATFORMS
+from qwen_export.bundle.wheels import Wheel
+from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE
+from qwen_runtime.kiosk.install import Installation
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux" or os.geteuid() != 0, reason="a network namespace needs Linux and root"
+    ),
+]
+NO_NETWORK = ["unshare", "--net"]  # a namespace without interfaces
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    private = tmp_path_factory.mktemp("key") / "kiosk.key"
+    make_keys(private)
+    return private
+
+
+@pytest.fixture(scope="module")
+def first(cpu_artifact: Path, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Version 1.0, packed for this machine."""
+    folder = tmp_path_factory.mktemp("bundles") / "first"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    bundle(cpu_artifact, folder, f"linux_{os.uname().machine}", python, "1.0", key, lambda _: None)
+    return folder
+
+
+def resealed(source: Path, folder: Path, key: Path, **facts: object) -> Path:
+    """A copy of a bundle with other facts, signed again."""
+    shutil.copytree(source, folder)
+    contents = json.loads((folder / CONTENTS).read_text())
+    for name in (CONTENTS, SIGNATURE):
+        (folder / name).unlink()
+    kept = {name: contents[name] for name in ("name", "platform", "python", "provider", "self_test")}
+    seal(folder, {**kept, "version": contents["version"], **facts}, key)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second(first: Path, key: Path) -> Path:
+    return resealed(first, first.with_name("second"), key, version="1.1")
+
+
+@pytest.fixture(scope="module")
+def installed(first: Path, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Version 1.0 as its own script installs it."""
+    target = tmp_path_factory.mktemp("device") / "qwen-edge"
+    script = [*NO_NETWORK, "sh", str(first / "install.sh"), str(key.with_suffix(".pub")), str(target)]
+    subprocess.run(script, check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture
+def device(installed: Path, tmp_path: Path) -> Iterator[Path]:
+    """The same, to be changed: a virtual environment cannot be moved, so the folder's place is kept."""
+    saved = tmp_path / "saved"
+    shutil.copytree(installed, saved, symlinks=True)
+    yield installed
+    shutil.rmtree(installed)
+    shutil.copytree(saved, installed, symlinks=True)
+
+
+def verified(target: Path) -> str:
+    """The version in use, each byte of it checked."""
+    installation = Installation(target)
+    assert installation.current is not None
+    installation.current.check(installation.key, full=True)
+    return installation.current.root.name
+
+
+def update(target: Path, source: Path) -> subprocess.Popen[str]:
+    release = Installation(target).current
+    assert release is not None
+    command = [*NO_NETWORK, str(release.command), "install", str(source), str(target)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@contextmanager
+def serving(target: Path) -> Iterator[int]:
+    """start.sh on a free port; it is ready when this yields."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        ["sh", str(target / "start.sh"), "--port", str(port)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(port)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60)
+        finally:
+            kill(process)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """The process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(port: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+            return
+        except OSError:
+            assert time.monotonic() < end, "the server did not come"
+            time.sleep(0.2)
+
+
+def ask(port: int) -> str:
+    body = json.dumps(
+        {
+            "model": "tiny-dense",
+            "messages": [{"role": "user", "content": "What is yield?"}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
+    ).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json"}
+    )
+    answer = json.load(urllib.request.urlopen(request, timeout=60))
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_it_answers_from_the_device(installed: Path) -> None:
+    assert verified(installed) == "1.0"
+    with serving(installed) as port:
+        assert ask(port)
+
+
+def test_update_and_rollback(device: Path, second: Path) -> None:
+    done = update(device, second)
+    assert done.wait() == 0, done.stderr.read() if done.stderr else ""
+    assert verified(device) == "1.1"
+    assert Installation(device).roll_back().root.name == "1.0"
+    assert verified(device) == "1.0"
+
+
+def refusal(target: Path, source: Path, key: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        Installation(target).install(source, key, lambda _: None)
+    assert verified(target) == "1.0"
+    return str(caught.value)
+
+
+def test_refused_versions_keep_the_old_one(device: Path, first: Path, key: Path, tmp_path: Path) -> None:
+    older = resealed(first, tmp_path / "older", key, version="0.9")
+    assert "is older than 1.0" in refusal(device, older)
+    wrong = resealed(
+        first, tmp_path / "wrong", key, version="1.2", self_test={"prompt": "Hello", "tokens": [0]}
+    )
+    assert "the new version does not work: the self-test answered" in refusal(device, wrong)
+    damaged = resealed(first, tmp_path / "damaged", key, version="1.3")
+    (damaged / "artifact" / "model.onnx.data").write_bytes(b"x")
+    assert "model.onnx.data in" in refusal(device, damaged)
+    assert "is not the key of" in refusal(device, first, make_keys(tmp_path / "other.key"))
+
+
+def test_killed_updates_leave_a_working_version(device: Path, second: Path) -> None:
+    """SIGKILL at 20 random moments; the whole group dies, pip among it."""
+    started = time.monotonic()
+    assert update(device, second).wait() == 0
+    whole = time.monotonic() - started
+    Installation(device).roll_back()
+    generator = random.Random(0)
+    for _ in range(20):
+        process = update(device, second)
+        time.sleep(generator.uniform(0, whole))
+        kill(process)
+        process.wait()
+        if verified(device) == "1.1":
+            Installation(device).roll_back()
+    assert update(device, second).wait() == 0
+    assert verified(device) == "1.1"
+
+
+def test_killed_servers_are_started_again(installed: Path) -> None:
+    """SIGKILL of the server process at 20 random moments."""
+    generator = random.Random(0)
+    with serving(installed) as port:
+        expected = ask(port)
+        for _ in range(20):
+            time.sleep(generator.uniform(0, 1))
+            subprocess.run(["pkill", "-KILL", "-f", f"serve .* --port {port}"], check=False)
+            time.sleep(0.3)
+            wait_for(port)
+            assert ask(port) == expected
+    assert verified(installed) == "1.0"
+
+
+@pytest.mark.parametrize("pattern", ["bundle/artifact/model.onnx.data", "venv/**/onnxruntime_genai*.so"])
+def test_a_changed_file_falls_back_to_the_last_good_version(device: Path, second: Path, pattern: str) -> None:
+    assert update(device, second).wait() == 0
+    path = next((device / "releases" / "1.1").glob(pattern))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with serving(device) as port:
+        assert ask(port)
+    assert verified(device) == "1.0"
+
+
+def test_killed_first_installs_leave_nothing_or_a_working_version(
+    first: Path, key: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at 20 random moments of the script; then it is run to its end."""
+    target = tmp_path / "qwen-edge"
+    script = [*NO_NETWORK, "sh", str(first / "install.sh"), str(key.with_suffix(".pub")), str(target)]
+    generator = random.Random(1)
+    for _ in range(20):
+        process = subprocess.Popen(
+            script, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(generator.uniform(0, 12))
+        kill(process)
+        process.wait()
+        if (target / "current").exists():
+            assert verified(target) == "1.0"
+            shutil.rmtree(target)
+    subprocess.run(script, check=True, capture_output=True)
+    assert verified(target) == "1.0"
+
+
+@pytest.mark.parametrize("options", ["size=64k", "ro"])
+def test_logs_on_a_full_or_read_only_disk(installed: Path, options: str) -> None:
+    logs = installed / "logs"
+    logs.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(logs)], check=True)
+    try:
+        if options != "ro":
+            with suppress(OSError):
+                (logs / "filler").write_bytes(bytes(1_000_000))
+        with serving(installed) as port:
+            assert ask(port)
+    finally:
+        subprocess.run(["umount", str(logs)], check=True)
+
+
+def test_update_on_a_full_disk_is_refused(installed: Path, second: Path, tmp_path: Path) -> None:
+    """The folder of releases on a disk of 40 MB; the version in use stays."""
+    target = tmp_path / "device"
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(target)], check=True)
+    try:
+        with pytest.raises(UserError, match="free some space"):
+            Installation(target).install(second, installed / "key.pub", lambda _: None)
+        assert Installation(target).current is None
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+
+
+def test_bundle_for_windows_has_exactly_the_wheels_that_it_lists(
+    cpu_artifact: Path, key: Path, tmp_path: Path
+) -> None:
+    """Each wheel fits Windows and CPython 3.12, and together they meet each other's requirements there."""
+    contents = bundle(cpu_artifact, tmp_path / "b", "win_amd64", "3.12", "1.0", key, lambda _: None)
+    listed = dict(
+        line.split(" --hash=sha256:")
+        for line in (tmp_path / "b" / "requirements.txt").read_text().splitlines()
+    )
+    wheels = [Wheel(path) for path in (tmp_path / "b" / "wheels").glob("*.whl")]
+    assert {f"{wheel.name}=={wheel.version}" for wheel in wheels} == listed.keys()
+    environment = {
+        **PLATFORMS["win_amd64"].markers,
+        "python_version": "3.12",
+        "python_full_version": "3.12.0",
+    }
+    versions = {wheel.name: Version(wheel.version) for wheel in wheels}
+    for wheel in wheels:
+        assert contents["files"][f"wheels/{wheel.path.name}"]["sha256"] in listed.values()
+        _, _, _, tags = parse_wheel_filename(wheel.path.name)
+        assert any(tag.platform in ("win_amd64", "any") for tag in tags)
+        extras = ["kiosk"] if wheel.name == "qwen-edge" else []
+        for item in wheel.needs(environment, extras):
+            if item.name != "qwen-edge":
+                assert item.specifier.contains(versions[canonicalize_name(item.name)], prereleases=True), item
+    assert "onnxruntime-genai" in versions and (tmp_path / "b" / "install.ps1").exists()
+    assert not (tmp_path / "b" / "install.sh").exists()

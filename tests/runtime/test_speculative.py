@@ -1,0 +1,368 @@
+"""The MTP head against PyTorch, and speculative decoding against ONNX Runtime GenAI's own greedy answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from PIL import Image
+from qwen_common.errors import UserError
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_profiles.schema import Profile, load_profile
+from qwen_runtime import Generation, Model, Sampling
+from qwen_runtime.speculative import StatefulRun, exact_rows, zeros
+from safetensors.torch import load_file, save_file
+
+from tests.support.artifacts import Quiet, cosine, float_profile, make_artifact
+from tests.support.mtp import MtpHead, with_head
+from tests.support.random_checkpoints import (
+    TINY,
+    random_model,
+    write_random_checkpoint,
+    write_vision_checkpoint,
+)
+
+TRAINED_HEAD = TINY.parent / "tiny-dense-mtp" / "mtp.safetensors"
+GREEDY = Sampling(temperature=0)
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {"vocab_size": 2048},
+    "dense, untied": {"vocab_size": 2048, "tie_word_embeddings": False},
+    "mixture of experts": {"vocab_size": 2048, "num_experts": 8},
+}
+PROMPTS = [
+    "The",
+    "A class definition is",
+    "def f(x):\n    return",
+    "Explain numbers.",
+    "The global statement",
+    "import os\n\n",
+    "What is yield?",
+    "Strings are immutable sequences of",
+]
+
+
+def random_head(model, seed: int = 5) -> MtpHead:
+    """A head in which no weight keeps its trivial initial value."""
+    torch.manual_seed(seed)
+    head = MtpHead(model).eval()
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.normal_(0.0, 0.2)
+            else:
+                parameter.normal_(0.0, 1.5 * parameter.shape[-1] ** -0.5)
+    return head
+
+
+def named(head: MtpHead) -> dict[str, torch.Tensor]:
+    return {f"mtp.{name}": value.contiguous() for name, value in head.state_dict().items()}
+
+
+def with_mtp(profile: Profile) -> Profile:
+    return profile.model_copy(update={"mtp": True})
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """transformers' model, a head for it, and the checkpoint folder of both."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shape = SHAPES[request.param]
+    write_random_checkpoint(folder / "body", **shape)
+    model = random_model(**shape)
+    head = random_head(model)
+    return model, head, with_head(folder / "body", named(head), folder / "whole")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained checkpoint with its trained head."""
+    return with_head(TINY, load_file(TRAINED_HEAD), tmp_path_factory.mktemp("trained") / "tiny-dense")
+
+
+@pytest.fixture(scope="module")
+def trained_artifact(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As it ships: INT4 and INT8 weights, activations quantised to INT8."""
+    return make_artifact(trained, load_profile("cpu"), tmp_path_factory.mktemp("artifact") / "cpu", False)
+
+
+def run(artifact: Path, file: str, capacity: int = 600) -> StatefulRun:
+    session = ort.InferenceSession(artifact / file, providers=["CPUExecutionProvider"])
+    rows = exact_rows(session) if file == "speculative.onnx" else {}
+    return StatefulRun(session, zeros(session, capacity), inputs=rows)
+
+
+def test_head_and_hidden_states_agree_with_pytorch(case, tmp_path: Path) -> None:
+    """A prompt in pieces: the model's hidden states, and the head's logits; and the same in pairs."""
+    model, head, checkpoint = case
+    artifact = make_artifact(checkpoint, with_mtp(float_profile("fused")), tmp_path / "out")
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 41)
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor(ids[None, :-1])).last_hidden_state
+        logits = model.lm_head(hidden).numpy()
+        guesses = head(model, torch.tensor(ids[None, 1:]), hidden).numpy()
+    for file, ends in ("model.onnx", (1, 20, 21, 23, 40)), ("speculative.onnx", range(2, 41, 2)):
+        decoder, mtp = run(artifact, file), run(artifact, "mtp.onnx")
+        start = 0
+        for end in ends:
+            found = decoder(ids[start:end].tolist())
+            decoder.keep(end - start)
+            assert cosine(found["hidden_states"], hidden[:, start:end].numpy()).min() > 0.99999
+            assert cosine(found["logits"], logits[:, start:end]).min() > 0.99999
+            guessed = mtp(ids[start + 1 : end + 1].tolist(), hidden_states=found["hidden_states"])["logits"]
+            mtp.keep(end - start)
+            assert cosine(guessed, guesses[:, end - 1 : end]).min() > 0.99999
+            start = end
+
+
+def test_a_wrong_guess_leaves_no_trace(case, tmp_path: Path) -> None:
+    model, _, checkpoint = case
+    artifact = make_artifact(checkpoint, with_mtp(float_profile("fused")), tmp_path / "out")
+    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, 30).tolist()
+    straight, astray = run(artifact, "speculative.onnx"), run(artifact, "speculative.onnx")
+    for at in range(0, 30, 2):
+        expected = straight(ids[at : at + 2])
+        straight.keep(2)
+        for row in (0, 1):
+            astray([1, 2])  # dropped as a whole
+            found = astray([ids[at + row], 3])
+            astray.keep(1)
+            for name, value in expected.items():
+                np.testing.assert_array_equal(value[:, row], found[name][:, 0])
+
+
+def assert_same(model: Model, prompt: str, tokens: int, **options: Any) -> Generation:
+    """GenAI's greedy answer is the speculative one; returns that."""
+    plain = model.generate(prompt, max_tokens=tokens, sampling=GREEDY, **options)
+    guessed = model.generate(prompt, max_tokens=tokens, sampling=GREEDY, speculative=True, **options)
+    assert ("".join(plain), plain.finish_reason) == ("".join(guessed), guessed.finish_reason)
+    assert guessed.acceptance is not None and plain.acceptance is None
+    assert plain.tokens == guessed.tokens
+    return guessed
+
+
+def assert_same_and_guessed(model: Model, prompts: list[str], tokens: int) -> None:
+    """So is each of these, and many guesses are right."""
+    drafted = accepted = 0
+    for prompt in prompts:
+        guesses = assert_same(model, prompt, tokens).acceptance
+        assert guesses is not None
+        drafted += guesses.drafted
+        accepted += guesses.accepted
+    assert accepted > 0.4 * drafted > 0
+
+
+def test_greedy_output_is_the_same_with_any_head(case, tmp_path: Path) -> None:
+    """An untrained head guesses wrong nearly always: every way of going on after that is taken."""
+    artifact = make_artifact(case[2], with_mtp(float_profile("fused")), tmp_path / "out", False)
+    with Model.load(artifact) as model:
+        for prompt in PROMPTS[:4]:
+            assert_same(model, prompt, 60)
+
+
+def test_text_prompts_of_a_vision_language_artifact(tmp_path: Path) -> None:
+    """Its decoder takes embeddings, made by another graph; the one for speculation takes tokens."""
+    write_vision_checkpoint(tmp_path / "body")
+    head = random_head(random_model(vocab_size=2048))
+    folder = with_head(tmp_path / "body", named(head), tmp_path / "whole")
+    artifact = make_artifact(folder, with_mtp(float_profile("fused")), tmp_path / "out", False)
+    with Model.load(artifact) as model:
+        assert_same(model, PROMPTS[0], 40)
+        question = {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}
+        with pytest.raises(UserError, match="takes no images"):
+            model.generate([question], speculative=True)
+
+
+def test_greedy_output_is_the_same_with_the_trained_head(trained: Path, tmp_path: Path) -> None:
+    """Exact arithmetic: many guesses are right, and every token is GenAI's."""
+    artifact = make_artifact(trained, with_mtp(float_profile("fused")), tmp_path / "out", False)
+    with Model.load(artifact) as model:
+        assert_same_and_guessed(model, PROMPTS, 100)
+
+
+@pytest.fixture(scope="module", params=["trained", *SHAPES])
+def shipped(request: pytest.FixtureRequest, trained_artifact: Path, tmp_path_factory) -> Path:
+    """Profile cpu as it ships, which quantises activations to INT8."""
+    if request.param == "trained":
+        return trained_artifact
+    folder = tmp_path_factory.mktemp("shipped")
+    shape = SHAPES[request.param]
+    write_random_checkpoint(folder / "body", **shape)
+    checkpoint = with_head(folder / "body", named(random_head(random_model(**shape))), folder / "whole")
+    return make_artifact(checkpoint, load_profile("cpu"), folder / "cpu", False)
+
+
+def test_pairs_have_the_bits_of_single_tokens(shipped: Path) -> None:
+    """Every logit of a run of two tokens is that of ONNX Runtime GenAI's runs of one."""
+    with Model.load(shipped) as model:
+        ids = model.encode("The global statement is a declaration which holds for the entire code block.")
+        expected = list(model.score(ids, 1))
+    pairs = run(shipped, "speculative.onnx")
+    assert len(expected) == len(ids) > 10
+    for at in range(0, len(ids) - 1, 2):
+        found = pairs(ids[at : at + 2])["logits"][0]
+        pairs.keep(2)
+        np.testing.assert_array_equal(found, expected[at : at + 2])
+
+
+def test_rows_are_taken_apart_where_a_kernel_rounds_them_otherwise(trained_artifact: Path) -> None:
+    """What `exact_rows` finds holds, and what it leaves apart would not have."""
+    session = ort.InferenceSession(trained_artifact / "speculative.onnx", providers=["CPUExecutionProvider"])
+    rows = exact_rows(session)
+    assert set(rows) == {"rows.int4.32", "rows.int8.128", "rows.float"}
+
+    def outcome(rows: dict[str, np.ndarray]) -> np.ndarray:
+        return StatefulRun(session, zeros(session, 2), inputs=rows)([7, 8])["logits"]
+
+    apart = outcome(dict.fromkeys(rows, np.array([1, 1])))
+    np.testing.assert_array_equal(outcome(rows), apart)
+    for name, counts in rows.items():
+        if counts.tolist() == [1, 1]:
+            assert not np.array_equal(outcome(rows | {name: np.array([2, 0])}), apart), name
+
+
+def test_greedy_output_is_the_same_with_quantised_activations(shipped: Path) -> None:
+    with Model.load(shipped) as model:
+        for prompt in PROMPTS:
+            assert_same(model, prompt, 80)
+
+
+def test_sixty_answers_are_the_same(trained_artifact: Path) -> None:
+    prompts = [text.strip()[:200] for text in list(topics.values())[:60]]
+    assert len(prompts) == 60
+    with Model.load(trained_artifact) as model:
+        assert_same_and_guessed(model, prompts, 80)
+
+
+def test_the_ordinary_graph_and_its_weights_are_untouched(trained_artifact: Path, cpu_artifact: Path) -> None:
+    """It tells its hidden states, and else is the same. The head's weights come after all others, and the
+    three graphs share one file."""
+    told, plain = (
+        onnx.load(artifact / "model.onnx", load_external_data=False).graph
+        for artifact in (trained_artifact, cpu_artifact)
+    )
+    assert [output.name for output in told.output if output.name != "hidden_states"] == [
+        output.name for output in plain.output
+    ]
+    names = {
+        told_name: plain_name
+        for one, other in zip(told.node, plain.node, strict=True)
+        for told_name, plain_name in zip(one.output, other.output, strict=True)
+    }
+    assert [told_name for told_name, name in names.items() if told_name != name] == ["hidden_states"]
+    for one, other in zip(told.node, plain.node, strict=True):
+        one.input[:] = [names.get(name, name) for name in one.input]
+        one.output[:] = [names[name] for name in one.output]
+        assert one == other
+    ours = (trained_artifact / "model.onnx.data").read_bytes()
+    plain = (cpu_artifact / "model.onnx.data").read_bytes()
+    assert ours[: len(plain)] == plain
+    head = sum(value.numel() for value in load_file(TRAINED_HEAD).values())
+    assert len(plain) < len(ours) < len(plain) + 1.2 * head  # one byte for each weight, and scales
+    assert not (cpu_artifact / "mtp.onnx").exists()
+
+
+def test_greedy_tokens_of_a_prompt_in_pieces(trained: Path, tmp_path: Path) -> None:
+    """A prompt longer than a run, stop strings, and the end of the context."""
+    profile = with_mtp(float_profile("fused", prefill_chunk=16)).model_copy(update={"context_length": 200})
+    artifact = make_artifact(trained, profile, tmp_path / "out", False)
+    text = "The global statement is a declaration which holds for the entire current code block. " * 4
+    with Model.load(artifact) as model:
+        assert len(assert_same(model, text, 4096).tokens) == 200 - len(model.encode(text))
+        assert_same(model, text, 100, stop=["name"])
+
+
+def test_cancelled(trained_artifact: Path) -> None:
+    with Model.load(trained_artifact) as model:
+        generation = model.generate("The", max_tokens=100, speculative=True)
+        next(generation)
+        generation.cancel()
+        list(generation)
+        assert generation.finish_reason == "cancelled" and len(generation.tokens) < 10
+
+
+def notes(checkpoint: Path, profile: Profile, output: Path) -> list[str]:
+    quiet = Quiet()
+    export(Checkpoint.open(str(checkpoint)), profile, output, quiet)
+    assert not (output / "mtp.onnx").exists()
+    return quiet.notes
+
+
+def test_dropped_with_a_line_where_it_cannot_be_used(trained: Path, tmp_path: Path) -> None:
+    assert notes(trained, load_profile("strix-halo"), tmp_path / "portable") == [
+        "no MTP head, so no speculative decoding: profile strix-halo's runtime cannot use it"
+    ]
+    assert notes(TINY, load_profile("cpu"), tmp_path / "none") == []
+
+
+def test_dropped_with_a_line_where_it_is_incomplete(trained: Path, tmp_path: Path) -> None:
+    tensors = load_file(TRAINED_HEAD)
+    del tensors["mtp.norm.weight"]
+    folder = with_head(TINY, tensors, tmp_path / "incomplete")
+    (note,) = notes(folder, load_profile("cpu"), tmp_path / "out")
+    assert "no tensor mtp.norm.weight" in note
+    config = json.loads((folder / "config.json").read_text())
+    save_file(load_file(TRAINED_HEAD), folder / "model-00002-of-00002.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"mtp_num_hidden_layers": 2}))
+    (note,) = notes(folder, load_profile("cpu"), tmp_path / "deep")
+    assert "not one layer" in note
+
+
+def test_refused_where_it_is_not_possible(trained_artifact: Path, cpu_artifact: Path) -> None:
+    with Model.load(trained_artifact) as model:
+        for sampling in (
+            Sampling(temperature=0.5),
+            Sampling(temperature=0, repetition_penalty=1.1),
+            Sampling(presence_penalty=1.0),
+        ):
+            with pytest.raises(UserError, match=r"takes no (temperature|repetition|presence)"):
+                model.generate("The", sampling=sampling, speculative=True)
+        with pytest.raises(UserError, match="takes no log probabilities"):
+            model.generate("The", logprobs=3, speculative=True)
+    with Model.load(cpu_artifact) as model, pytest.raises(UserError, match="has no MTP head"):
+        model.generate("The", speculative=True)
+
+
+def test_old_artifact_is_refused_on_load(trained_artifact: Path, tmp_path: Path) -> None:
+    """One whose decoder took every row of a pair at once: the bits would not be those of single tokens."""
+    artifact = shutil.copytree(trained_artifact, tmp_path / "old")
+    decoder = onnx.load(artifact / "speculative.onnx", load_external_data=False)
+    rows = [value for value in decoder.graph.input if value.name.startswith("rows.")]
+    assert rows
+    for value in rows:
+        decoder.graph.input.remove(value)
+        decoder.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2, 0]), value.name))
+    onnx.save(decoder, artifact / "speculative.onnx")
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    changed = (artifact / "speculative.onnx").read_bytes()
+    entry = {"size": len(changed), "sha256": hashlib.sha256(changed).hexdigest()}
+    manifest["files"]["speculative.onnx"] = entry
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    with Model.load(artifact) as model, pytest.raises(UserError, match="earlier version: export it again"):
+        model.generate("The", speculative=True)
+
+
+def test_the_command_reports_the_acceptance_rate(trained_artifact: Path) -> None:
+    command = [sys.executable, "-c", "from qwen_runtime.cli import main; main()"]
+    command += [str(trained_artifact), "The global statement", "--raw", "--max-tokens", "40", "--speculative"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip()
+    assert "guesses accepted" in shown.stderr and "%" in shown.stderr
+    asked = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    answer = json.loads(asked.stdout)
+    assert answer["text"] == shown.stdout.removesuffix("\n")
+    usage = answer["usage"]
+    assert usage["acceptance_rate"] == usage["accepted_tokens"] / usage["drafted_tokens"]
+    assert 0.2 < usage["acceptance_rate"] <= 1
+    assert usage["drafted_tokens"] < usage["completion_tokens"] == 40

@@ -1,0 +1,113 @@
+"""The trained checkpoint's chat template and tokenizer, in both engines that read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+import pytest
+from transformers import AutoTokenizer
+
+from tests.support.random_checkpoints import TINY
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+USER = {"role": "user", "content": "What is `with`?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+THOUGHTFUL = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA statement."}
+CALLER = {"role": "assistant", "content": "", "tool_calls": [call("look", word="with", limit=3)]}
+TALKER = {"role": "assistant", "content": "I look.", "tool_calls": [call("look", word="a b"), call("stop")]}
+SHOWER = {
+    "role": "user",
+    "content": [
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+        {"type": "text", "text": "Which?"},
+    ],
+}
+RESULT = {"role": "tool", "content": "42"}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look",
+            "description": "Find “é” < 3 times",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+        },
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def genai_tokenizer(cpu_artifact: Path) -> og.Tokenizer:
+    return og.Tokenizer(og.Model(str(cpu_artifact)))
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER],
+        [SYSTEM, USER],
+        [USER, THOUGHTFUL, USER],
+        [USER, CALLER, RESULT, THOUGHTFUL, USER],
+        [SYSTEM, USER, TALKER, RESULT],
+        [USER, {**CALLER, "content": None}, RESULT],
+        [SYSTEM, SHOWER],
+    ],
+    ids=["user", "system", "thoughts", "call", "two-calls", "no-content", "pictures"],
+)
+def test_both_engines_render_the_same(
+    genai_tokenizer: og.Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    """C, C++ and C# programs have only ONNX Runtime GenAI's engine."""
+    expected = AutoTokenizer.from_pretrained(TINY).apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, tokenize=False
+    )
+    found = genai_tokenizer.apply_chat_template(
+        json.dumps(messages),
+        template_str=(TINY / "chat_template.jinja").read_text(encoding="utf-8"),
+        add_generation_prompt=True,
+        **({"tools": json.dumps(tools)} if tools else {}),
+    )
+    assert found == expected
+    assert expected.endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_thoughts_are_dropped_and_calls_kept() -> None:
+    text = AutoTokenizer.from_pretrained(TINY).apply_chat_template(
+        [USER, TALKER, RESULT, THOUGHTFUL, USER],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=False,
+    )
+    assert text == (
+        "<|im_start|>user\nWhat is `with`?<|im_end|>\n"
+        "<|im_start|>assistant\nI look.\n\n"
+        "<tool_call>\n<function=look>\n<parameter=word>\na b\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=stop>\n</function>\n</tool_call><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\nA statement.<|im_end|>\n"
+        "<|im_start|>user\nWhat is `with`?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+
+
+def test_template_is_the_same_in_every_file() -> None:
+    """Older readers take the template from tokenizer_config.json."""
+    template = (TINY / "chat_template.jinja").read_text(encoding="utf-8")
+    assert template == (TINY.parent / "chat_template.jinja").read_text(encoding="utf-8")
+    assert template == json.loads((TINY / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+
+
+def test_both_tokenizers_agree(genai_tokenizer: og.Tokenizer) -> None:
+    text = (TINY.parent / "eval.txt").read_text(
+        encoding="utf-8"
+    ) + "<|im_start|>ünïcödé 🙂 <think>\n\n\n</think>"
+    expected = AutoTokenizer.from_pretrained(TINY)(text, add_special_tokens=False)["input_ids"]
+    assert genai_tokenizer.encode(text).tolist() == expected

@@ -1,0 +1,119 @@
+"""Artifacts made for tests, and the bare ONNX Runtime session that runs their graph."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
+
+FLOAT = {role: WeightFormat(precision="float") for role in ROLES}
+
+
+class Quiet:
+    """No progress, but the notes are kept."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+def float_profile(lowering: str, dtype: str = "float32", prefill_chunk: int = 64) -> Profile:
+    """A profile that quantises nothing, for one lowering."""
+    base = load_profile({"fused": "cpu", "portable": "strix-halo"}[lowering])
+    update = {
+        "weights": FLOAT,
+        "activation_dtype": dtype,
+        "accuracy_level": 0,
+        "prefill_chunk": prefill_chunk,
+    }
+    return base.model_copy(update=update)
+
+
+def make_artifact(checkpoint: Path, profile: Profile, output: Path, all_logits: bool = True) -> Path:
+    export(Checkpoint.open(str(checkpoint)), profile, output, Quiet(), all_logits=all_logits)
+    return output
+
+
+class Session:
+    """A graph run piece by piece, its states carried along."""
+
+    providers: Sequence[str] = ("CPUExecutionProvider",)
+
+    def __init__(self, artifact: Path, batch: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(artifact / "model.onnx", options, providers=list(self.providers))
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        self._artifact = artifact
+        self._batch = batch
+        self.reset()
+
+    def reset(self) -> None:
+        self._length = 0
+        self.state = {}
+        genai_config = json.loads((self._artifact / "genai_config.json").read_text())
+        head_size = genai_config["model"]["decoder"]["head_size"]
+        sizes = {"batch_size": self._batch, "past_sequence_length": 0, "kv_cache_dim": head_size}
+        for value in self._session.get_inputs():
+            if value.name.startswith("past"):
+                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
+                shape = [sizes.get(axis, axis) for axis in value.shape]
+                self.state[value.name] = np.zeros(shape, dtype)
+
+    def run(self, ids: Sequence[int] | np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+        """Append `ids` [tokens] or [batch, tokens]; returns logits [batch, tokens or 1, vocab].
+
+        `positions` [3, batch, tokens] stands for the tokens' places in the sequence.
+        """
+        return self.run_all(ids, positions)["logits"]
+
+    def run_all(
+        self, ids: Sequence[int] | np.ndarray, positions: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """The same; returns every output."""
+        ids = np.atleast_2d(np.asarray(ids, np.int64))
+        start, self._length = self._length, self._length + ids.shape[1]
+        if positions is None:
+            positions = np.arange(start, self._length, dtype=np.int64)
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": np.ones((self._batch, self._length), np.int64),
+            "position_ids": np.broadcast_to(positions, (3, self._batch, ids.shape[1])).copy(),
+            **self.state,
+        }
+        results = dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
+        # `past_key_values.3.key` or `past.3.conv`, and `present.3.key`: the same but for the first word.
+        self.state = {name: results["present." + name.split(".", 1)[1]] for name in self.state}
+        return results
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between the last axes."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def greedy(python: str, artifact: Path, prompt: list[int], count: int = 64, *inputs: Path) -> dict:
+    """What `generate_tokens.py` prints in another interpreter."""
+    script = Path(__file__).parent / "generate_tokens.py"
+    result = subprocess.run(
+        [python, script, artifact, str(count), *inputs],
+        input=json.dumps(prompt),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
