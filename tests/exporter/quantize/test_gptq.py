@@ -243,11 +243,13 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_activations_that_overflow(tmp_path: Path) -> None:
     tensors = load_tensors(TINY)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
-    copy_tokenizer(TINY, tmp_path)
-    shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
-    save_shards(tmp_path, tensors, 1)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    copy_tokenizer(TINY, folder)
+    shutil.copyfile(TINY / "config.json", folder / "config.json")
+    save_shards(folder, tensors, 1)
     with pytest.raises(UserError, match=r"inputs of model.layers.1.mlp.down_proj.weight overflow"):
-        export(Checkpoint.open(str(tmp_path)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
+        export(Checkpoint.open(str(folder)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
 
 
 def test_at_most_so_much_text_is_read() -> None:
