@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from qwen_common import manifest as manifests
-from qwen_common.errors import UserError
+from qwen_common.errors import UserError, one_line
 from qwen_common.files import read_json
 from qwen_common.manifest import GENAI_CONFIG, MANIFEST, BackendName, Manifest
 from qwen_common.shape import first_fault
@@ -93,14 +93,15 @@ class Artifact:
         else:
             config, where, name = read_json(root / GENAI_CONFIG, _ADVICE), root / GENAI_CONFIG, ""
         fault = first_fault(config, _GenAIConfig, name)
-        if fault is None and "vision" in config["model"]:
+        seeing = fault is None and "vision" in config["model"]
+        if seeing:
             fault = first_fault(config, _SeeingGenAIConfig, name)
-            if fault is None and config["model"]["vision"]["config_filename"] not in manifest["files"]:
-                fault = f"{name}.model.vision.config_filename".lstrip(".")
-            if fault is None and "image_prompt_tokens" not in manifest:
-                where, fault = root / MANIFEST, "image_prompt_tokens"
+        if seeing and "image_prompt_tokens" not in manifest:
+            where, fault = root / MANIFEST, "image_prompt_tokens"
         if fault is not None:
-            raise UserError(f"{where} has no valid '{fault}': {_ADVICE}")
+            raise UserError(f"{where} has no valid '{one_line(fault)}': {_ADVICE}")
+        if seeing and (file := config["model"]["vision"]["config_filename"]) not in manifest["files"]:
+            raise UserError(f"{root / MANIFEST} does not list {one_line(file)}: export the artifact again")
         return cls(root, manifest, config)
 
     @property
