@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,15 @@ READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line that says what to do next."""
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks, and whatever else a terminal would act on, written as escapes."""
+
+    def shown(character: str) -> bool:
+        return character.isprintable() or unicodedata.category(character) == "Zs"  # a space of some width
+
+    return "".join(character if shown(character) else repr(character)[1:-1] for character in text)
 
 
 @contextmanager
@@ -41,7 +51,7 @@ def reported(debug: bool) -> Iterator[None]:
         if debug:
             raise
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(USER_ERROR)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"error: cannot write: {error.strerror}: make room for it", file=sys.stderr)

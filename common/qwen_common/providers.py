@@ -1,8 +1,138 @@
-"""What every artifact needs on an execution provider, whoever opens it."""
+"""The execution providers of ONNX Runtime that artifacts run on, one record for each.
+
+Whoever needs a fact about one takes it from here. Another provider is one record here, and its table of
+kernels in the exporter's `backends/onnx/kernels.py`.
+"""
 
 from __future__ import annotations
 
-# ONNX Runtime GenAI captures the graph on DirectML unless told not to, which asks for inputs of one size: an
-# attention mask of max_length, and a KV cache that never grows. The exporter writes this into
-# genai_config.json; the runtime says it again where it chooses the provider itself.
-PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"dml": {"enable_graph_capture": "0"}}
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+AMD, NVIDIA, INTEL, QUALCOMM, APPLE = "1002", "10de", "8086", "5143", "apple"
+# PCI vendors of graphics devices and NPUs. Apple's are on no such bus.
+PCI_VENDORS = {AMD: "AMD", NVIDIA: "NVIDIA", INTEL: "Intel", QUALCOMM: "Qualcomm"}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One execution provider.
+
+    Attributes:
+        key: its name in profiles, manifests, genai_config.json and on the command line.
+        title: its usual name.
+        onnxruntime_name: what onnxruntime.InferenceSession calls it.
+        genai_name: what onnxruntime_genai's Config.append_provider calls it; None runs on the CPU.
+        package: what to install to get it.
+        probe: function of onnxruntime_genai that says whether this install has it; None: always.
+        plugin: module of `package`, where it is a plug-in: a library that ONNX Runtime loads, and that lists
+            the devices it can use.
+        systems: values of sys.platform that it is there for; None: every.
+        vendors: keys of `PCI_VENDORS`, or `APPLE`, of which it needs a device; None: it needs none.
+        own_memory: weights are not in the computer's memory.
+        options: what every artifact needs on it, whoever opens it.
+        appends: whether a generator takes its prompt in several pieces.
+        speculative: whether speculative decoding runs on it: in onnxruntime itself, with states in NumPy.
+        replaces: in a bundle, which distributions it takes the place of, and the requirement to take instead,
+            "" for none. A plug-in takes its own place.
+        lowerings: which it has kernels for.
+        zero_points_required, exact_blocks, silu_inside: as in the exporter's `graph.targets.Target`.
+    """
+
+    key: str
+    title: str
+    onnxruntime_name: str
+    genai_name: str | None
+    package: str
+    probe: str | None = None
+    plugin: str | None = None
+    systems: frozenset[str] | None = None
+    vendors: frozenset[str] | None = None
+    own_memory: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+    appends: bool = True
+    speculative: bool = False
+    replaces: Mapping[str, str] = field(default_factory=dict)
+    lowerings: frozenset[str] = frozenset({"fused", "portable"})
+    zero_points_required: bool = False
+    exact_blocks: bool = False
+    silu_inside: bool = True
+
+
+CPU = Provider(
+    key="cpu",
+    title="CPU",
+    onnxruntime_name="CPUExecutionProvider",
+    genai_name=None,
+    package="onnxruntime-genai",
+    speculative=True,
+    # Its kernels apply SiLU value by value, several times slower than QuickGelu, which is vectorised.
+    silu_inside=False,
+)
+# In ONNX Runtime. OpenVINO on its own is a backend: `qwen_common.manifest.BackendName.OPENVINO`.
+OPENVINO_EP = Provider(
+    key="openvino",
+    title="OpenVINO",
+    onnxruntime_name="OpenVINOExecutionProvider",
+    genai_name="OpenVINO",
+    package="onnxruntime-ep-openvino",
+    plugin="onnxruntime_ep_openvino",
+    systems=frozenset({"linux", "win32"}),
+    vendors=frozenset({INTEL}),
+    replaces={"onnxruntime-ep-openvino": "onnxruntime-ep-openvino>=1.8,<2"},
+)
+_RECORDS = (
+    CPU,
+    Provider(
+        key="cuda",
+        title="CUDA",
+        onnxruntime_name="CUDAExecutionProvider",
+        genai_name="cuda",
+        package="onnxruntime-genai-cuda",
+        probe="is_cuda_available",
+        systems=frozenset({"linux", "win32"}),
+        vendors=frozenset({NVIDIA}),
+        own_memory=True,
+        replaces={
+            "onnxruntime": "onnxruntime-gpu",
+            "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19",
+        },
+    ),
+    Provider(
+        key="dml",
+        title="DirectML",
+        onnxruntime_name="DmlExecutionProvider",
+        genai_name="dml",
+        package="onnxruntime-genai-winml",
+        probe="is_dml_available",
+        systems=frozenset({"win32"}),
+        vendors=frozenset(PCI_VENDORS),
+        # ONNX Runtime GenAI captures the graph on DirectML unless told not to, which asks for inputs of one
+        # size: an attention mask of max_length, and a KV cache that never grows. The exporter writes this
+        # into genai_config.json; the runtime says it again where it chooses the provider itself.
+        options={"enable_graph_capture": "0"},
+        appends=False,  # ONNX Runtime GenAI refuses a second append to a generator
+        replaces={"onnxruntime": "", "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19"},
+        lowerings=frozenset({"portable"}),
+        # Its MatMulNBits dequantises without subtracting the default zero point when the input is absent, and
+        # reads zero points with rows padded to an even count of blocks: those of 4 bits must fill whole
+        # bytes, and those of 8 bits are wrong by 80 to 170% where the count is odd (12 single nodes, run on
+        # the DirectML of onnxruntime-genai-winml 0.18).
+        zero_points_required=True,
+        exact_blocks=True,
+    ),
+    Provider(
+        key="webgpu",
+        title="WebGPU",
+        onnxruntime_name="WebGpuExecutionProvider",
+        genai_name="webgpu",
+        package="onnxruntime-ep-webgpu",
+        plugin="onnxruntime_ep_webgpu",
+        systems=frozenset({"linux", "win32", "darwin"}),
+        vendors=frozenset({*PCI_VENDORS, APPLE}),
+        replaces={"onnxruntime-ep-webgpu": "onnxruntime-ep-webgpu>=0.4,<1"},
+    ),
+    OPENVINO_EP,
+)
+# By key, in the order in which they are tried.
+PROVIDERS = {provider.key: provider for provider in _RECORDS}

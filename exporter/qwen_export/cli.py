@@ -14,6 +14,9 @@ import click
 from click_default_group import DefaultGroup
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from qwen_common.errors import BELOW_THE_BAR, UserError, reported
+from qwen_common.manifest import BackendName, Manifest
+from qwen_common.providers import PROVIDERS
+from qwen_common.version import DISTRIBUTION
 from qwen_profiles.schema import Profile, load_profile
 from rich.console import Console
 from rich.progress import (
@@ -105,7 +108,7 @@ _overrides = click.option(
 
 
 @click.group(cls=DefaultGroup, default="export", epilog=_EPILOG)
-@click.version_option(package_name="qwen-edge")
+@click.version_option(package_name=DISTRIBUTION)
 def main() -> None:
     """Turn a Qwen3.5 checkpoint into an artifact for one class of hardware.
 
@@ -238,7 +241,7 @@ def _chosen(
 ) -> Profile:
     from qwen_export.quantize.auto_precision import auto_precision
 
-    if profile.backend != "onnx":
+    if profile.backend != BackendName.ONNX:
         raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")
     if (size is None) == (bits is None):
         raise UserError("--auto-precision needs a size to spend: give --size 18GB or --bits 4.8")
@@ -291,7 +294,7 @@ def _note_short_context(found: Fit, max_context: int | None) -> None:
         )
 
 
-def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
+def _summary(folder: Path, manifest: Manifest) -> None:
     table = Table("role", "precision", "MB", title=f"{folder}")
     for role, precision in precisions(manifest).items():
         table.add_row(role, precision, f"{manifest['bytes_by_role'][role] / 1e6:.1f}")
@@ -300,6 +303,7 @@ def _summary(folder: Path, manifest: dict) -> None:  # type: ignore[type-arg]
     Console(file=sys.stdout).print(table)
 
 
+*_OTHERS, _LAST = sorted(PROVIDERS)
 _VERIFY_EPILOG = """\b
 Examples:
   qwen-export verify artifacts/Qwen3.5-0.8B-cpu --against Qwen/Qwen3.5-0.8B
@@ -317,7 +321,7 @@ Examples:
     "--provider",
     default="auto",
     show_default=True,
-    help="Execution provider: auto, cpu, cuda, dml, openvino or webgpu; with OpenVINO the device.",
+    help=f"Execution provider: auto, {', '.join(_OTHERS)} or {_LAST}; with OpenVINO the device.",
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="How many to compare on.  [default: 1024]")
 @click.option(

@@ -15,14 +15,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName, Manifest
+from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.text_config import expected_shapes, mtp_shapes
@@ -31,9 +31,8 @@ from qwen_export.backends.onnx import package
 from qwen_export.backends.onnx.plan import Plan, plan
 from qwen_export.backends.onnx.stream import Journal, StoredWith, nearest, source_bytes, write_weights
 from qwen_export.checkpoint.checkpoint import MTP, Checkpoint
+from qwen_export.describe import describe, model_name
 from qwen_export.graph.builder import DATA_FILE
-from qwen_export.graph.model import cache_bytes_per_token
-from qwen_export.model_card import README, model_card
 from qwen_export.output import check_output, put_in_place, work_folder
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import pieces
@@ -72,7 +71,7 @@ def export(
     all_logits: bool = False,
     max_context: int | None = None,
     calibration: Path | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the artifact of `checkpoint` for `profile` to the folder `output`; returns its manifest.
 
     Args:
@@ -99,7 +98,7 @@ def export(
     checkpoint.check(expected_shapes(checkpoint.config))
     if checkpoint.vision:
         checkpoint.check(vision_shapes(checkpoint.vision))
-    if profile.backend == "openvino":
+    if profile.backend == BackendName.OPENVINO:
         from qwen_export.backends.openvino.artifact import require_libraries, write_artifact
 
         require_libraries()
@@ -133,7 +132,7 @@ def _export(
     text: np.ndarray | None,
     work: Path,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Manifest:
     staged = work / package.STAGED
     journal = _begin(work, _fingerprint(checkpoint, profile, planned, text), progress)
     data = staged / DATA_FILE
@@ -155,25 +154,19 @@ def _export(
     config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
     package.write_json(work / package.GENAI_CONFIG, config)
     paths = [*sorted(staged.iterdir()), work / package.GENAI_CONFIG]
-    manifest = package.manifest(
+    context = config["model"]["context_length"]
+    manifest = describe(
         checkpoint,
         profile,
-        {"lowering": planned.target.name, "onnxruntime": planned.target.onnxruntime},
-        context_length=config["model"]["context_length"],
-        files={path.name: package.file_entry(path) for path in paths},
+        staged,
+        runs_on={"lowering": planned.target.name, "onnxruntime": planned.target.onnxruntime},
+        context_length=context,
+        files=paths,
+        bytes_by_role=planned.bytes_by_role(),
+        carried_over=planned.carried_roles(),
+        all_logits=all_logits,
+        image_prompt_tokens=min(planned.max_run_tokens or context, context),
     )
-    manifest["settings"] = profile.model_dump(mode="json")
-    manifest["bytes_by_role"] = planned.bytes_by_role()
-    manifest["carried_over"] = planned.carried_roles()
-    manifest["all_logits"] = all_logits
-    dtype = np.dtype(profile.activation_dtype)
-    manifest["cache_bytes_per_token"] = cache_bytes_per_token(checkpoint.config, dtype)
-    if checkpoint.vision:
-        context = manifest["context_length"]
-        manifest["image_prompt_tokens"] = min(planned.max_run_tokens or context, context)
-    (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
-    manifest["files"][README] = package.file_entry(staged / README)
-    package.write_json(staged / package.MANIFEST, manifest)
     # Nothing loads without this file, so it goes in last.
     os.replace(work / package.GENAI_CONFIG, staged / package.GENAI_CONFIG)
     return manifest
@@ -204,7 +197,7 @@ def _fingerprint(checkpoint: Checkpoint, profile: Profile, planned: Plan, text: 
     """Changes when any byte of the data file could: shards, profile, layout, calibration text, our code."""
     shards = sorted({file for source in checkpoint.tensors.values() for file in source.files})
     identity = {
-        "qwen_edge": version("qwen-edge"),
+        "qwen_edge": own_version(),
         "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],
         "profile": profile.model_dump(),
         "layout": [repr(entry) for _, tensors in planned.stored for entry in tensors],
@@ -227,4 +220,4 @@ def _check_space(data: Path, data_bytes: int) -> None:
 
 def default_output(checkpoint: Checkpoint, profile: Profile) -> Path:
     """artifacts/<model>-<profile> in the current folder."""
-    return Path("artifacts") / f"{Path(package.model_name(checkpoint)).name}-{profile.name}"
+    return Path("artifacts") / f"{Path(model_name(checkpoint)).name}-{profile.name}"

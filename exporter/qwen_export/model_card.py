@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import jinja2
+from qwen_common.manifest import Manifest
 
 from qwen_export.backends.onnx.inspection import precisions
 
@@ -29,6 +30,6 @@ def render(template: str, **values: Any) -> str:
     return _templates().get_template(f"{template}.jinja").render(**values)
 
 
-def model_card(manifest: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
+def model_card(manifest: Manifest, report: Mapping[str, Any] | None) -> str:
     """Markdown for `manifest`'s artifact; `report` is its report.json, None where nobody verified it."""
     return render(README, manifest=manifest, precisions=precisions(manifest), report=report)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qwen_common.errors import UserError
+from qwen_common.files import partial
+from qwen_common.manifest import GENAI_CONFIG, listed_files
 
 from qwen_export.backends.onnx import package
 
 # What an export keeps in its hidden folder until it is done.
-_WORK = {"lock", "fingerprint", "journal.jsonl", "weights", "replaced", package.STAGED, package.GENAI_CONFIG}
+_WORK = {"lock", "fingerprint", "journal.jsonl", "weights", "replaced", package.STAGED, GENAI_CONFIG}
 # What file managers leave in every folder that they show.
 _FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
@@ -95,27 +94,15 @@ def _check_replaceable(output: Path) -> None:
     found = {name for name in found if Path(name).name not in _FILE_MANAGERS}
     if not found:
         return
-    listed = _listed(output / package.MANIFEST)
-    if listed is None:
+    ours = listed_files(output)
+    if ours is None:
         raise UserError(
             f"{output} is not an artifact of qwen-export, and is not replaced: choose another folder with "
             "-o, or remove it yourself"
         )
-    ours = {package.MANIFEST, *listed}
-    ours |= {f".{name}.partial" for name in ours}  # of a verification that was killed
+    ours |= {partial(output / name).name for name in ours}  # of a verification that was killed
     if strange := sorted(found - ours):
         raise UserError(
             f"{output} has {strange[0]}, which no export made, and is not replaced: move that elsewhere, or "
             "choose another folder with -o"
         )
-
-
-def _listed(manifest: Path) -> set[str] | None:
-    """The files that a manifest names; None if it is not one of ours."""
-    try:
-        content: Any = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(content, Mapping) or not content.keys() >= {"format_version", "qwen_edge", "files"}:
-        return None
-    return set(content["files"]) if isinstance(content["files"], Mapping) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from qwen_common.manifest import BackendName
 from qwen_profiles.schema import Profile
 from rich.table import Table
 
@@ -87,7 +88,7 @@ def matrix_table(found: list[Fit]) -> Table:
 
 def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     """Sizes by role, and which providers have kernels for the graphs, or which devices are here."""
-    ir = found["backend"] == "openvino"
+    ir = found["backend"] == BackendName.OPENVINO
     made = f"{'OpenVINO' if ir else found['lowering']}, context {found['context_length']}"
     title = f"{found['model']['name']} for {found['profile']}: {made}"
     roles = Table("role", "precision", "size", title=title)

@@ -7,8 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName
+from qwen_common.providers import PROVIDERS
 
 from qwen_profiles.reading import merged, read_fields, shipped_text
 
@@ -24,12 +34,22 @@ Role = Literal[
     "vision",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def _known_provider(key: str) -> str:
+    if key not in PROVIDERS:
+        *others, last = map(repr, PROVIDERS)
+        raise ValueError(f"Input should be {', '.join(others)} or {last}")
+    return key
+
+
+ProviderKey = Annotated[str, AfterValidator(_known_provider)]
 PciId = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:([0-9a-f]{4}|\*)$")]
 
 
 class _Frozen(BaseModel):
     # The strings below the fields are their descriptions, which docs/profiles.md is made from.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class WeightFormat(_Frozen):
@@ -94,10 +114,10 @@ class Profile(_Frozen):
     description: str
     """One line for lists."""
 
-    backend: Literal["onnx", "openvino"] = "onnx"
+    backend: BackendName = BackendName.ONNX
     """Which runtime family executes the artifact: ONNX Runtime or OpenVINO GenAI."""
 
-    provider: Literal["cpu", "cuda", "dml", "webgpu", "openvino"]
+    provider: ProviderKey
     """ONNX Runtime execution provider that the runtime tries first."""
 
     device: Literal["cpu", "gpu", "npu"]
@@ -163,10 +183,13 @@ class Profile(_Frozen):
             raise ValueError(f"cache_dtype must be activation_dtype, {self.activation_dtype}")
         if self.scale_dtype == "float32" and self.activation_dtype == "float16":
             raise ValueError("scale_dtype must be float16, as the activations are")
-        if self.compression not in ("data-free", "gptq") and self.backend != "openvino":
+        if self.compression not in ("data-free", "gptq") and self.backend != BackendName.OPENVINO:
             raise ValueError(f"compression {self.compression} is for backend openvino: choose gptq")
-        if self.lowering == "fused" and self.provider == "dml":
-            raise ValueError("provider dml has no kernels for lowering fused: set lowering to portable")
+        if self.lowering not in (known := PROVIDERS[self.provider].lowerings):
+            raise ValueError(
+                f"provider {self.provider} has no kernels for lowering {self.lowering}: "
+                f"set lowering to {' or '.join(sorted(known))}"
+            )
         return self
 
 

@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from qwen_common.errors import UserError
+from qwen_common import manifest as manifests
+from qwen_common.errors import UserError, one_line
+from qwen_common.files import read_json
+from qwen_common.manifest import GENAI_CONFIG, MANIFEST, BackendName, Manifest
+from qwen_common.shape import first_fault
 
 from qwen_runtime.images import ImageSettings
 
-FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
-_GENAI_CONFIG = "genai_config.json"
-_OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
-_ALWAYS_HASHED = 16 * 1024 * 1024  # bytes; larger files are compared by size unless asked
-_HASH_BLOCK = 1024 * 1024
-_FIELDS = {"model": dict, "profile": str, "provider": str, "files": dict}
-# What a backend's artifact has besides: a file without which nothing loads, and fields of the manifest.
-_BACKENDS: dict[str, tuple[str, dict[str, type]]] = {
-    "onnx": (_GENAI_CONFIG, {"onnxruntime": str}),
-    "openvino": (_OPENVINO_TOKENIZER, {"openvino": str, "runtime": dict}),
-}
+_ADVICE = "copy the artifact again, or export it again"
+
+
+class _SessionOptions(TypedDict):
+    provider_options: list[dict[str, dict[str, str]]]
+
+
+class _Decoder(TypedDict):
+    session_options: _SessionOptions
+
+
+class _Model(TypedDict):
+    type: str
+    vocab_size: int
+    context_length: int
+    eos_token_id: int | list[int]
+    decoder: _Decoder
+
+
+class _Vision(TypedDict):
+    config_filename: str
+
+
+class _SeeingModel(_Model):
+    vision: _Vision
+    image_token_id: int
+    video_token_id: int
+
+
+class _Search(TypedDict):
+    chunk_size: int
+
+
+class _GenAIConfig(TypedDict):
+    """The fields of ONNX Runtime GenAI's configuration that are read here."""
+
+    model: _Model
+    search: _Search
+
+
+class _SeeingGenAIConfig(TypedDict):
+    """With a vision tower."""
+
+    model: _SeeingModel
 
 
 @dataclass(frozen=True)
@@ -39,7 +73,7 @@ class Artifact:
     """
 
     root: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     genai_config: Mapping[str, Any]
 
     @classmethod
@@ -49,40 +83,30 @@ class Artifact:
         Sizes are always compared, the SHA-256 of files under 16 MiB too; `verify` hashes every file.
 
         Raises:
-            UserError: not a finished artifact, of a newer format, or changed since the export.
+            UserError: not a finished artifact, of another format, malformed, or changed since the export.
         """
         root = Path(path)
-        if not root.is_dir():
-            raise UserError(f"no folder {root}: make an artifact with qwen-export first")
-        if not (root / _MANIFEST).is_file():
-            raise UserError(f"{root} has no {_MANIFEST}: it is not a finished artifact, export it again")
-        manifest = _read_json(root / _MANIFEST)
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{root} has artifact format {manifest.get('format_version')}, this qwen-edge reads "
-                f"{FORMAT_VERSION}: install the qwen-edge that exported it, or export it again"
-            )
-        backend = manifest.get("backend", "onnx")
-        if backend not in _BACKENDS:
-            raise UserError(f"{root} was made for the backend {backend}: install the qwen-edge that knows it")
-        needed, fields = _BACKENDS[backend]
-        for name, kind in {**_FIELDS, **fields}.items():
-            if not isinstance(manifest.get(name), kind):
-                raise UserError(
-                    f"{root / _MANIFEST} has no valid '{name}': copy the artifact again, or export it again"
-                )
-        if needed not in manifest["files"]:
-            raise UserError(f"{root / _MANIFEST} does not list {needed}: export the artifact again")
-        for name, entry in manifest["files"].items():
-            _check_file(root, name, entry, verify)
-        if backend == "openvino":
-            return cls(root, manifest, manifest["runtime"])
-        return cls(root, manifest, _read_json(root / _GENAI_CONFIG))
+        manifest = manifests.read(root)
+        manifests.check_files(root, manifest, every=verify)
+        if manifest["backend"] == BackendName.OPENVINO:
+            config, where, name = manifest["runtime"], root / MANIFEST, "runtime"
+        else:
+            config, where, name = read_json(root / GENAI_CONFIG, _ADVICE), root / GENAI_CONFIG, ""
+        fault = first_fault(config, _GenAIConfig, name)
+        seeing = fault is None and "vision" in config["model"]
+        if seeing:
+            fault = first_fault(config, _SeeingGenAIConfig, name)
+        if seeing and "image_prompt_tokens" not in manifest:
+            where, fault = root / MANIFEST, "image_prompt_tokens"
+        if fault is not None:
+            raise UserError(f"{where} has no valid '{one_line(fault)}': {_ADVICE}")
+        if seeing and (file := config["model"]["vision"]["config_filename"]) not in manifest["files"]:
+            raise UserError(f"{root / MANIFEST} does not list {one_line(file)}: export the artifact again")
+        return cls(root, manifest, config)
 
     @property
-    def backend(self) -> str:
-        """`onnx` or `openvino`."""
-        return str(self.manifest.get("backend", "onnx"))
+    def backend(self) -> BackendName:
+        return BackendName(self.manifest["backend"])
 
     @property
     def context_length(self) -> int:
@@ -105,7 +129,7 @@ class Artifact:
         vision = self.genai_config["model"].get("vision")
         if vision is None:
             return None
-        return ImageSettings.from_processor(_read_json(self.root / vision["config_filename"]))
+        return ImageSettings.from_processor(read_json(self.root / vision["config_filename"], _ADVICE))
 
     @property
     def image_token(self) -> int:
@@ -147,37 +171,3 @@ class Artifact:
         if not path.is_file():
             raise UserError(f"{self.root} has no chat template: give a raw prompt instead of messages")
         return path.read_text(encoding="utf-8")
-
-
-def _check_file(root: Path, name: str, entry: Any, verify: bool) -> None:
-    path = root / name
-    if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
-        raise UserError(f"{_MANIFEST} of {root} has no size and sha256 of {name}: export the artifact again")
-    if Path(name).name != name or "\\" in name or path.is_symlink():
-        raise UserError(f"{_MANIFEST} of {root} names a file outside the folder: {name}")
-    if not path.is_file():
-        raise UserError(f"{name} is missing from {root}: copy the artifact again, or export it again")
-    changed = path.stat().st_size != entry["size"]
-    if not changed and (verify or entry["size"] < _ALWAYS_HASHED):
-        changed = sha256(path) != entry["sha256"]
-    if changed:
-        raise UserError(f"{path} changed since the export: copy the artifact again, or export it again")
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal; a block of it in memory at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: copy the artifact again, or export it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: copy the artifact again, or export it again")
-    return content

@@ -14,11 +14,12 @@ from typing import Any
 import click
 from click_default_group import DefaultGroup
 from qwen_common.errors import UserError, reported
+from qwen_common.providers import PROVIDERS
+from qwen_common.version import DISTRIBUTION
 
 from qwen_runtime.generation import Generation
 from qwen_runtime.kiosk.commands import COMMANDS as KIOSK_COMMANDS
 from qwen_runtime.model import Model, Sampling
-from qwen_runtime.provider import PROVIDERS
 
 _EPILOG = """\b
 Examples:
@@ -53,7 +54,7 @@ Examples:
 
 
 @click.group(cls=DefaultGroup, default="answer", epilog=_EPILOG)
-@click.version_option(package_name="qwen-edge")
+@click.version_option(package_name=DISTRIBUTION)
 def main() -> None:
     """Run an artifact that qwen-export made.
 

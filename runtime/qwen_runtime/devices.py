@@ -13,20 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from qwen_common.providers import APPLE, PCI_VENDORS, PROVIDERS
 from qwen_profiles.reading import profile_names, read_fields, shipped_text
 
-from qwen_runtime.provider import PROVIDERS, has_device, is_available
+from qwen_runtime.provider import has_device, is_available
 
-_VENDORS = {"1002": "AMD", "10de": "NVIDIA", "8086": "Intel", "5143": "Qualcomm"}
 _PCI = Path("/sys/bus/pci/devices")
 _DISPLAY, _ACCELERATOR = "0x03", "0x12"  # PCI base classes
-# What each provider runs on, besides the CPU: systems, and vendors of a graphics device or an NPU.
-_NEEDS = {
-    "cuda": ({"linux", "win32"}, {"10de"}),
-    "dml": ({"win32"}, set(_VENDORS)),
-    "openvino": ({"linux", "win32"}, {"8086"}),
-    "webgpu": ({"linux", "win32", "darwin"}, {*_VENDORS, "apple"}),
-}
 _WINDOWS_QUERY = """
 $v = Get-CimInstance Win32_VideoController | Select-Object Name, PNPDeviceID, AdapterRAM
 $n = Get-CimInstance Win32_PnPEntity -Filter "PNPClass='ComputeAccelerator'" | Select-Object Name, PNPDeviceID
@@ -82,6 +75,7 @@ class Usable:
 
 def find_machine() -> Machine:
     """This machine."""
+    # Windows tells of AVX2, but not of AVX-512's parts, which py-cpuinfo asks the processor for.
     import cpuinfo
 
     info = cpuinfo.get_cpu_info()
@@ -93,10 +87,15 @@ def find_machine() -> Machine:
     return Machine(
         system=sys.platform,
         cpu=info.get("brand_raw", platform.machine()),
-        cpu_flags=frozenset(info.get("flags", ())),
+        cpu_flags=frozenset(map(_linux_name, info.get("flags", ()))),
         memory_bytes=psutil.virtual_memory().total,
         devices=tuple(devices()),
     )
+
+
+def _linux_name(flag: str) -> str:
+    """py-cpuinfo reads the processor itself where there is no /proc/cpuinfo, and leaves underscores out."""
+    return re.sub("^avx512(?=vnni|bitalg|vbmi2|vpopcntdq)", "avx512_", flag)
 
 
 def linux_devices(root: Path = _PCI) -> list[Device]:
@@ -109,14 +108,14 @@ def linux_devices(root: Path = _PCI) -> list[Device]:
             )
         except OSError:
             continue
-        if not kind.startswith((_DISPLAY, _ACCELERATOR)) or vendor.removeprefix("0x") not in _VENDORS:
+        if not kind.startswith((_DISPLAY, _ACCELERATOR)) or vendor.removeprefix("0x") not in PCI_VENDORS:
             continue  # a virtual screen, say
         pci = f"{vendor.removeprefix('0x')}:{device.removeprefix('0x')}"
         memory = folder / "mem_info_vram_total"  # amdgpu
         found.append(
             Device(
                 kind="gpu" if kind.startswith(_DISPLAY) else "npu",
-                name=f"{_VENDORS[pci[:4]]} {pci}",
+                name=f"{PCI_VENDORS[pci[:4]]} {pci}",
                 pci=pci,
                 memory_bytes=int(memory.read_text()) if memory.is_file() else None,
             )
@@ -139,14 +138,14 @@ def windows_devices(answer: str) -> list[Device]:
     for kind, entries in json.loads(answer).items():
         for entry in entries:
             match = re.search(r"VEN_([0-9A-F]{4})&DEV_([0-9A-F]{4})", entry["PNPDeviceID"] or "")
-            if match and match[1].lower() in _VENDORS:
+            if match and match[1].lower() in PCI_VENDORS:
                 pci = f"{match[1]}:{match[2]}".lower()
                 found.append(Device(kind, entry["Name"], pci, entry.get("AdapterRAM")))
     return found
 
 
 def _apple_devices() -> list[Device]:
-    return [Device("gpu", "Apple GPU", "apple:")] if platform.machine() == "arm64" else []
+    return [Device("gpu", "Apple GPU", f"{APPLE}:")] if platform.machine() == "arm64" else []
 
 
 def providers(machine: Machine, og: Any) -> list[Usable]:
@@ -157,8 +156,8 @@ def providers(machine: Machine, og: Any) -> list[Usable]:
     """
     found = []
     for name, provider in PROVIDERS.items():
-        systems, vendors = _NEEDS.get(name, ({machine.system}, None))
-        if machine.system not in systems:
+        systems, vendors = provider.systems, provider.vendors
+        if systems is not None and machine.system not in systems:
             advice = f"not on {machine.system}"
         elif vendors is not None and not any(device.vendor in vendors for device in machine.devices):
             advice = "no device here that it runs on"

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from qwen_common.errors import UserError
+from qwen_common.providers import CPU, PROVIDERS, Provider
 
 T = TypeVar("T")
 
@@ -18,44 +19,6 @@ _NO_DEVICE = "is not supported in this build"
 _LONGEST_CAUSE = 240  # characters; OpenVINO's fill a page
 
 
-@dataclass(frozen=True)
-class Provider:
-    """One execution provider of ONNX Runtime GenAI.
-
-    Attributes:
-        title: its usual name.
-        genai_name: what Config.append_provider calls it; None runs on the CPU.
-        probe: function of onnxruntime_genai that says whether this install has it; None: always.
-        package: what to install to get it.
-        plugin: module of that package, where it is a plug-in: a library that ONNX Runtime loads, and that
-            lists the devices it can use.
-        appends: whether a generator takes its prompt in several pieces.
-    """
-
-    title: str
-    genai_name: str | None
-    probe: str | None
-    package: str
-    plugin: str | None = None
-    appends: bool = True
-
-
-# On DirectML, ONNX Runtime GenAI refuses a second append to a generator.
-PROVIDERS = {
-    "cpu": Provider("CPU", None, None, "onnxruntime-genai"),
-    "cuda": Provider("CUDA", "cuda", "is_cuda_available", "onnxruntime-genai-cuda"),
-    "dml": Provider(
-        "DirectML",
-        "dml",
-        "is_dml_available",
-        "onnxruntime-genai-winml",
-        appends=False,
-    ),
-    "webgpu": Provider("WebGPU", "webgpu", None, "onnxruntime-ep-webgpu", plugin="onnxruntime_ep_webgpu"),
-    "openvino": Provider(
-        "OpenVINO", "OpenVINO", None, "onnxruntime-ep-openvino", plugin="onnxruntime_ep_openvino"
-    ),
-}
 _registered: set[str] = set()  # plug-ins, of this process
 
 
@@ -95,7 +58,7 @@ def load_first(wanted: str, made_for: str, og: Any, load: Callable[[str], T]) ->
             _register(provider, og)
             loaded = load(name)
         except Exception as error:
-            if name == "cpu":
+            if name == CPU.key:
                 raise
             if wanted != "auto":
                 raise UserError(f"{provider.title} could not load the artifact: {_cause(error)}") from error
@@ -118,9 +81,9 @@ def _candidates(wanted: str, made_for: str) -> Iterator[str]:
             "install a newer one, or choose another provider"
         )
     yield made_for
-    if made_for != "cpu":
-        yield from (name for name in PROVIDERS if name not in (made_for, "cpu"))
-        yield "cpu"
+    if made_for != CPU.key:
+        yield from (name for name in PROVIDERS if name not in (made_for, CPU.key))
+        yield CPU.key
 
 
 def is_available(provider: Provider, og: Any) -> bool:

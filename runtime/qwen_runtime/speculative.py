@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from qwen_common.errors import UserError
+from qwen_common.providers import PROVIDERS
 
 from qwen_runtime.artifact import Artifact
 
 _DECODER, _HEAD = "speculative.onnx", "mtp.onnx"
-_PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _PAIR = 2
 _PAST, _PRESENT = "past_key_values.", "present."
 _ROWS = "rows."
@@ -66,9 +66,10 @@ class Sessions:
                 f"{artifact.root} has no MTP head: export a checkpoint that has one, for a profile that can "
                 "use it, or leave speculative decoding off"
             )
-        if provider not in _PROVIDERS:
+        names = {key: record.onnxruntime_name for key, record in PROVIDERS.items() if record.speculative}
+        if provider not in names:
             raise UserError(
-                f"speculative decoding runs on {', '.join(_PROVIDERS)}, not on {provider}: choose another "
+                f"speculative decoding runs on {', '.join(names)}, not on {provider}: choose another "
                 "provider, or leave it off"
             )
         options = ort.SessionOptions()
@@ -76,7 +77,7 @@ class Sessions:
         # Two sessions take turns: the threads of one must not keep the cores busy while the other works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         decoder, head = (
-            ort.InferenceSession(artifact.root / name, options, providers=[_PROVIDERS[provider]])
+            ort.InferenceSession(artifact.root / name, options, providers=[names[provider]])
             for name in (_DECODER, _HEAD)
         )
         if not any(value.name.startswith(_ROWS) for value in decoder.get_inputs()):

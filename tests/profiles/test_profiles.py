@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from qwen_common.errors import UserError
-from qwen_common.providers import PROVIDER_OPTIONS
+from qwen_common.providers import PROVIDERS
 from qwen_export.backends.onnx.plan import plan
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
@@ -59,8 +59,7 @@ def test_every_profile_exports_or_says_what_to_install(name: str, tmp_path: Path
         return
     artifact = Artifact.open(make_artifact(TINY, profile, tmp_path / "out", all_logits=False))
     assert artifact.manifest["provider"] == profile.provider
-    expected = {} if profile.provider == "cpu" else PROVIDER_OPTIONS.get(profile.provider, {})
-    assert artifact.provider_options(profile.provider) == expected
+    assert artifact.provider_options(profile.provider) == PROVIDERS[profile.provider].options
     assert artifact.context_length <= profile.context_length
     for python in generations(profile):
         assert len(greedy(python, artifact.root, [1, 2, 3], 4)["tokens"]) == 4
@@ -153,6 +152,12 @@ def test_overrides() -> None:
         ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),
         ("contxt=1", "field 'contxt': Extra inputs are not permitted"),
         ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32"),
+        (
+            "hardware.memory_budget_gb=inf",
+            "memory_budget_gb': Input should be a finite number",
+        ),
+        ("provider=tpu", "'provider': Input should be 'cpu', 'cuda', 'dml', 'webgpu' or 'openvino'"),
+        ("backend=tvm", "field 'backend': Input should be 'onnx' or 'openvino'"),
         ("scale_dtype=int8", "field 'scale_dtype': Input should be 'float32' or 'float16'"),
         ("provider=dml", "provider dml has no kernels for lowering fused"),
         ("context_length", "'context_length' sets nothing: write field=value"),

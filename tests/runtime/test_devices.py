@@ -93,6 +93,15 @@ def test_windows_devices() -> None:
     ]
 
 
+def test_instruction_sets_have_their_names_on_linux_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What py-cpuinfo finds on Windows, from the processor itself: the profile for AVX-512 is found there."""
+    found = {"brand_raw": "AMD Ryzen 9 9950X", "flags": ["avx2", "avx512f", "avx512vl", "avx512vnni"]}
+    monkeypatch.setattr("cpuinfo.get_cpu_info", lambda: found)
+    machine = find_machine()
+    assert machine.cpu_flags == {"avx2", "avx512f", "avx512vl", "avx512_vnni"}
+    assert "cpu-avx512" in fitting_profiles(machine)
+
+
 def test_this_machine() -> None:
     machine = find_machine()
     assert machine.system == sys.platform and machine.cpu and machine.memory_bytes > 10**9

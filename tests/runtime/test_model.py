@@ -362,9 +362,9 @@ def replace_by_link(name: str):
         (flip("model.onnx.data", 1000), "model.onnx.data changed since the export"),
         (flip("model.onnx", 1000), "model.onnx changed since the export"),
         (rewrite_manifest('"format_version": 1', '"format_version": 2'), "has artifact format 2"),
-        (edit("manifest.json", b'{"format_version": 1}'), "manifest.json has no valid 'model'"),
+        (edit("manifest.json", b'{"format_version": 1}'), "manifest.json has no valid 'qwen_edge'"),
         (rewrite_manifest('"files"', '"file"'), "manifest.json has no valid 'files'"),
-        (rewrite_manifest('"size"', '"bytes"'), "has no size and sha256 of chat_template.jinja"),
+        (rewrite_manifest('"size"', '"bytes"'), "has no valid 'files.chat_template.jinja.size'"),
         (rewrite_manifest('"genai_config.json"', '"merges.txt"'), "does not list genai_config.json"),
         (rewrite_manifest('"provider": "cpu"', '"provider": "tpu"'), "was made for 'tpu'"),
         (replace_by_link("model.onnx.data"), "names a file outside the folder: model.onnx.data"),
@@ -381,7 +381,7 @@ def test_changed_artifacts(damage, message: str, copied: Path) -> None:
 
 
 def test_large_files_are_hashed_only_when_asked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_runtime.artifact._ALWAYS_HASHED", 1000)
+    monkeypatch.setattr("qwen_common.manifest.HASHED_BYTES", 1000)
     flip("model.onnx.data", 1000)(copied)
     Model.load(copied).close()
     with pytest.raises(UserError, match="changed since the export"):

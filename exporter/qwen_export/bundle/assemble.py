@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import version as installed_version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from qwen_common.errors import UserError
-from qwen_runtime.artifact import Artifact, sha256
+from qwen_common.files import as_json, sha256
+from qwen_common.manifest import file_entry
+from qwen_common.providers import PROVIDERS
+from qwen_common.version import own_version
+from qwen_runtime.artifact import Artifact
 from qwen_runtime.kiosk.bundle import (
     ARTIFACT,
     CONTENTS,
@@ -32,13 +34,6 @@ from qwen_export.bundle.keys import sign
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.wheels import Wheel, build_own_wheel, download
 
-# What a provider's build of ONNX Runtime takes the place of; "" for nothing. A plug-in takes its own place.
-_REPLACED = {
-    "cuda": {"onnxruntime": "onnxruntime-gpu", "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19"},
-    "dml": {"onnxruntime": "", "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19"},
-    "openvino": {"onnxruntime-ep-openvino": "onnxruntime-ep-openvino>=1.8,<2"},
-    "webgpu": {"onnxruntime-ep-webgpu": "onnxruntime-ep-webgpu>=0.4,<1"},
-}
 _SCRIPTS = {
     True: ("install.ps1", "start.ps1", "task.xml"),
     False: ("install.sh", "start.sh", "qwen-edge.service"),
@@ -113,14 +108,11 @@ def seal(folder: Path, facts: Mapping[str, Any], private_key: Path) -> dict[str,
     """Write the list of every file in `folder`, with `facts` about the whole, and sign it; returns it."""
     contents = {
         "format_version": FORMAT_VERSION,
-        "qwen_edge": installed_version("qwen-edge"),
+        "qwen_edge": own_version(),
         **facts,
-        "files": {
-            name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-            for name in sorted(files_in(folder))
-        },
+        "files": {name: file_entry(folder / name) for name in sorted(files_in(folder))},
     }
-    data = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
+    data = as_json(contents)
     (folder / CONTENTS).write_bytes(data)
     (folder / SIGNATURE).write_bytes(sign(data, private_key))
     return contents
@@ -129,7 +121,8 @@ def seal(folder: Path, facts: Mapping[str, Any], private_key: Path) -> dict[str,
 def _wheels(platform: Platform, python: str, provider: str, folder: Path) -> list[Wheel]:
     folder.mkdir()
     own = build_own_wheel(folder)
-    return download(own, ["kiosk"], _REPLACED.get(provider, {}), platform, python, folder)
+    replaced = PROVIDERS[provider].replaces if provider in PROVIDERS else {}
+    return download(own, ["kiosk"], replaced, platform, python, folder)
 
 
 def _write_scripts(folder: Path, platform: Platform, python: str, model: str) -> None:

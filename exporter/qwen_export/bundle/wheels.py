@@ -17,6 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from qwen_common.errors import UserError
+from qwen_common.version import DISTRIBUTION
 
 from qwen_export.bundle.platforms import Platform
 
@@ -143,13 +144,13 @@ def build_own_wheel(folder: Path) -> Path:
     from urllib.parse import urlparse
     from urllib.request import url2pathname
 
-    own = distribution("qwen-edge")
+    own = distribution(DISTRIBUTION)
     origin = json.loads(own.read_text("direct_url.json") or "{}")  # PEP 610
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
     if origin.get("url", "").startswith("file:"):
         command.append(url2pathname(urlparse(origin["url"]).path))
     else:
-        command.append(f"qwen-edge=={own.version}")
+        command.append(f"{DISTRIBUTION}=={own.version}")
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"pip could not make qwen-edge's own wheel: {' '.join(result.stderr.split())[-300:]}")

@@ -2,12 +2,15 @@
 
 A block asks its target for a contrib operator by name and falls back to operators that every target has.
 
-Sources: ONNX Runtime's table of kernels (docs/OperatorKernels.md) and its DirectML provider's operators.
+Sources: ONNX Runtime's table of kernels (docs/OperatorKernels.md) and its DirectML provider's operators. What
+one provider asks of a graph stands in its record, `qwen_common.providers`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from qwen_common.providers import PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,9 @@ class Target:
         name: the lowering's name in profiles and manifests.
         onnxruntime: the versions that can load the result.
         operators: com.microsoft operators that the graph may use.
-        zero_points_required: MatMulNBits must be given its zero points. DirectML's kernel
-            dequantises without subtracting the default zero point when the input is absent.
-        exact_blocks: MatMulNBits' block size must divide K into an even number of blocks. DirectML
-            describes B as [N, K], and reads zero points with rows padded to an even count: those of 4 bits
-            must fill whole bytes, and those of 8 bits are wrong by 80 to 170% where the count is odd (12
-            single nodes, run on the DirectML of onnxruntime-genai-winml 0.18).
-        silu_inside: GatedRMSNorm and CausalConvWithState apply SiLU themselves. The CPU's kernels do so value
-            by value and several times slower than QuickGelu, which is vectorised.
+        zero_points_required: MatMulNBits must be given its zero points.
+        exact_blocks: MatMulNBits' block size must divide K, and into an even number of blocks.
+        silu_inside: GatedRMSNorm and CausalConvWithState apply SiLU themselves.
     """
 
     name: str
@@ -39,6 +37,19 @@ class Target:
         return operator in self.operators
 
 
+def _target(name: str, onnxruntime: str, operators: frozenset[str]) -> Target:
+    """It loads on every provider that has kernels for it, whichever it is made for, and so minds what each of
+    them asks."""
+    loads_on = [provider for provider in PROVIDERS.values() if name in provider.lowerings]
+    return Target(
+        name,
+        onnxruntime,
+        operators,
+        zero_points_required=any(provider.zero_points_required for provider in loads_on),
+        exact_blocks=any(provider.exact_blocks for provider in loads_on),
+    )
+
+
 _EVERYWHERE = frozenset(
     {
         "FusedMatMul",
@@ -49,37 +60,26 @@ _EVERYWHERE = frozenset(
         "SkipSimplifiedLayerNormalization",
     }
 )
+_FUSED_ONLY = {
+    "CausalConvWithState",
+    "FastGelu",
+    "GatedRMSNorm",
+    "GroupQueryAttention",
+    "LinearAttention",
+    "LinearAttentionGate",
+    "MoE",
+    "QMoE",
+    "RotaryEmbedding",
+}
 
-FUSED = Target(
-    name="fused",
-    onnxruntime=">=1.30",
-    operators=_EVERYWHERE
-    | {
-        "CausalConvWithState",
-        "FastGelu",
-        "GatedRMSNorm",
-        "GroupQueryAttention",
-        "LinearAttention",
-        "LinearAttentionGate",
-        "MoE",
-        "QMoE",
-        "RotaryEmbedding",
-    },
-)
-
+FUSED = _target("fused", ">=1.30", _EVERYWHERE | _FUSED_ONLY)
 # DirectML has a GroupQueryAttention kernel, but it takes the past as empty whenever a run has more than
 # one token, so a prompt that arrives in pieces would be answered wrongly and without an error.
-PORTABLE = Target(
-    name="portable",
-    onnxruntime=">=1.24",
-    operators=_EVERYWHERE,
-    zero_points_required=True,
-    exact_blocks=True,
-)
+PORTABLE = _target("portable", ">=1.24", _EVERYWHERE)
 
 CONTRIB_OPERATORS = FUSED.operators | PORTABLE.operators
 
 
 def target_for(lowering: str, provider: str) -> Target:
     target = {FUSED.name: FUSED, PORTABLE.name: PORTABLE}[lowering]
-    return replace(target, silu_inside=provider != "cpu")
+    return replace(target, silu_inside=PROVIDERS[provider].silu_inside)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from statistics import median, median_low
 
+from qwen_common.manifest import BackendName
 from qwen_profiles.schema import Profile
 
 from qwen_export.verify.measure import Measured
@@ -71,7 +72,7 @@ def _provider(measured: Measured, profile: Profile) -> list[str]:
     if beyond <= _EXPLAINED * profile.quality.max_kl_divergence:
         return []
     setting = "accuracy_level=0" if profile.accuracy_level else "activation_dtype=float32"
-    if profile.backend == "openvino":
+    if profile.backend == BackendName.OPENVINO:
         setting = "provider_options.INFERENCE_PRECISION_HINT=f32"
     return [
         f"The weights explain a KL divergence of {measured.weights.kl_divergence:.4f} of "

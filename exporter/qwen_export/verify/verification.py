@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -17,15 +16,20 @@ from typing import Any
 import numpy as np
 import psutil
 from pydantic import ValidationError
+from qwen_common import manifest as manifests
 from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName, Manifest
+from qwen_common.providers import PROVIDERS
+from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 from qwen_runtime.bandwidth import read_bandwidth
 
 from qwen_export.architecture.text_config import expected_shapes
 from qwen_export.backends.onnx import package
-from qwen_export.backends.onnx.inspection import precisions, read_manifest
+from qwen_export.backends.onnx.inspection import precisions
 from qwen_export.backends.onnx.plan import plan
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.describe import model_name
 from qwen_export.model_card import README, model_card, render
 from qwen_export.planner.estimate import estimate
 from qwen_export.progress import Progress
@@ -38,9 +42,9 @@ from qwen_export.verify.stored import StoredWeights, stored_tensors
 REPORT, REPORT_JSON = "REPORT.md", "report.json"
 DEFAULT_TOKENS = 4 * WINDOW
 _FORMAT_VERSION = 1
-_PACKAGES = {
-    "onnx": ("onnxruntime", "onnxruntime-genai", "numpy"),
-    "openvino": ("openvino", "openvino-genai", "openvino-tokenizers", "numpy"),
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    BackendName.ONNX: ("onnxruntime", "onnxruntime-genai", "numpy"),
+    BackendName.OPENVINO: ("openvino", "openvino-genai", "openvino-tokenizers", "numpy"),
 }
 # Files of an artifact that are not compared, and what they are.
 _NOT_COMPARED = {
@@ -48,7 +52,6 @@ _NOT_COMPARED = {
     "openvino_vision_embeddings_model.xml": "the vision tower",
     package.MTP_FILE: "the MTP head",
 }
-_OWN_MEMORY = {"cuda"}  # providers whose weights are not in the computer's memory
 
 
 def verify(
@@ -74,7 +77,8 @@ def verify(
         UserError: not an artifact, not of this checkpoint or version, the provider does not run it, or the
             text is too short.
     """
-    manifest = read_manifest(artifact)
+    manifest = manifests.read(artifact)
+    manifests.check_files(artifact, manifest)
     profile = _profile(artifact, manifest)
     config = checkpoint.config.reaching(manifest["context_length"])
     checkpoint = replace(checkpoint, config=config)
@@ -104,11 +108,11 @@ def verify(
     precision = precisions(manifest)
     report = {
         "format_version": _FORMAT_VERSION,
-        "qwen_edge": version("qwen-edge"),
+        "qwen_edge": own_version(),
         "packages": _versions(manifest["backend"]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": manifest["model"]["name"],
-        "checkpoint": package.model_name(checkpoint),
+        "checkpoint": model_name(checkpoint),
         "profile": profile.name,
         "passed": passed,
         "findings": findings(measured, profile, {} if passed else settable),
@@ -148,7 +152,7 @@ def verify(
 def _stored(
     artifact: Path, checkpoint: Checkpoint, profile: Profile, shapes: dict[str, tuple[int, ...]]
 ) -> StoredWeights:
-    if profile.backend == "openvino":
+    if profile.backend == BackendName.OPENVINO:
         from qwen_export.backends.openvino.stored import stored_weights
 
         return stored_weights(artifact, checkpoint.config, shapes)
@@ -158,7 +162,7 @@ def _stored(
     return StoredWeights(tensors, predicted.decode_bytes, predicted.needed)
 
 
-def _profile(artifact: Path, manifest: Mapping[str, Any]) -> Profile:
+def _profile(artifact: Path, manifest: Manifest) -> Profile:
     """The profile that the artifact was exported with, as it was then."""
     try:
         return Profile.model_validate(manifest["settings"])
@@ -174,7 +178,7 @@ def _encode(artifact: Path, backend: str, text: str) -> np.ndarray:
     Raises:
         RuntimeError: the artifact has none that can be read.
     """
-    if backend == "openvino":
+    if backend == BackendName.OPENVINO:
         from qwen_runtime.backends.openvino import read_tokenizer
 
         return read_tokenizer(artifact).encode(text)
@@ -183,7 +187,7 @@ def _encode(artifact: Path, backend: str, text: str) -> np.ndarray:
     return np.asarray(og.Tokenizer(str(artifact)).encode(text))
 
 
-def _texts(artifact: Path, manifest: Mapping[str, Any], tokens: int, path: Path | None) -> np.ndarray:
+def _texts(artifact: Path, manifest: Manifest, tokens: int, path: Path | None) -> np.ndarray:
     """int64 [texts, tokens of each]."""
     try:
         text = (path or files("qwen_export.verify") / "text" / "evaluation.txt").read_text(encoding="utf-8")
@@ -205,7 +209,7 @@ def _texts(artifact: Path, manifest: Mapping[str, Any], tokens: int, path: Path 
 
 def _too_large(provider: str, needed: int) -> str | None:
     available = psutil.virtual_memory().available
-    if provider in _OWN_MEMORY or needed <= available:
+    if (provider in PROVIDERS and PROVIDERS[provider].own_memory) or needed <= available:
         return None
     return (
         f"it needs {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} are free here; "
@@ -245,23 +249,11 @@ def _versions(backend: str) -> dict[str, str]:
     return found
 
 
-def _put_into(artifact: Path, manifest: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """Write the report and list it in the manifest. Whenever this is cut short, the artifact stays valid."""
+def _put_into(artifact: Path, manifest: Manifest, report: Mapping[str, Any]) -> None:
     contents = {
         REPORT_JSON: (json.dumps(report, indent=2) + "\n").encode(),
         REPORT: render(REPORT, report=report).encode(),
         README: model_card(manifest, report).encode(),
         **plots(report),
     }
-    others = {name: entry for name, entry in manifest["files"].items() if name not in contents}
-    _replace(artifact / package.MANIFEST, package.as_json({**manifest, "files": others}))
-    for name, content in contents.items():
-        _replace(artifact / name, content)
-    listed = others | {name: package.file_entry(artifact / name) for name in contents}
-    _replace(artifact / package.MANIFEST, package.as_json({**manifest, "files": listed}))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    manifests.put_files(artifact, manifest, contents)

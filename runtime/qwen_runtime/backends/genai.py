@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from qwen_common.errors import UserError
-from qwen_common.providers import PROVIDER_OPTIONS
+from qwen_common.providers import CPU, PROVIDERS
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.grammar import lark
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
-from qwen_runtime.provider import PROVIDERS, Choice, load_first
+from qwen_runtime.provider import Choice, load_first
 from qwen_runtime.resident import release_mapped
 
 _UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
@@ -83,7 +83,7 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
     provider = PROVIDERS[name]
     if provider.genai_name is not None:
         config.append_provider(provider.genai_name)
-        options = {**PROVIDER_OPTIONS.get(name, {}), **artifact.provider_options(name)}
+        options = {**provider.options, **artifact.provider_options(name)}
         for option, value in options.items():
             config.set_provider_option(provider.genai_name, option, value)
     try:
@@ -95,7 +95,7 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
             f"{artifact.root} needs onnxruntime {artifact.manifest['onnxruntime']}: install it, or export "
             "with a profile for older ones"
         ) from error
-    if name == "cpu":
+    if name == CPU.key:
         release_mapped(artifact.root)
     return model
 

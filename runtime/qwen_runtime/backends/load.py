@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qwen_common.manifest import BackendName
+
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Backend
 
@@ -16,7 +18,7 @@ def load(artifact: Artifact, provider: str, keep: int) -> Backend:
     Raises:
         UserError: the artifact is for a backend that is unknown here, or it cannot be loaded.
     """
-    if artifact.backend == "openvino":
+    if artifact.backend == BackendName.OPENVINO:
         from qwen_runtime.backends.openvino import OpenVINO
 
         return OpenVINO.load(artifact, provider, keep)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from qwen_common.errors import UserError
+from qwen_common.providers import OPENVINO_EP
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Tokenizer, TokenStream
@@ -318,13 +320,13 @@ def _check_version(artifact: Artifact) -> None:
 
 def _release(text: str) -> tuple[int, ...]:
     """Year and release; a patch changes no format."""
-    return tuple(int(part) for part in text.split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def _properties(artifact: Artifact, device: str) -> dict[str, str]:
     """The artifact's own, and a place for kernels compiled for a graphics device. The CPU compiles as quickly
     as it would read them."""
-    properties = artifact.provider_options("openvino")
+    properties = artifact.provider_options(OPENVINO_EP.key)  # what profiles name beside the backend
     if device != "cpu":
         from platformdirs import user_cache_dir
 

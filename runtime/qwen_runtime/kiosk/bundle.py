@@ -9,16 +9,17 @@ Nothing in the folder is trusted before both are checked.
 from __future__ import annotations
 
 import base64
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TypedDict, cast
 
+from packaging.version import InvalidVersion, Version
 from qwen_common.errors import UserError
-
-from qwen_runtime.artifact import sha256
+from qwen_common.files import parse_json, sha256
+from qwen_common.manifest import FileEntry
+from qwen_common.shape import first_fault
 
 FORMAT_VERSION = 1
 CONTENTS = "bundle.json"
@@ -26,15 +27,27 @@ SIGNATURE = "bundle.json.sig"
 ARTIFACT = "artifact"
 WHEELS = "wheels"
 REQUIREMENTS = "requirements.txt"
-_FIELDS = {
-    "name": str,
-    "version": str,
-    "platform": str,
-    "python": str,
-    "provider": str,
-    "self_test": dict,
-    "files": dict,
-}
+_ADVICE = "make the bundle again"
+
+
+class SelfTest(TypedDict):
+    """A prompt, and the ids that must follow it."""
+
+    prompt: str
+    tokens: list[int]
+
+
+class Contents(TypedDict):
+    """bundle.json. `python` is a version of CPython, such as 3.12; `version` the bundle's own."""
+
+    format_version: int
+    name: str
+    version: str
+    platform: str
+    python: str
+    provider: str
+    self_test: SelfTest
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Bundle:
     """
 
     root: Path
-    contents: Mapping[str, Any]
+    contents: Contents
 
     @classmethod
     def open(cls, root: Path, public_key: Path) -> Bundle:
@@ -64,19 +77,18 @@ class Bundle:
                 raise UserError(f"{root} has no {name}: it is not a bundle, or was copied in part")
         data = (root / CONTENTS).read_bytes()
         check_signature(data, (root / SIGNATURE).read_bytes(), public_key, root / CONTENTS)
-        contents = json.loads(data)
+        contents = parse_json(data, root / CONTENTS, _ADVICE)
         if contents.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{root} has bundle format {contents.get('format_version')}, this qwen-edge reads "
                 f"{FORMAT_VERSION}: make the bundle with the same qwen-edge"
             )
-        for name, kind in _FIELDS.items():
-            if not isinstance(contents.get(name), kind):
-                raise UserError(f"{root / CONTENTS} has no valid '{name}': make the bundle again")
-        return cls(root, contents)
+        if (fault := first_fault(contents, Contents)) is not None:
+            raise UserError(f"{root / CONTENTS} has no valid '{fault}': {_ADVICE}")
+        return cls(root, cast(Contents, contents))
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> Version:
         return version_key(self.contents["version"])
 
     def check(self) -> None:
@@ -85,28 +97,30 @@ class Bundle:
         Raises:
             UserError: a file is missing, not in the list, or has other bytes; names the first one.
         """
-        expected: Mapping[str, Mapping[str, Any]] = self.contents["files"]
+        expected = self.contents["files"]
         found = {path for path in files_in(self.root)} - {CONTENTS, SIGNATURE}
         if missing := sorted(expected.keys() - found):
             raise UserError(f"{missing[0]} is missing from {self.root}: copy the bundle again")
         if extra := sorted(found - expected.keys()):
             raise UserError(f"{extra[0]} does not belong in {self.root}: remove it, or copy the bundle again")
-        for name, entry in sorted(expected.items(), key=lambda item: int(item[1]["size"])):
+        for name, entry in sorted(expected.items(), key=lambda item: item[1]["size"]):
             path = self.root / name
             if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
                 raise UserError(f"{name} in {self.root} changed since it was signed: copy the bundle again")
 
 
-def version_key(version: str) -> tuple[int, ...]:
-    """ "2026.11.23" -> (2026, 11, 23).
+def version_key(version: str) -> Version:
+    """What orders versions (PEP 440).
 
     Raises:
-        UserError: it is not numbers with dots between them.
+        UserError: it is not a version, or has white space, which a release's folder is not named with.
     """
     try:
-        return tuple(int(part) for part in version.split("."))
-    except ValueError as error:
-        raise UserError(f"'{version}' is not a version: write numbers with dots between them") from error
+        if version.strip() == version:
+            return Version(version)
+    except InvalidVersion:
+        pass
+    raise UserError(f"'{version}' is not a version: write numbers with dots between them")
 
 
 def check_signature(data: bytes, signature: bytes, public_key: Path, what: Path) -> None:

@@ -35,6 +35,7 @@ def _need_extra() -> None:
     try:
         import cryptography  # noqa: F401
         import filelock  # noqa: F401
+        import packaging  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'qwen-edge[kiosk]'") from error
 
@@ -121,14 +122,14 @@ def kiosk(target: Path, host: str, port: int, serve_options: tuple[str, ...], de
 def self_test(release: Path, debug: bool) -> None:
     """Generate the bundle's recorded answer again."""
     with reported(debug):
-        import json
+        from qwen_common.files import read_json
 
         from qwen_runtime.kiosk.bundle import CONTENTS
         from qwen_runtime.kiosk.install import Release
         from qwen_runtime.kiosk.self_test import run_self_test
 
         made = Release(release)
-        contents = json.loads((made.bundle / CONTENTS).read_text(encoding="utf-8"))
+        contents = read_json(made.bundle / CONTENTS, "install the bundle again")
         run_self_test(made.artifact, contents["self_test"])
 
 

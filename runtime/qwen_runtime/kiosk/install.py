@@ -22,8 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
+from qwen_common.files import read_json, replace, sha256
 
-from qwen_runtime.artifact import sha256
 from qwen_runtime.kiosk.bundle import ARTIFACT, REQUIREMENTS, WHEELS, Bundle
 
 _LAUNCHERS = ("start.sh", "start.ps1", "qwen-edge.service", "task.xml", "README.txt")
@@ -59,10 +59,9 @@ class Release:
             UserError: the signature does not hold, or a file is missing, new or changed; names the first one.
         """
         signed = Bundle.open(self.bundle, public_key)
-        try:
-            record = json.loads((self.root / _RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.root} was not installed to its end: install the bundle again") from error
+        if not (self.root / _RECORD).is_file():
+            raise UserError(f"{self.root} was not installed to its end: install the bundle again")
+        record = read_json(self.root / _RECORD, "install the bundle again")
         found = dict(_files(self.root))
         if missing := sorted(record.keys() - found.keys()):
             raise UserError(f"{missing[0]} is missing from {self.root}: install the bundle again")
@@ -172,7 +171,7 @@ class Installation:
 
     def _make(self, release: Release, bundle: Bundle, public_key: Path, note: Callable[[str], None]) -> None:
         try:
-            needed = sum(int(entry["size"]) for entry in bundle.contents["files"].values())
+            needed = sum(entry["size"] for entry in bundle.contents["files"].values())
             free = shutil.disk_usage(self.target).free
             if free < 1.5 * needed:  # unpacked wheels
                 raise UserError(
@@ -187,7 +186,7 @@ class Installation:
             note("trying it")
             _run([str(release.command), "self-test", str(release.root)], "the new version does not work")
             record = {path: _entry(file) for path, file in _files(release.root)}
-            _write(release.root / _RECORD, json.dumps(record))
+            replace(release.root / _RECORD, json.dumps(record).encode())
         except OSError as error:
             raise UserError(
                 f"{error.strerror}: {error.filename or self.target}: free space or permit it"
@@ -196,13 +195,13 @@ class Installation:
     def _switch(self, release: Release, old: Release | None, public_key: Path) -> None:
         """Only the last step changes what is in use."""
         if not self.key.exists():
-            _write(self.key, public_key.read_text(encoding="ascii"))
+            replace(self.key, public_key.read_bytes())
         for name in _LAUNCHERS:
             if (release.bundle / name).exists():
                 shutil.copy2(release.bundle / name, self.target / name)
         if old is not None:
-            _write(self.target / "previous", old.root.name)
-        _write(self.target / "current", release.root.name)
+            replace(self.target / "previous", old.root.name.encode())
+        replace(self.target / "current", release.root.name.encode())
         kept = {release.root.name, old.root.name if old else ""}
         for path in (self.target / "releases").iterdir():
             if path.name not in kept:
@@ -218,7 +217,7 @@ class Installation:
         if previous is None or current is None or previous.root == current.root:
             raise UserError(f"{self.target} has no version to go back to: install a bundle")
         previous.check(self.key, full=True)
-        _write(self.target / "current", previous.root.name)
+        replace(self.target / "current", previous.root.name.encode())
         return previous
 
 
@@ -258,13 +257,3 @@ def _entry(path: Path) -> dict[str, object]:
         return {"link": os.readlink(path)}
     status = path.stat()
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one step, on the disk before its name is."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

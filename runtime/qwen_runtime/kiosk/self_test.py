@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_common.errors import UserError
+from qwen_common.providers import CPU
 
 from qwen_runtime.generation import Generation
 from qwen_runtime.model import Model, Sampling
@@ -43,7 +44,7 @@ def run_self_test(artifact: Path, self_test: Mapping[str, Any]) -> None:
 
 def _greedy(artifact: Path, prompt: str, count: int) -> Generation:
     # The CPU is everywhere, and the fallback; another provider's kernels may round to another token.
-    with Model.load(artifact, provider="cpu", verify=True) as model:
+    with Model.load(artifact, provider=CPU.key, verify=True) as model:
         generation = model.generate(prompt, max_tokens=count, sampling=Sampling(temperature=0), logprobs=2)
         for _ in generation:
             pass

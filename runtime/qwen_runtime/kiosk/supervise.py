@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from qwen_common.errors import UserError
+from qwen_common.providers import CPU
 
 from qwen_runtime.kiosk.install import Installation, Release
 
@@ -89,7 +90,7 @@ class _Supervisor:
     def run(self) -> None:
         ways: list[tuple[str, Callable[[], Release], str]] = [
             ("its own provider", self._trusted, "auto"),
-            ("the CPU", self._trusted, "cpu"),
+            ("the CPU", self._trusted, CPU.key),
             ("the last good version", self._last_good, "auto"),
         ]
         while not self._stopping.is_set():

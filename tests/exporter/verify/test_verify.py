@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from qwen_common import files
 from qwen_common.errors import BELOW_THE_BAR, USER_ERROR, UserError
 from qwen_export.architecture.text_config import expected_shapes
 from qwen_export.backends.onnx.plan import plan
@@ -170,7 +171,7 @@ def test_stopped_while_the_report_is_written(tmp_path: Path, monkeypatch: pytest
     """At any of the writes: the artifact stays valid."""
     artifact = exported(TINY, load_profile("cpu"), tmp_path)
     checkpoint = Checkpoint.open(str(TINY))
-    replace = verification._replace
+    replace = files.replace
     verify(artifact, checkpoint, Quiet(), tokens=256)
     for stop in range(8):
         writes = iter(range(stop))
@@ -180,7 +181,7 @@ def test_stopped_while_the_report_is_written(tmp_path: Path, monkeypatch: pytest
                 raise KeyboardInterrupt
             replace(path, content)
 
-        monkeypatch.setattr(verification, "_replace", interrupted)
+        monkeypatch.setattr(files, "replace", interrupted)
         manifest = json.loads((artifact / "manifest.json").read_text())
         report = json.loads((artifact / "report.json").read_text())
         with pytest.raises(KeyboardInterrupt):
@@ -205,7 +206,8 @@ def test_too_little_memory_to_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": None}, "exported by another version of qwen-edge"),
+        ({"settings": {}}, "exported by another version of qwen-edge"),
+        ({"settings": None}, "has no valid 'settings'"),
         ({"format_version": 99}, "artifact format 99"),
     ],
 )

@@ -1,18 +1,19 @@
-"""What an artifact holds and where it can run, from its own files; reads no weight."""
+"""What an artifact holds and where it can run, from its own files."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
+from qwen_common import manifest as manifests
 from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName, Manifest, StoredAs
+from qwen_common.providers import PROVIDERS
 
-from qwen_export.backends.onnx import package
 from qwen_export.backends.onnx.kernels import KERNELS
 
 # The type of what com.microsoft's operators take; others take indices and shapes too.
@@ -29,21 +30,22 @@ def inspect(artifact: Path) -> dict[str, Any]:
     Raises:
         UserError: not an artifact, or its files are not those that its manifest lists.
     """
-    manifest = read_manifest(artifact)
+    manifest = manifests.read(artifact)
+    manifests.check_files(artifact, manifest)
     facts = (
         *("model", "source", "profile", "backend", "provider", "device", "lowering"),
         *("onnxruntime", "openvino", "nncf", "activation_dtype", "context_length"),
     )
     found = {
         "artifact": artifact.name,
-        **{fact: manifest[fact] for fact in facts if fact in manifest},
+        **{fact: value for fact, value in manifest.items() if fact in facts},
         "bytes": sum(entry["size"] for entry in manifest["files"].values()),
         "roles": {
             role: {"bytes": manifest["bytes_by_role"][role], "precision": precision}
             for role, precision in precisions(manifest).items()
         },
     }
-    if manifest["backend"] == "openvino":
+    if manifest["backend"] == BackendName.OPENVINO:
         from qwen_export.backends.openvino.inspection import inspect_ir
 
         return found | inspect_ir(artifact, manifest)
@@ -55,7 +57,7 @@ def inspect(artifact: Path) -> dict[str, Any]:
             f"{domain}::{name}" if domain else name: n for (domain, name), n in total.most_common()
         },
         "providers": {
-            provider: _coverage(provider, total, manifest["activation_dtype"]) for provider in KERNELS
+            provider: _coverage(provider, total, manifest["activation_dtype"]) for provider in PROVIDERS
         },
     }
 
@@ -95,11 +97,12 @@ def _nodes(graph: onnx.GraphProto) -> Counter[tuple[str, str]]:
     return counts
 
 
-def precisions(manifest: Mapping[str, Any]) -> dict[str, str]:
+def precisions(manifest: Manifest) -> dict[str, str]:
     """How each role of `bytes_by_role` is stored, in words."""
-    recipe, carried = manifest["recipe"], set(manifest.get("carried_over", []))
-    by_rows = {"int8"} if manifest["backend"] == "openvino" else set()  # NNCF's have one scale a row
-    layers = manifest.get("settings", {}).get("layer_weights", {}).values()
+    recipe, carried = manifest["recipe"], set(manifest["carried_over"])
+    # NNCF's have one scale a row.
+    by_rows = {"int8"} if manifest["backend"] == BackendName.OPENVINO else set()
+    layers = manifest["settings"].get("layer_weights", {}).values()
     found = {}
     for role in manifest["bytes_by_role"]:
         forms = Counter(
@@ -111,7 +114,7 @@ def precisions(manifest: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _precision(form: dict[str, Any] | None, carried: bool, by_rows: Set[str]) -> str:
+def _precision(form: StoredAs | None, carried: bool, by_rows: Set[str]) -> str:
     if carried:
         return "int4, as in the checkpoint"
     if form is None or form["precision"] == "float":
@@ -119,26 +122,3 @@ def _precision(form: dict[str, Any] | None, carried: bool, by_rows: Set[str]) ->
     fitted = "" if form["symmetric"] else ", zero points"
     block = "one scale a row" if form["precision"] in by_rows else f"block {form['block_size']}"
     return f"{form['precision']}, {block}{fitted}"
-
-
-def read_manifest(artifact: Path) -> dict[str, Any]:
-    """The manifest of `artifact`, whose files have the sizes that it says.
-
-    Raises:
-        UserError: not an artifact, of another format, or changed since the export.
-    """
-    path = artifact / package.MANIFEST
-    if not path.is_file():
-        raise UserError(f"{artifact} has no {package.MANIFEST}: give the folder of a finished artifact")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, listed = manifest["format_version"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest ({error!r}): copy the artifact again") from error
-    if version != package.FORMAT_VERSION:
-        raise UserError(f"{artifact} has artifact format {version}: install the qwen-edge that exported it")
-    for name, entry in listed.items():
-        file = artifact / name
-        if Path(name).name != name or not file.is_file() or file.stat().st_size != entry["size"]:
-            raise UserError(f"{file} is not as the manifest says: copy the artifact again")
-    return dict(manifest)

@@ -1,6 +1,8 @@
 """Which operators, on which types, each execution provider has a kernel for: data, of the operators we use.
 
 Source: ONNX Runtime's docs/OperatorKernels.md. WebGPU and OpenVINO publish no such table.
+
+`KERNELS` has an entry for each provider of `qwen_common.providers`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ CPU: Kernels = {
     },
 }
 
+# By the provider's key; None where no table is published.
 KERNELS: dict[str, Kernels | None] = {
     "cpu": CPU,
     "cuda": CUDA,

@@ -1,27 +1,24 @@
-"""The files beside the graph: ONNX Runtime GenAI's configuration, tokenizer files, manifest."""
+"""The files beside the graph: ONNX Runtime GenAI's configuration, tokenizer files."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from qwen_common.errors import UserError
-from qwen_common.providers import PROVIDER_OPTIONS
+from qwen_common.files import as_json
+from qwen_common.providers import CPU, PROVIDERS
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.vision_config import VisionConfig
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import states
 
-FORMAT_VERSION = 1
 STAGED = "artifact"  # in the hidden folder of an export, what becomes the output
-MANIFEST = "manifest.json"
 GENAI_CONFIG = "genai_config.json"
 MODEL_FILE = "model.onnx"
 EMBEDDING_FILE = "embedding.onnx"
@@ -31,7 +28,6 @@ SPECULATIVE_FILE = "speculative.onnx"
 MTP_FILE = "mtp.onnx"
 
 _NO_TOKEN = -1
-_HASH_BLOCK = 1024 * 1024
 # The tokenizer, and the terms that the weights come under.
 COPIED_FILES = (
     "tokenizer.json",
@@ -73,8 +69,8 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
         # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
         # also its <|endoftext|>. One sequence is never padded.
         pad = _NO_TOKEN
-    options = {**PROVIDER_OPTIONS.get(profile.provider, {}), **profile.provider_options}
-    provider_options = [] if profile.provider == "cpu" else [{profile.provider: options}]
+    options = {**PROVIDERS[profile.provider].options, **profile.provider_options}
+    provider_options = [] if profile.provider == CPU.key else [{profile.provider: options}]
     return {
         "model": {
             "type": checkpoint.model_type,
@@ -180,51 +176,5 @@ def copy_files(source: Path, destination: Path) -> None:
             shutil.copyfile(source / name, destination / name)
 
 
-def manifest(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    runs_on: Mapping[str, Any],
-    context_length: int,
-    files: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What this artifact is, where it came from, and the size and SHA-256 of each of its files.
-
-    Args:
-        runs_on: what it needs of its backend.
-    """
-    return {
-        "format_version": FORMAT_VERSION,
-        "qwen_edge": version("qwen-edge"),
-        "model": {"name": model_name(checkpoint), "model_type": checkpoint.model_type},
-        "source": {"checkpoint": model_name(checkpoint), "revision": checkpoint.revision},
-        "profile": profile.name,
-        "backend": profile.backend,
-        "provider": profile.provider,
-        **runs_on,
-        "activation_dtype": profile.activation_dtype,
-        "recipe": {role: form.model_dump() for role, form in profile.weights.items()},
-        "context_length": context_length,
-        "files": dict(files),
-    }
-
-
-def model_name(checkpoint: Checkpoint) -> str:
-    """The hub id, or the folder's own name: never where it lay on this machine."""
-    return checkpoint.root.name if Path(checkpoint.source).exists() else checkpoint.source
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """{"size": bytes, "sha256": hex} of one file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def write_json(path: Path, content: Any) -> None:
     path.write_bytes(as_json(content))
-
-
-def as_json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

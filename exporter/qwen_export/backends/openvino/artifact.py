@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from qwen_common.errors import UserError
+from qwen_common.manifest import Manifest
 from qwen_profiles.schema import Profile, Role, WeightFormat
 
 from qwen_export.backends.onnx import package
@@ -25,8 +25,7 @@ from qwen_export.backends.openvino.fill import Filler
 from qwen_export.backends.openvino.load import load_model
 from qwen_export.backends.openvino.repair import repair
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.graph.model import cache_bytes_per_token
-from qwen_export.model_card import README, model_card
+from qwen_export.describe import describe
 
 if TYPE_CHECKING:
     from qwen_export.progress import Progress
@@ -43,7 +42,7 @@ _IMAGES = "image_processor.json"
 
 def write_artifact(
     checkpoint: Checkpoint, profile: Profile, calibration: Path | None, work: Path, progress: Progress
-) -> dict[str, Any]:
+) -> Manifest:
     """Write every file of the artifact to `work`/artifact; returns the manifest.
 
     Args:
@@ -104,9 +103,7 @@ def _calibrated(
     return compress(model, recipe, name, **options)
 
 
-def _describe(
-    checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: dict[Role, int]
-) -> dict[str, Any]:
+def _describe(checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: dict[Role, int]) -> Manifest:
     config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
     model = {name: config["model"][name] for name in _MODEL_FIELDS}
     if checkpoint.vision:
@@ -114,27 +111,19 @@ def _describe(
         model["vision"] = {"config_filename": _IMAGES}
         package.write_json(staged / _IMAGES, package.processor_config(checkpoint.vision))
     model["decoder"] = {"session_options": config["model"]["decoder"]["session_options"]}
-    manifest = package.manifest(
+    return describe(
         checkpoint,
         profile,
-        {"device": profile.device, "openvino": version("openvino"), "nncf": version("nncf")},
+        staged,
+        runs_on={"device": profile.device, "openvino": version("openvino"), "nncf": version("nncf")},
         context_length=model["context_length"],
-        files={path.name: package.file_entry(path) for path in sorted(staged.iterdir())},
+        files=sorted(staged.iterdir()),
+        bytes_by_role={role: size for role, size in sizes.items()},
+        carried_over=[],
+        all_logits=True,
+        image_prompt_tokens=model["context_length"],
+        runtime={"model": model, "search": config["search"]},
     )
-    manifest["settings"] = profile.model_dump(mode="json")
-    manifest["bytes_by_role"] = sizes
-    manifest["carried_over"] = []
-    manifest["all_logits"] = True
-    manifest["cache_bytes_per_token"] = cache_bytes_per_token(
-        checkpoint.config, np.dtype(profile.activation_dtype)
-    )
-    if checkpoint.vision:
-        manifest["image_prompt_tokens"] = manifest["context_length"]
-    manifest["runtime"] = {"model": model, "search": config["search"]}
-    (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
-    manifest["files"][README] = package.file_entry(staged / README)
-    package.write_json(staged / package.MANIFEST, manifest)
-    return manifest
 
 
 def _roles(checkpoint: Checkpoint) -> set[Role]:

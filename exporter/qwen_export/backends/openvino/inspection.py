@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen_common.errors import UserError
+from qwen_common.manifest import Manifest
 from qwen_runtime.backends.openvino import DEVICES, choose_device
 
 from qwen_export.backends.openvino.compress import weights
 from qwen_export.backends.openvino.stored import read_model
 
 
-def inspect_ir(artifact: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def inspect_ir(artifact: Path, manifest: Manifest) -> dict[str, Any]:
     """`stored`: element types of the weights by role, each with how many there are; `graphs`, `operators`:
     nodes by file and by kind; `devices`: whether OpenVINO finds each of them here and can run the artifact
     on it, and the reason.

@@ -51,10 +51,13 @@ def test_a_fused_artifact_says_what_others_lack(checkpoint: Path, tmp_path: Path
     assert shown.exit_code == 0 and "LinearAttention" in shown.stdout and "int8, block 128" in shown.stdout
 
 
-def test_no_weight_is_read_and_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
+def test_no_large_weight_is_read_and_what_is_no_artifact_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = make_artifact(TINY, load_profile("cpu"), tmp_path / "out", all_logits=False)
     data = artifact / "model.onnx.data"
     size = data.stat().st_size
+    monkeypatch.setattr("qwen_common.manifest.HASHED_BYTES", size)
     data.unlink()
     with data.open("wb") as file:
         file.truncate(size)  # a hole
@@ -63,4 +66,17 @@ def test_no_weight_is_read_and_what_is_no_artifact_is_refused(tmp_path: Path) ->
     assert inspect(artifact).exit_code == 2
     assert "has no manifest.json" in inspect(tmp_path).stderr
     (artifact / "manifest.json").write_text("[]")
-    assert "is not a manifest" in inspect(artifact).stderr
+    assert "is not a JSON object" in inspect(artifact).stderr
+
+
+def test_as_qwen_run_it_refuses_what_changed_and_reads_what_is_old(tmp_path: Path) -> None:
+    artifact = make_artifact(TINY, load_profile("cpu"), tmp_path / "out", all_logits=False)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    del manifest["backend"]
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    done = inspect(artifact, "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["backend"] == "onnx"
+    config = artifact / "genai_config.json"
+    config.write_text(config.read_text().replace("0", "1"))  # of the same size
+    done = inspect(artifact)
+    assert done.exit_code == 2 and "genai_config.json changed since the export" in done.stderr

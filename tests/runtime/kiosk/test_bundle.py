@@ -1,0 +1,68 @@
+"""A bundle's list of contents: versions in their order, and what is signed and still no list."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+from qwen_common.errors import UserError
+from qwen_export.bundle.assemble import seal
+from qwen_export.bundle.keys import make_keys, sign
+from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE, Bundle, version_key
+
+FACTS = {
+    "name": "tiny",
+    "version": "1.2",
+    "platform": "linux_x86_64",
+    "python": "3.11",
+    "provider": "cpu",
+    "self_test": {"prompt": "Hello", "tokens": [1]},
+}
+
+
+@pytest.mark.parametrize(
+    "older,newer",
+    [
+        ("1.9", "1.10"),
+        ("2026.11.05.080910", "2026.11.23.101500"),
+        ("1.0rc1", "1.0"),
+        ("1.0", "1.0.post1"),
+        ("2026.1", "1!1.0"),
+    ],
+)
+def test_versions_in_their_order(older: str, newer: str) -> None:
+    assert version_key(older) < version_key(newer)
+    assert version_key(newer) == Version(newer)
+
+
+@pytest.mark.parametrize("text", ["", "1..2", "one", "1.2/../..", "../1", " 1.2", "1.2\n", "1,2", "１.２"])
+def test_what_is_no_version(text: str) -> None:
+    with pytest.raises(UserError, match="is not a version: write numbers with dots between them"):
+        version_key(text)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"format_version": 2}, "has bundle format 2"),
+        ({"version": 1.2}, "has no valid 'version'"),
+        ({"self_test": {"prompt": "Hello", "tokens": ["1"]}}, "has no valid 'self_test.tokens.0'"),
+        ({"files": {"a": {"size": "1", "sha256": "0"}}}, "has no valid 'files.a.size'"),
+        ({"files": []}, "has no valid 'files'"),
+        (None, "is not a JSON object"),
+    ],
+)
+def test_what_is_signed_and_malformed(change: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    key, folder = tmp_path / "kiosk.key", tmp_path / "bundle"
+    public = make_keys(key)
+    folder.mkdir()
+    contents = seal(folder, FACTS, key)
+    assert Bundle.open(folder, public).version == Version("1.2")
+    data = json.dumps(["bundle"] if change is None else contents | change).encode()
+    (folder / CONTENTS).write_bytes(data)
+    (folder / SIGNATURE).write_bytes(sign(data, key))
+    with pytest.raises(UserError, match=message):
+        Bundle.open(folder, public)
