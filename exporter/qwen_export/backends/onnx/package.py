@@ -15,7 +15,7 @@ from qwen_common.errors import UserError
 from qwen_common.providers import PROVIDER_OPTIONS
 from qwen_profiles.schema import Profile
 
-from qwen_export.architecture.vision_config import VisionConfig
+from qwen_export.architecture.vision import VisionConfig
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import states
 
