@@ -39,9 +39,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
-from qwen_export.architecture.text_config import load_config
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.onnx.plan import plan
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.config import load_config
 from qwen_export.export import export
 from qwen_profiles.schema import Profile, load_profile
 from rich.console import Console
@@ -117,7 +118,7 @@ def bytes_read(checkpoint: Path, profile: Profile) -> int:
     sizes = plan(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
     if not config.tie_word_embeddings:
         sizes.pop("embedding")
-    if config.num_experts:
+    if isinstance(config, MoeTextConfig):
         sizes["experts"] = sizes["experts"] * config.num_experts_per_tok // config.num_experts
     return sum(sizes.values())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from qwen_export.architecture.text_config import expected_shapes, load_config
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.config import load_config
 from rich.console import Console
 from rich.table import Table
 
@@ -66,11 +67,8 @@ def parameters(checkpoint: Path) -> tuple[int, int]:
     """All parameters, and the bytes of the largest tensor."""
     tensors = Checkpoint.open(str(checkpoint)).tensors
     count = 0
-    for shape in expected_shapes(load_config(checkpoint)).values():
-        size = 1
-        for axis in shape:
-            size *= axis
-        count += size
+    for spec in load_config(checkpoint).tensors().values():
+        count += math.prod(spec.shape)
     return count, max(info.nbytes for info in tensors.values())
 
 

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from qwen_export.architecture.text_config import expected_shapes, load_config, mtp_shapes
+from qwen_export.architecture.mtp import mtp_tensors
+from qwen_export.checkpoint.config import load_config
 
 _FAMILY: dict[str, Any] = {
     "vocab_size": 248320,
@@ -109,8 +110,9 @@ def write_checkpoint(
     rng = np.random.default_rng(seed)
     block = (0.02 * rng.standard_normal(_BLOCK, dtype=np.float32)).astype(_BFLOAT16)
     geometry = load_config(folder)
-    head = mtp_shapes(geometry) if geometry.mtp_num_hidden_layers else {}
-    shards = list(_shards({**expected_shapes(geometry), **head}))
+    head = mtp_tensors(geometry) if geometry.mtp_num_hidden_layers else {}
+    specs = {**geometry.tensors(), **head}
+    shards = list(_shards({name: spec.shape for name, spec in specs.items()}))
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"

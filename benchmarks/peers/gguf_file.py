@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 
 _BLOCK_ROWS = 64  # rows of random weights that are quantised; every tensor repeats them
 

@@ -31,7 +31,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from qwen_export.architecture.text_config import expected_shapes
 from qwen_export.backends.onnx.inspection import inspect, precisions
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -249,7 +248,7 @@ def _chosen(
         limit = None if size is None else int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError as error:
         raise UserError(f"'{size}' is no size: write 18GB, or 900MB") from error
-    checkpoint.check(expected_shapes(checkpoint.config))
+    checkpoint.check(checkpoint.config.tensors())
     with _progress(progress, "sensitivity", _STEPS) as shown:
         return auto_precision(checkpoint, profile, calibration, shown, size=limit, bits=bits)
 

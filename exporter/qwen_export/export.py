@@ -25,12 +25,11 @@ from qwen_common.manifest import BackendName, Manifest
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 
-from qwen_export.architecture.text_config import expected_shapes, mtp_shapes
-from qwen_export.architecture.vision_config import vision_shapes
+from qwen_export.architecture.mtp import MTP, declares_mtp, mtp_tensors
 from qwen_export.backends.onnx import package
 from qwen_export.backends.onnx.plan import Plan, plan
 from qwen_export.backends.onnx.stream import Journal, StoredWith, nearest, source_bytes, write_weights
-from qwen_export.checkpoint.checkpoint import MTP, Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.describe import describe, model_name
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.output import check_output, put_in_place, work_folder
@@ -49,11 +48,11 @@ def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bo
     config = checkpoint.config
     if not profile.mtp:
         reason = f"profile {profile.name}'s runtime cannot use it"
-    elif reason is None and (config.mtp_num_hidden_layers != 1 or config.mtp_use_dedicated_embeddings):
+    elif reason is None and not declares_mtp(config):
         reason = "it is not one layer that shares the model's embedding"
     elif reason is None:
         try:
-            checkpoint.check(mtp_shapes(config))
+            checkpoint.check(mtp_tensors(config))
             return True
         except UserError as error:
             reason = str(error)
@@ -95,9 +94,9 @@ def export(
         checkpoint = replace(checkpoint, config=config)
         profile = profile.model_copy(update={"context_length": max_context})
     check_output(output, checkpoint.root, force)
-    checkpoint.check(expected_shapes(checkpoint.config))
+    checkpoint.check(checkpoint.config.tensors())
     if checkpoint.vision:
-        checkpoint.check(vision_shapes(checkpoint.vision))
+        checkpoint.check(checkpoint.vision.tensors())
     if profile.backend == BackendName.OPENVINO:
         from qwen_export.backends.openvino.artifact import require_libraries, write_artifact
 
@@ -163,7 +162,7 @@ def _export(
         context_length=context,
         files=paths,
         bytes_by_role=planned.bytes_by_role(),
-        carried_over=planned.carried_roles(),
+        carried_over=planned.prequantized_roles(),
         all_logits=all_logits,
         image_prompt_tokens=min(planned.max_run_tokens or context, context),
     )

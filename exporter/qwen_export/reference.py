@@ -2,6 +2,9 @@
 
 Memory holds one tile of one weight and the activations, whatever the model's size. The recurrence is written
 token by token, as the paper defines it, so that it shares no algebra with the graphs that are compared to it.
+It also says names and order of the tensors itself, where the graphs read them from the tables of
+`architecture`. What both share is the reading: the configuration, the checkpoint's tensors, and the rotary
+embedding's frequencies (`architecture.yarn`).
 Source: transformers' Qwen3_5Model and Qwen3_5MoeModel.
 """
 
@@ -12,9 +15,10 @@ from collections.abc import Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.architecture.yarn import inverse_frequencies
-from qwen_export.checkpoint.sources import Source
+from qwen_export.checkpoint.tensor import CheckpointTensor
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
 _STATES = 4  # recurrent states worked on at a time, so that they stay in the CPU's cache
@@ -24,7 +28,7 @@ _L2_EPSILON = 1e-6  # transformers' l2norm
 class Weights:
     """Tensors by their names in the checkpoint, as what a model does with them; all results are float32."""
 
-    def __init__(self, tensors: Mapping[str, Source]) -> None:
+    def __init__(self, tensors: Mapping[str, CheckpointTensor]) -> None:
         self._tensors = tensors
 
     def __contains__(self, name: str) -> bool:
@@ -86,8 +90,9 @@ def layer(config: TextConfig, weights: Weights, index: int, hidden: np.ndarray) 
     mixer = {"full_attention": _attention, "linear_attention": _gated_delta_net}[config.layer_types[index]]
     hidden = hidden + mixer(config, weights, name, normed)
     normed = _rms_norm(config, weights, f"{name}.post_attention_layernorm.weight", hidden)
-    feed_forward = _mixture_of_experts if config.num_experts else _mlp
-    return hidden + feed_forward(config, weights, f"{name}.mlp", normed)
+    if isinstance(config, MoeTextConfig):
+        return hidden + _mixture_of_experts(config, weights, f"{name}.mlp", normed)
+    return hidden + _mlp(weights, f"{name}.mlp", normed)
 
 
 def forward(config: TextConfig, weights: Weights, ids: np.ndarray) -> Iterator[np.ndarray]:
@@ -99,14 +104,13 @@ def forward(config: TextConfig, weights: Weights, ids: np.ndarray) -> Iterator[n
         yield hidden
 
 
-def _mlp(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+def _mlp(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
     gate = weights.linear(f"{name}.gate_proj.weight", x)
     up = weights.linear(f"{name}.up_proj.weight", x)
     return weights.linear(f"{name}.down_proj.weight", _silu(gate) * up)
 
 
-def _mixture_of_experts(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    assert config.num_experts is not None
+def _mixture_of_experts(config: MoeTextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
     tokens = x.reshape(-1, x.shape[-1])
     probabilities = softmax(weights.linear(f"{name}.gate.weight", tokens))
     chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : config.num_experts_per_tok]
@@ -119,7 +123,7 @@ def _mixture_of_experts(config: TextConfig, weights: Weights, name: str, x: np.n
         gate, up = np.split(both, 2, axis=-1)
         found = weights.linear(f"{name}.experts.down_proj", _silu(gate) * up, int(expert))
         routed[token] += found * share[token, place, None]
-    shared = _mlp(config, weights, f"{name}.shared_expert", tokens)
+    shared = _mlp(weights, f"{name}.shared_expert", tokens)
     shared *= _sigmoid(weights.linear(f"{name}.shared_expert_gate.weight", tokens))
     return (routed + shared).reshape(x.shape)
 

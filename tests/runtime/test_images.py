@@ -18,8 +18,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from qwen_common.errors import UserError
-from qwen_export.architecture.vision_config import load_vision_config
 from qwen_export.backends.onnx.package import processor_config
+from qwen_export.checkpoint.config import load_vision_config
 from qwen_runtime import Model, Sampling
 from qwen_runtime.cli import main
 from qwen_runtime.images import ImageSettings, cut_patches, expand, open_image, vision_inputs

@@ -1,1 +1,1 @@
-"""What the config of a model says: its geometry, and every tensor that a checkpoint of it must hold."""
+"""What a model is made of: its geometry, and every tensor with its name, shape and role."""

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 
-from qwen_export.architecture.text_config import RopeParameters, TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.rope import RopeParameters
 
 
 def inverse_frequencies(config: TextConfig) -> tuple[np.ndarray, float]:

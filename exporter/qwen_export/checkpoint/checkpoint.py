@@ -6,27 +6,22 @@ bound.
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from qwen_common.errors import UserError
-from safetensors import SafetensorError, safe_open
 
-from qwen_export.architecture.text_config import TextConfig, load_config, quantization_config
-from qwen_export.architecture.vision_config import VisionConfig, load_vision_config
-from qwen_export.checkpoint.sources import DTYPES, Source, TensorInfo, assemble
-
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE", "NOTICE"]
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-# The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.
-_WRAPPED, _PLAIN = "model.language_model.", "model."
-MTP = "mtp."  # begins the names of the multi-token-prediction head's tensors
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.mtp import MTP
+from qwen_export.architecture.tensors import TensorSpec
+from qwen_export.architecture.vision import VisionConfig
+from qwen_export.checkpoint.config import load_config, load_vision_config, quantization_config
+from qwen_export.checkpoint.hub import download, refuse_links_out
+from qwen_export.checkpoint.quantization import assemble
+from qwen_export.checkpoint.shards import refuse_gguf, shard_tensors
+from qwen_export.checkpoint.tensor import CheckpointTensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Checkpoint:
     source: str
     revision: str | None
     config: TextConfig
-    tensors: Mapping[str, Source]
+    tensors: Mapping[str, CheckpointTensor]
     vision: VisionConfig | None = None
     mtp_problem: str | None = None
 
@@ -64,14 +59,15 @@ class Checkpoint:
                 outside the folder or linked to from it, or tensors in a form that is not supported.
         """
         local = Path(source)
-        _refuse_gguf(local)
+        refuse_gguf(local)
         if local.is_dir():
             root, commit = local.resolve(), None
         else:
-            root, commit = _download(source, revision)
-        _refuse_links_out(root)
+            root = download(source, revision)
+            commit = root.name
+        refuse_links_out(root)
         config = load_config(root)
-        stored, quantization = dict(_tensors(root)), quantization_config(root)
+        stored, quantization = shard_tensors(root), quantization_config(root)
         head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}
         tensors, mtp_problem = assemble(stored, quantization), None
         try:
@@ -86,121 +82,22 @@ class Checkpoint:
         """As ONNX Runtime GenAI calls it: with a vision tower, without `_text` at its end."""
         return self.config.model_type.removesuffix("_text") if self.vision else self.config.model_type
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, expected: Mapping[str, TensorSpec]) -> None:
         """Compare names and shapes with what the configuration asks for.
 
         Raises:
             UserError: a tensor is missing or has another shape; names the first one.
         """
-        for name, shape in expected.items():
+        for name, spec in expected.items():
             if name not in self.tensors:
                 raise UserError(f"the checkpoint has no tensor {name}: is a shard missing from {self.root}?")
             found = self.tensors[name].shape
-            if found != shape:
+            if found != spec.shape:
                 raise UserError(
-                    f"tensor {name} has shape {found} where config.json says {shape}: "
+                    f"tensor {name} has shape {found} where config.json says {spec.shape}: "
                     "config and weights are not of the same model"
                 )
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of axis 0 of one tensor; see `Source.read`."""
+        """Rows `start` to `stop` of axis 0 of one tensor; see `CheckpointTensor.read`."""
         return self.tensors[name].read(start, stop)
-
-
-def _download(source: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-
-    looks_local = source.startswith((".", "~", "/")) or source.count("/") != 1 or "\\" in source
-    if looks_local:
-        raise UserError(f"no folder {source}: give a checkpoint folder or a hub id like Qwen/Qwen3.5-0.8B")
-    try:
-        root = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES)).resolve()
-    except Exception as error:  # the library's own errors, and those of whichever HTTP client it uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"no folder {source}, and the hub did not give it ({reason}): check name and network"
-        ) from error
-    return root, root.name  # a snapshot's folder is named after its commit
-
-
-def _refuse_gguf(source: Path) -> None:
-    """A file, a folder that has nothing else, or a hub id that is named after the format."""
-    if source.is_dir():
-        is_gguf = any(source.glob("*.gguf")) and not any(source.glob("*.safetensors"))
-    else:
-        is_gguf = source.name.lower().endswith("gguf")
-    if is_gguf:
-        raise UserError(f"{source} holds GGUF, which is not supported yet: give the safetensors checkpoint")
-
-
-def _refuse_links_out(root: Path) -> None:
-    """No link brings a file from elsewhere into an artifact; a hub snapshot links into its own cache."""
-    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    for pattern in _HUB_FILES:
-        for path in root.glob(pattern):
-            target = path.resolve()
-            if not any(target.is_relative_to(home) for home in homes):
-                raise UserError(f"{path.name} is a link out of {root}: put the file itself there")
-
-
-def _tensors(root: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Every stored tensor of the text model, by its canonical name."""
-    owner: dict[str, str] = {}
-    for shard, listed in _shards(root).items():
-        entries, data = _header(root / shard)
-        for name in listed:
-            if name not in entries:
-                raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
-        for stored_name, entry in entries.items():
-            name = stored_name
-            if name.startswith(_WRAPPED):
-                name = _PLAIN + name.removeprefix(_WRAPPED)
-            if name in owner:
-                raise UserError(f"tensor {name} is in both {owner[name]} and {shard}: remove the wrong one")
-            if entry["dtype"] not in DTYPES:
-                raise UserError(
-                    f"tensor {name} is {entry['dtype']}, which is not supported yet: give a checkpoint in "
-                    "bf16, fp16, fp32, FP8, GPTQ or AWQ"
-                )
-            owner[name] = shard
-            dtype, offset = DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
-            yield name, TensorInfo(name, dtype, tuple(entry["shape"]), root / shard, offset)
-
-
-def _shards(root: Path) -> dict[str, list[str]]:
-    """Shard file name -> the tensors that the index expects in it ([] where there is no index)."""
-    index = root / _INDEX
-    if (root / _SINGLE).is_file():  # comes first in transformers too
-        return {_SINGLE: []}
-    if not index.is_file():
-        if any(root.glob("*.bin")):
-            raise UserError(f"{root} holds pickled weights, which are never loaded: convert to safetensors")
-        raise UserError(f"{root} has neither {_SINGLE} nor {_INDEX}: is the download complete?")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[str, list[str]] = {}
-        for name, shard in weight_map.items():
-            shards.setdefault(str(shard), []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{_INDEX} is not a shard index ({error!r}): download it again") from error
-    for shard in shards:
-        # A plain file name; files of a hub snapshot may be links, which is the hub cache's own layout.
-        if Path(shard).name != shard or "\\" in shard or shard in (".", ".."):
-            raise UserError(f"{_INDEX} names a file outside the folder: {shard}")
-        if not (root / shard).is_file():
-            raise UserError(f"shard {shard} is missing: download it into {root}")
-    return shards
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """Entries by tensor name, and where the data begins: after 8 bytes of length and a JSON header."""
-    try:
-        with safe_open(path, framework="numpy"):  # refuses whatever is malformed or truncated
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"shard {path.name} is truncated or damaged ({error}): download it again") from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    return entries, 8 + length

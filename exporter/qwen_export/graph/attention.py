@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import rms_norm
@@ -85,7 +85,7 @@ def attention(
     normed = rms_norm(
         g, g.reshape(queries_keys, 0, 0, heads + kv_heads, dim), g.constant(np.ones(dim)), config.rms_norm_eps
     )
-    normed = g.op("Mul", normed, *g.weight(_head_norms(g, config, name)))
+    normed = g.op("Mul", normed, *g.weight(_head_norms(config, recipe, name)))
     turned = rotate(g, normed, table, heads + kv_heads, dim, config.rotary_dim)
     query, key = g.ops("Split", turned, g.ints(heads * dim, kv_heads * dim), outputs=2, axis=-1)
 
@@ -97,13 +97,7 @@ def attention(
         outputs.append(output)
         presents.append(past)
     gated = g.op("Mul", joined(g, outputs), g.op("Sigmoid", gate))
-    out = projection(
-        recipe,
-        f"{name}.o_proj",
-        "attention",
-        heads * dim,
-        Rows(f"{name}.o_proj.weight", 0, config.hidden_size),
-    )
+    out = projection(recipe, f"{name}.o_proj", recipe.whole(f"{name}.o_proj.weight"))
     return linear(g, recipe, gated, out), presents
 
 
@@ -111,25 +105,23 @@ def _query_key_value_gate(config: TextConfig, recipe: Recipe, name: str) -> Weig
     """One projection [q | k | v | gate]; the checkpoint's q_proj alternates query and gate by head."""
     dim = config.head_dim
     starts = [2 * dim * head for head in range(config.num_attention_heads)]
-    kv = config.num_key_value_heads * dim
     return projection(
         recipe,
         f"{name}.qkv_gate_proj",
-        "attention",
-        config.hidden_size,
         *(Rows(f"{name}.q_proj.weight", start, start + dim) for start in starts),
-        Rows(f"{name}.k_proj.weight", 0, kv),
-        Rows(f"{name}.v_proj.weight", 0, kv),
+        recipe.whole(f"{name}.k_proj.weight"),
+        recipe.whole(f"{name}.v_proj.weight"),
         *(Rows(f"{name}.q_proj.weight", start + dim, start + 2 * dim) for start in starts),
     )
 
 
-def _head_norms(g: GraphBuilder, config: TextConfig, name: str) -> Weight:
+def _head_norms(config: TextConfig, recipe: Recipe, name: str) -> Weight:
     """q_norm once per query head, then k_norm once per key head: [heads + kv_heads, head_dim]."""
-    rows = [Rows(f"{name}.q_norm.weight", 0, config.head_dim)] * config.num_attention_heads
-    rows += [Rows(f"{name}.k_norm.weight", 0, config.head_dim)] * config.num_key_value_heads
+    query = recipe.floats(f"{name}.q_norm.weight", transform=one_plus, name=f"{name}.qk_norm.weight")
+    rows = query.rows * config.num_attention_heads
+    rows += (recipe.whole(f"{name}.k_norm.weight"),) * config.num_key_value_heads
     shape = (config.num_attention_heads + config.num_key_value_heads, config.head_dim)
-    return Weight(f"{name}.qk_norm.weight", "norm", tuple(rows), (), g.dtype, one_plus, reshaped=shape)
+    return replace(query, rows=rows, reshaped=shape)
 
 
 def _grouped_query_attention(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen_export.architecture.text_config import TextConfig
-from qwen_export.architecture.vision_config import VisionConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.vision import VisionConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import take_rows
 from qwen_export.graph.model import vocabulary

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.tokens import joined, pieces
-from qwen_export.graph.weights import Rows, Weight, negative_exp
+from qwen_export.graph.weights import negative_exp
 
 _L2_EPSILON = 1e-6  # transformers' l2norm
 _FLOAT32 = np.dtype(np.float32)
@@ -87,10 +87,8 @@ def gated_delta_net(
     in_proj = projection(
         recipe,
         f"{name}.in_proj_qkvz",
-        "linear_attention",
-        config.hidden_size,
-        Rows(f"{name}.in_proj_qkv.weight", 0, config.conv_dim),
-        Rows(f"{name}.in_proj_z.weight", 0, config.value_dim),
+        recipe.whole(f"{name}.in_proj_qkv.weight"),
+        recipe.whole(f"{name}.in_proj_z.weight"),
     )
     mixed, z = g.ops(
         "Split",
@@ -99,11 +97,11 @@ def gated_delta_net(
         outputs=2,
         axis=-1,
     )
-    decay, beta = _gates(g, config, recipe, name, x)
+    decay, beta = _gates(g, recipe, name, x)
     recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
     outputs, presents = [], []
     for entering, decays, betas in pieces(g, mixed, decay, beta):
-        convolved, past_conv = _causal_conv(g, config, name, entering, past_conv)
+        convolved, past_conv = _causal_conv(g, config, recipe, name, entering, past_conv)
         output, past_state = recurrence(g, config, convolved, decays, betas, past_state, masks)
         outputs.append(output)
         presents.append((past_conv, past_state))
@@ -111,38 +109,18 @@ def gated_delta_net(
 
     # The portable form keeps this norm in float32, as the recurrence before it.
     norm_dtype = g.dtype if g.target.has("LinearAttention") else _FLOAT32
-    norm = Weight(
-        f"{name}.norm.weight",
-        "norm",
-        (Rows(f"{name}.norm.weight", 0, config.linear_value_head_dim),),
-        (),
-        norm_dtype,
-    )
+    norm = recipe.floats(f"{name}.norm.weight", norm_dtype)
     normed = gated_rms_norm(g, output, norm, z, config.linear_num_value_heads, config.rms_norm_eps)
-    out_proj = projection(
-        recipe,
-        f"{name}.out_proj",
-        "linear_attention",
-        config.value_dim,
-        Rows(f"{name}.out_proj.weight", 0, config.hidden_size),
-    )
+    out_proj = projection(recipe, f"{name}.out_proj", recipe.whole(f"{name}.out_proj.weight"))
     return linear(g, recipe, normed, out_proj), presents
 
 
 def _causal_conv(
-    g: GraphBuilder, config: TextConfig, name: str, mixed: ir.Value, past: ir.Value
+    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, mixed: ir.Value, past: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """Depthwise causal convolution and SiLU: [B, T, C] -> [B, T, C], and the last kernel - 1 inputs."""
     channels, kernel = config.conv_dim, config.linear_conv_kernel_dim
-    (weight,) = g.weight(
-        Weight(
-            f"{name}.conv1d.weight",
-            "conv",
-            (Rows(f"{name}.conv1d.weight", 0, channels),),
-            (1, kernel),
-            g.dtype,
-        )
-    )
+    (weight,) = g.weight(recipe.floats(f"{name}.conv1d.weight"))
     mixed = g.op("Transpose", mixed, perm=[0, 2, 1])
     if g.target.has("CausalConvWithState"):
         # The schema says that the bias may be absent; the CPU kernel wants it.
@@ -161,26 +139,17 @@ def _causal_conv(
     return g.op("Transpose", convolved, perm=[0, 2, 1]), present
 
 
-def _gates(
-    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def _gates(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """decay = -exp(A_log) softplus(a + dt_bias), in log space, and beta = sigmoid(b): [B, T, Hv] each."""
-    heads = config.linear_num_value_heads
     in_proj = projection(
         recipe,
         f"{name}.in_proj_ab",
-        "gate",
-        config.hidden_size,
-        Rows(f"{name}.in_proj_a.weight", 0, heads),
-        Rows(f"{name}.in_proj_b.weight", 0, heads),
+        recipe.whole(f"{name}.in_proj_a.weight"),
+        recipe.whole(f"{name}.in_proj_b.weight"),
     )
     a, b = g.ops("Split", linear(g, recipe, x, in_proj), outputs=2, axis=-1, num_outputs=2)
-    (dt_bias,) = g.weight(
-        Weight(f"{name}.dt_bias", "gate", (Rows(f"{name}.dt_bias", 0, heads),), (), _FLOAT32)
-    )
-    (scale,) = g.weight(
-        Weight(f"{name}.decay_scale", "gate", (Rows(f"{name}.A_log", 0, heads),), (), _FLOAT32, negative_exp)
-    )
+    (dt_bias,) = g.weight(recipe.floats(f"{name}.dt_bias", _FLOAT32))
+    (scale,) = g.weight(recipe.floats(f"{name}.A_log", _FLOAT32, negative_exp, f"{name}.decay_scale"))
     if g.target.has("LinearAttentionGate"):
         decay, beta = g.ops("LinearAttentionGate", a, dt_bias, scale, b, outputs=2)
         return decay, beta

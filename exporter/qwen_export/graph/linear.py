@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from qwen_profiles.schema import Role
 
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.recipe import Recipe
@@ -14,10 +13,11 @@ from qwen_export.graph.weights import Rows, Storage, Weight
 from qwen_export.quantize.blockwise import Quantization
 
 
-def projection(recipe: Recipe, name: str, role: Role, in_features: int, *rows: Rows) -> Weight:
-    """The weight of one projection: rows of one or several checkpoint tensors, stored by the recipe."""
-    storage = recipe.storage(role, in_features, [part.tensor for part in rows])
-    return Weight(name, role, rows, (in_features,), storage)
+def projection(recipe: Recipe, name: str, *rows: Rows) -> Weight:
+    """The weight of one projection: rows of one or several checkpoint tensors of the same role and width."""
+    tensors = [part.tensor for part in rows]
+    role, (in_features,) = recipe.role(tensors[0]), recipe.specs[tensors[0]].shape[1:]
+    return Weight(name, role, rows, (in_features,), recipe.storage(role, in_features, tensors))
 
 
 def linear(g: GraphBuilder, recipe: Recipe, x: ir.Value, weight: Weight) -> ir.Value:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from qwen_profiles.schema import Role
 
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.weights import Rows
 
 
-def mlp(
-    g: GraphBuilder, recipe: Recipe, name: str, role: Role, x: ir.Value, hidden: int, inner: int
-) -> ir.Value:
+def mlp(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
     """x [batch, sequence, hidden] -> the same shape. Source: transformers' Qwen3_5MLP."""
     gate_up = projection(
         recipe,
         f"{name}.gate_up_proj",
-        role,
-        hidden,
-        Rows(f"{name}.gate_proj.weight", 0, inner),
-        Rows(f"{name}.up_proj.weight", 0, inner),
+        recipe.whole(f"{name}.gate_proj.weight"),
+        recipe.whole(f"{name}.up_proj.weight"),
     )
-    down = projection(recipe, f"{name}.down_proj", role, inner, Rows(f"{name}.down_proj.weight", 0, hidden))
+    down = projection(recipe, f"{name}.down_proj", recipe.whole(f"{name}.down_proj.weight"))
     gate, up = g.ops("Split", linear(g, recipe, x, gate_up), outputs=2, axis=-1, num_outputs=2)
     # QuickGelu(x) = x * sigmoid(alpha * x), which is SiLU for alpha = 1.
     return linear(g, recipe, g.op("Mul", g.op("QuickGelu", gate, alpha=1.0), up), down)

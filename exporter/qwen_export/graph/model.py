@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
@@ -17,7 +18,7 @@ from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
-from qwen_export.graph.weights import Rows, Weight
+from qwen_export.graph.weights import Weight
 
 Shape = tuple[int | str, ...]
 
@@ -113,7 +114,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     for layer, layer_type in enumerate(config.layer_types):
         name = f"model.layers.{layer}"
         with g.scope(name):
-            x, residual = _next_norm(g, config, f"{name}.input_layernorm", update, residual)
+            x, residual = _next_norm(g, config, recipe, f"{name}.input_layernorm", update, residual)
             first_past, second_past = past[layer]
             if layer_type == "full_attention":
                 with g.scope("self_attn"):
@@ -129,10 +130,10 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
                 for state, value in zip(carried[layer], present, strict=True):
                     called = f"{state.present}.{count}" if g.pairs else state.present
                     g.output(value, called, state.dtype, state.present_shape)
-            x, residual = _next_norm(g, config, f"{name}.post_attention_layernorm", update, residual)
+            x, residual = _next_norm(g, config, recipe, f"{name}.post_attention_layernorm", update, residual)
             update = feed_forward(g, config, recipe, f"{name}.mlp", x)
 
-    x, _ = _next_norm(g, config, "model.norm", update, residual)
+    x, _ = _next_norm(g, config, recipe, "model.norm", update, residual)
     length: int | str
     if options.hidden_states:
         g.output(x, "hidden_states", g.dtype, ("batch_size", "sequence_length", config.hidden_size))
@@ -159,29 +160,31 @@ def last_positions(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:
 def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
     """A layer's second block: a mixture of experts, or one MLP."""
     with g.scope("mlp"):
-        if config.num_experts:
+        if isinstance(config, MoeTextConfig):
             return mixture_of_experts(g, config, recipe, name, x)
-        return mlp(g, recipe, name, "mlp", x, config.hidden_size, config.intermediate_size)
+        return mlp(g, recipe, name, x)
 
 
 def vocabulary(config: TextConfig, recipe: Recipe) -> tuple[Weight, Weight]:
     """lm_head and embedding; the same weight when the checkpoint ties them."""
-    embedding = Rows("model.embed_tokens.weight", 0, config.vocab_size)
+    embedding = recipe.whole("model.embed_tokens.weight")
     if config.tie_word_embeddings:
-        tied = projection(recipe, "lm_head", "lm_head", config.hidden_size, embedding)
+        tied = projection(recipe, "lm_head", embedding)
         return tied, tied
-    head = Rows("lm_head.weight", 0, config.vocab_size)
-    return (
-        projection(recipe, "lm_head", "lm_head", config.hidden_size, head),
-        projection(recipe, "model.embed_tokens", "embedding", config.hidden_size, embedding),
-    )
+    head = projection(recipe, "lm_head", recipe.whole("lm_head.weight"))
+    return head, projection(recipe, "model.embed_tokens", embedding)
 
 
 def _next_norm(
-    g: GraphBuilder, config: TextConfig, name: str, update: ir.Value | None, residual: ir.Value
+    g: GraphBuilder,
+    config: TextConfig,
+    recipe: Recipe,
+    name: str,
+    update: ir.Value | None,
+    residual: ir.Value,
 ) -> tuple[ir.Value, ir.Value]:
     """Add a block's output to the residual and norm the sum; the first norm has nothing to add."""
-    scale = norm_weight(g, name, config.hidden_size)
+    scale = norm_weight(g, recipe, name)
     if update is None:
         return rms_norm(g, residual, scale, config.rms_norm_eps), residual
     return add_rms_norm(g, update, residual, scale, config.rms_norm_eps)

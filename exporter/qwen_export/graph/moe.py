@@ -4,68 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, product
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.tokens import joined, pieces
-from qwen_export.graph.weights import Rows, Weight, interleave_gate_up
+from qwen_export.graph.weights import Storage, Weight, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization
 
 
 def mixture_of_experts(
-    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value
+    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: ir.Value
 ) -> ir.Value:
     """x [batch, sequence, hidden] -> the same shape. Source: transformers' Qwen3_5MoeSparseMoeBlock."""
-    assert config.num_experts is not None
-    logits = linear(g, recipe, x, _router(g, config, f"{name}.gate", config.num_experts))
+    logits = linear(g, recipe, x, recipe.floats(f"{name}.gate.weight"))
     routed_experts = _fused_experts if g.target.has("QMoE") else _portable_experts
     routed = joined(
         g,
         [routed_experts(g, config, recipe, f"{name}.experts", *run) for run in pieces(g, x, logits)],
     )
     with g.scope("shared_expert"):
-        hidden, inner = config.hidden_size, config.shared_expert_intermediate_size
-        shared = mlp(g, recipe, f"{name}.shared_expert", "shared_expert", x, hidden, inner)
-        gate = linear(g, recipe, x, _router(g, config, f"{name}.shared_expert_gate", 1))
+        shared = mlp(g, recipe, f"{name}.shared_expert", x)
+        gate = linear(g, recipe, x, recipe.floats(f"{name}.shared_expert_gate.weight"))
         return g.op("Add", routed, g.op("Mul", shared, g.op("Sigmoid", gate)))
 
 
-def _router(g: GraphBuilder, config: TextConfig, name: str, rows: int) -> Weight:
-    """Never quantised: a wrong choice of experts costs far more than the bytes."""
-    return Weight(
-        f"{name}.weight", "router", (Rows(f"{name}.weight", 0, rows),), (config.hidden_size,), g.dtype
-    )
-
-
 def _fused_experts(
-    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
+    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
 ) -> ir.Value:
     """The chosen experts' MLPs, weighted by the router's probabilities among the chosen, as one operator.
 
     logits [batch, sequence, experts].
     """
-    assert config.num_experts is not None
-    experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
     # QMoE has one block size, which must divide the rows of both projections.
-    stacks = [f"{name}.gate_up_proj", f"{name}.down_proj"]
-    storage = recipe.storage("experts", math.gcd(hidden, inner), stacks, whole_blocks=True)
-    gate_up = Weight(
-        f"{name}.gate_up_proj",
-        "experts",
-        (Rows(f"{name}.gate_up_proj", 0, experts),),
-        (2 * inner, hidden),
-        storage,
-        interleave_gate_up,
-    )
-    down = Weight(
-        f"{name}.down_proj", "experts", (Rows(f"{name}.down_proj", 0, experts),), (hidden, inner), storage
-    )
+    stacks = first, second = f"{name}.gate_up_proj", f"{name}.down_proj"
+    storage = recipe.storage(recipe.role(first), math.gcd(hidden, inner), stacks, whole_blocks=True)
+    gate_up = replace(_stack(recipe, first, storage), transform=interleave_gate_up)
+    down = _stack(recipe, second, storage)
     # swiglu(gate, up) = gate * sigmoid(alpha * gate) * (up + beta), with the two in turn along the rows.
     common = {
         "k": config.num_experts_per_tok,
@@ -75,13 +57,13 @@ def _fused_experts(
         "activation_alpha": 1.0,
         "activation_beta": 0.0,
     }
-    logits = g.reshape(logits, -1, experts)
-    first, second = g.weight(gate_up), g.weight(down)
+    logits = g.reshape(logits, -1, config.num_experts)
+    rows, columns = g.weight(gate_up), g.weight(down)
     if not isinstance(storage, Quantization):
-        return g.op("MoE", x, logits, *first, None, *second, None, **common)
-    inputs: list[ir.Value | None] = [x, logits, *first[:2], None, *second[:2], None]
+        return g.op("MoE", x, logits, *rows, None, *columns, None, **common)
+    inputs: list[ir.Value | None] = [x, logits, *rows[:2], None, *columns[:2], None]
     if not storage.symmetric:
-        inputs += [None, None, None, first[2], second[2]]
+        inputs += [None, None, None, rows[2], columns[2]]
     return g.op(
         "QMoE",
         *inputs,
@@ -92,8 +74,14 @@ def _fused_experts(
     )
 
 
+def _stack(recipe: Recipe, tensor: str, storage: Storage | None = None) -> Weight:
+    """The matrices [N, K] of all experts; without `storage` in the form that fits its rows."""
+    role, (_, n, k) = recipe.role(tensor), recipe.specs[tensor].shape
+    return Weight(tensor, role, (recipe.whole(tensor),), (n, k), storage or recipe.storage(role, k, [tensor]))
+
+
 def _portable_experts(
-    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
+    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
 ) -> ir.Value:
     """The same without an operator for it: all experts are one wide MLP, in which a token's unchosen ones
     weigh nothing.
@@ -102,25 +90,10 @@ def _portable_experts(
     through all of it, which for many tokens is quicker than gathering for each. While decoding there are no
     others, and no kernel runs for tensors without elements, so only the chosen experts' weights are read.
     """
-    assert config.num_experts is not None
     experts, chosen = config.num_experts, config.num_experts_per_tok
     hidden, inner = config.hidden_size, config.moe_intermediate_size
-    gate_up = Weight(
-        f"{name}.gate_up_proj",
-        "experts",
-        (Rows(f"{name}.gate_up_proj", 0, experts),),
-        (2 * inner, hidden),
-        recipe.storage("experts", hidden, [f"{name}.gate_up_proj"]),
-        reshaped=(experts * 2 * inner, hidden),
-    )
-    down = Weight(
-        f"{name}.down_proj",
-        "experts",
-        (Rows(f"{name}.down_proj", 0, experts),),
-        (hidden, inner),
-        recipe.storage("experts", inner, [f"{name}.down_proj"]),
-        side_by_side=True,
-    )
+    gate_up = replace(_stack(recipe, f"{name}.gate_up_proj"), reshaped=(experts * 2 * inner, hidden))
+    down = replace(_stack(recipe, f"{name}.down_proj"), side_by_side=True)
     rows, columns = g.weight(gate_up), g.weight(down)
 
     def wide_mlp(

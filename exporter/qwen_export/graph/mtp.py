@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear, projection, take_rows
@@ -13,7 +13,6 @@ from qwen_export.graph.model import feed_forward, last_positions, states, vocabu
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
-from qwen_export.graph.weights import Rows
 
 
 def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
@@ -43,13 +42,11 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     epsilon = config.rms_norm_eps
 
     def scale(name: str) -> ir.Value:
-        return norm_weight(g, name, config.hidden_size)
+        return norm_weight(g, recipe, name)
 
     embedded = rms_norm(g, take_rows(g, input_ids, embedding), scale("mtp.pre_fc_norm_embedding"), epsilon)
     known = rms_norm(g, hidden, scale("mtp.pre_fc_norm_hidden"), epsilon)
-    fc = projection(
-        recipe, "mtp.fc", "attention", 2 * config.hidden_size, Rows("mtp.fc.weight", 0, config.hidden_size)
-    )
+    fc = projection(recipe, "mtp.fc", recipe.whole("mtp.fc.weight"))
     residual = linear(g, recipe, g.op("Concat", embedded, known, axis=-1), fc)
 
     name = "mtp.layers.0"

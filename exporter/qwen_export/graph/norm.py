@@ -6,13 +6,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graph.builder import GraphBuilder
-from qwen_export.graph.weights import Rows, Weight, one_plus
+from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.weights import Weight, one_plus
 
 
-def norm_weight(g: GraphBuilder, name: str, size: int) -> ir.Value:
+def norm_weight(g: GraphBuilder, recipe: Recipe, name: str) -> ir.Value:
     """1 + weight of one RMSNorm, in the activations' dtype."""
-    rows = (Rows(f"{name}.weight", 0, size),)
-    return g.weight(Weight(f"{name}.weight", "norm", rows, (), g.dtype, one_plus))[0]
+    return g.weight(recipe.floats(f"{name}.weight", transform=one_plus))[0]
 
 
 def rms_norm(g: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from qwen_profiles.schema import Role, WeightFormat
 
-from qwen_export.checkpoint.sources import Source, common_packing
+from qwen_export.architecture.tensors import TensorSpec, layer_of
+from qwen_export.checkpoint.tensor import CheckpointTensor, common_scheme
 from qwen_export.graph.targets import Target
-from qwen_export.graph.weights import Storage
+from qwen_export.graph.weights import Rows, Storage, Transform, Weight
 from qwen_export.quantize.blockwise import Quantization
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")  # begins the names of a layer's tensors
 _BITS = {"int4": 4, "int8": 8}
 _SMALLEST_BLOCK = 16  # MatMulNBits' schema
 _LARGEST_BLOCK = 128  # QMoE's on the CPU
@@ -27,8 +26,9 @@ class Recipe:
     Attributes:
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
         scale_dtype: of quantised weights' scales; None: the activations'.
-        sources: the checkpoint's tensors. Those that are 4-bit codes already are carried over.
+        tensors: the checkpoint's. Those that are 4-bit codes already keep them.
         layers: by layer, the formats of roles that differ there.
+        specs: shapes and roles of the model's tensors.
     """
 
     formats: dict[Role, WeightFormat]
@@ -36,8 +36,36 @@ class Recipe:
     dtype: np.dtype
     accuracy_level: int = 0
     scale_dtype: np.dtype | None = None
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    tensors: Mapping[str, CheckpointTensor] = field(default_factory=dict)
     layers: Mapping[int, Mapping[Role, WeightFormat]] = field(default_factory=dict)
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+
+    def whole(self, tensor: str) -> Rows:
+        """All rows of one of the checkpoint's tensors."""
+        return Rows(tensor, 0, self.specs[tensor].shape[0])
+
+    def role(self, tensor: str) -> Role:
+        """The role whose format `tensor` is stored in."""
+        role = self.specs[tensor].recipe_role
+        assert role, f"{tensor} stays in floating point"
+        return role
+
+    def floats(
+        self,
+        tensor: str,
+        dtype: np.dtype | None = None,
+        transform: Transform | None = None,
+        name: str | None = None,
+    ) -> Weight:
+        """One of the checkpoint's tensors that is not quantised.
+
+        Args:
+            dtype: that it is stored in; None: the activations'.
+            name: of the weight, where it is not the tensor's.
+        """
+        spec = self.specs[tensor]
+        rows = (self.whole(tensor),)
+        return Weight(name or tensor, spec.role, rows, spec.shape[1:], dtype or self.dtype, transform)
 
     def storage(
         self, role: Role, in_features: int, tensors: Collection[str] = (), whole_blocks: bool = False
@@ -47,24 +75,24 @@ class Recipe:
         Where the operator wants `whole_blocks`, or the target exact ones, the block size is halved until it
         fits; a row that no block fits stays in the activations' dtype.
         """
-        return self._carried(in_features, tensors) or self._quantized(
+        return self._prequantized(in_features, tensors) or self._quantized(
             self._format(role, tensors), in_features, whole_blocks
         )
 
-    def _carried(self, in_features: int, tensors: Collection[str]) -> Quantization | None:
+    def _prequantized(self, in_features: int, tensors: Collection[str]) -> Quantization | None:
         """The form that takes the codes of all `tensors` as they are; None if there is none.
 
         A group of codes may be cut into smaller blocks, which share its scale and zero point.
         """
-        packing = common_packing([self.sources[name] for name in tensors if name in self.sources])
-        if packing is None:
+        scheme = common_scheme(self.tensors[name] for name in tensors if name in self.tensors)
+        if scheme is None:
             return None
-        block = min(packing.group_size & -packing.group_size, _LARGEST_BLOCK)
-        return self._fitting(4, block, packing.symmetric, in_features, whole_blocks=True, carried=True)
+        block = min(scheme.group_size & -scheme.group_size, _LARGEST_BLOCK)
+        return self._fitting(4, block, scheme.symmetric, in_features, whole_blocks=True, prequantized=True)
 
     def _format(self, role: Role, tensors: Collection[str]) -> WeightFormat:
-        layer = LAYER.match(next(iter(tensors), ""))
-        return self.layers.get(int(layer[1]) if layer else -1, {}).get(role, self.formats[role])
+        layer = layer_of(next(iter(tensors), ""))
+        return self.layers.get(-1 if layer is None else layer, {}).get(role, self.formats[role])
 
     def _quantized(self, form: WeightFormat, in_features: int, whole_blocks: bool) -> Storage:
         if form.precision == "float":
@@ -79,7 +107,7 @@ class Recipe:
         symmetric: bool,
         in_features: int,
         whole_blocks: bool,
-        carried: bool = False,
+        prequantized: bool = False,
     ) -> Quantization | None:
         if whole_blocks or self.target.exact_blocks:
             while block >= _SMALLEST_BLOCK and not self._fits(in_features, block):
@@ -87,7 +115,7 @@ class Recipe:
         if block < _SMALLEST_BLOCK:
             return None
         symmetric = symmetric and not self.target.zero_points_required
-        return Quantization(bits, block, symmetric, self.scale_dtype or self.dtype, carried)
+        return Quantization(bits, block, symmetric, self.scale_dtype or self.dtype, prequantized)
 
     def _fits(self, in_features: int, block: int) -> bool:
         even = not self.target.exact_blocks or in_features // block % 2 == 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.yarn import inverse_frequencies
 from qwen_export.graph.builder import GraphBuilder
 

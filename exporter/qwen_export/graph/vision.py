@@ -6,20 +6,19 @@ the merger joins, as the image processor orders them. Source: transformers' Qwen
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from qwen_profiles.schema import Role
 
-from qwen_export.architecture.vision_config import VisionConfig
+from qwen_export.architecture.vision import VisionConfig
 from qwen_export.graph.builder import GraphBuilder
 from qwen_export.graph.linear import linear
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
-from qwen_export.graph.weights import Rows, Transform, Weight, flatten_rows
+from qwen_export.graph.weights import Transform, Weight, flatten_rows
 
-_ROLE: Role = "vision"
 _ROPE_THETA = 10_000.0
 _EPSILON = 1e-6  # of every norm; transformers writes it into the model
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
@@ -53,9 +52,9 @@ def vision_tower(g: GraphBuilder, config: VisionConfig, recipe: Recipe) -> None:
     with g.scope("model.visual"):
         name = "model.visual.patch_embed.proj"
         pixels = g.cast(pixels, g.dtype)
-        x = _biased(g, recipe, name, pixels, config.patch_dim, config.hidden_size, flatten_rows)
+        x = _biased(g, recipe, name, pixels, flatten_rows)
         axes = g.op("Concat", grid.count, g.ints(-1, config.hidden_size), axis=0)
-        x = g.op("Add", g.op("Reshape", x, axes), _position_embedding(g, config, grid))
+        x = g.op("Add", g.op("Reshape", x, axes), _position_embedding(g, config, recipe, grid))
         table = _rotation(g, config, grid)
         for index in range(config.depth):
             with g.scope(f"blocks.{index}"):
@@ -87,7 +86,7 @@ def _grid(g: GraphBuilder, config: VisionConfig, image_grid_thw: ir.Value) -> Gr
     )
 
 
-def _position_embedding(g: GraphBuilder, config: VisionConfig, grid: Grid) -> ir.Value:
+def _position_embedding(g: GraphBuilder, config: VisionConfig, recipe: Recipe, grid: Grid) -> ir.Value:
     """The learned square of embeddings, resampled bilinearly to h x w with corners on corners: [P, H]."""
     side = config.grid_side
     one = g.constant(1, np.float32)
@@ -101,14 +100,7 @@ def _position_embedding(g: GraphBuilder, config: VisionConfig, grid: Grid) -> ir
         low.append((floor, g.op("Sub", one, share)))
         # On the last row the share is 0, and the row after it is the last one again.
         high.append((g.op("Min", g.op("Add", floor, one), g.constant(side - 1, np.float32)), share))
-    table = Weight(
-        "model.visual.pos_embed.weight",
-        _ROLE,
-        (Rows("model.visual.pos_embed.weight", 0, config.num_position_embeddings),),
-        (config.hidden_size,),
-        g.dtype,
-    )
-    (values,) = g.weight(table)
+    (values,) = g.weight(recipe.floats("model.visual.pos_embed.weight"))
     total: ir.Value | None = None
     for row, row_share in (low[0], high[0]):
         for column, column_share in (low[1], high[1]):
@@ -145,9 +137,8 @@ def _block(
     g: GraphBuilder, config: VisionConfig, recipe: Recipe, name: str, x: ir.Value, table: Rotation
 ) -> ir.Value:
     """x [N, P, H] -> the same shape. Source: transformers' Qwen3_5VisionBlock."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    normed = _layer_norm(g, f"{name}.norm1", x, hidden)
-    projected = _biased(g, recipe, f"{name}.attn.qkv", normed, hidden, 3 * hidden)
+    normed = _layer_norm(g, recipe, f"{name}.norm1", x)
+    projected = _biased(g, recipe, f"{name}.attn.qkv", normed)
     query, key, value = g.ops("Split", projected, outputs=3, axis=-1, num_outputs=3)
     query, key = (
         rotate(
@@ -161,20 +152,19 @@ def _block(
         for part in (query, key)
     )
     attended = g.op("MultiHeadAttention", query, key, value, num_heads=config.num_heads)
-    x = g.op("Add", x, _biased(g, recipe, f"{name}.attn.proj", attended, hidden, hidden))
+    x = g.op("Add", x, _biased(g, recipe, f"{name}.attn.proj", attended))
 
-    normed = _layer_norm(g, f"{name}.norm2", x, hidden)
-    grown = _gelu_tanh(g, _biased(g, recipe, f"{name}.mlp.linear_fc1", normed, hidden, inner))
-    return g.op("Add", x, _biased(g, recipe, f"{name}.mlp.linear_fc2", grown, inner, hidden))
+    normed = _layer_norm(g, recipe, f"{name}.norm2", x)
+    grown = _gelu_tanh(g, _biased(g, recipe, f"{name}.mlp.linear_fc1", normed))
+    return g.op("Add", x, _biased(g, recipe, f"{name}.mlp.linear_fc2", grown))
 
 
 def _merge(g: GraphBuilder, config: VisionConfig, recipe: Recipe, x: ir.Value) -> ir.Value:
     """Each block of m x m patches becomes one feature: [N, P, H] -> [N P / m^2, out_hidden_size]."""
     name = "model.visual.merger"
-    merged = config.hidden_size * config.spatial_merge_size**2
-    x = g.reshape(_layer_norm(g, f"{name}.norm", x, config.hidden_size), -1, merged)
-    x = g.op("Gelu", _biased(g, recipe, f"{name}.linear_fc1", x, merged, merged))
-    return _biased(g, recipe, f"{name}.linear_fc2", x, merged, config.out_hidden_size)
+    x = g.reshape(_layer_norm(g, recipe, f"{name}.norm", x), -1, config.merged_dim)
+    x = g.op("Gelu", _biased(g, recipe, f"{name}.linear_fc1", x))
+    return _biased(g, recipe, f"{name}.linear_fc2", x)
 
 
 def _gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
@@ -188,25 +178,17 @@ def _gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
     return g.op("Mul", x, g.op("Sigmoid", inner))
 
 
-def _layer_norm(g: GraphBuilder, name: str, x: ir.Value, size: int) -> ir.Value:
-    scale, bias = _vector(g, f"{name}.weight", size), _vector(g, f"{name}.bias", size)
+def _layer_norm(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
+    (scale,), (bias,) = (g.weight(recipe.floats(f"{name}.{part}")) for part in ("weight", "bias"))
     return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=_EPSILON)
 
 
 def _biased(
-    g: GraphBuilder,
-    recipe: Recipe,
-    name: str,
-    x: ir.Value,
-    in_features: int,
-    out_features: int,
-    transform: Transform | None = None,
+    g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value, transform: Transform | None = None
 ) -> ir.Value:
     """x W^T + b."""
-    rows = (Rows(f"{name}.weight", 0, out_features),)
-    weight = Weight(name, _ROLE, rows, (in_features,), recipe.storage(_ROLE, in_features), transform)
-    return g.op("Add", linear(g, recipe, x, weight), _vector(g, f"{name}.bias", out_features))
-
-
-def _vector(g: GraphBuilder, name: str, size: int) -> ir.Value:
-    return g.weight(Weight(name, _ROLE, (Rows(name, 0, size),), (), g.dtype))[0]
+    tensor = f"{name}.weight"
+    role, in_features = recipe.role(tensor), math.prod(recipe.specs[tensor].shape[1:])
+    storage = recipe.storage(role, in_features)
+    weight = Weight(name, role, (recipe.whole(tensor),), (in_features,), storage, transform)
+    return g.op("Add", linear(g, recipe, x, weight), *g.weight(recipe.floats(f"{name}.bias")))

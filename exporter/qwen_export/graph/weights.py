@@ -47,7 +47,7 @@ class Weight:
 
     Attributes:
         name: initializer name; a quantised weight adds `.scales` and `.zero_points` to it.
-        role: the recipe's role (`mlp`, `attention`, ...), for reports of size by role.
+        role: as in the model's table of tensors (`mlp`, `attention`, `norm`, ...), for sizes by role.
         rows: runs of rows, in the order in which they are stacked.
         row_shape: shape of one row; `(in_features,)` for a projection, `()` for a vector,
             `(out_features, in_features)` for fused experts, of which each is a row.
@@ -71,9 +71,9 @@ class Weight:
         return sum(part.stop - part.start for part in self.rows)
 
     @property
-    def carried(self) -> bool:
+    def prequantized(self) -> bool:
         """Stored with the checkpoint's own codes and scales."""
-        return isinstance(self.storage, Quantization) and self.storage.carried
+        return isinstance(self.storage, Quantization) and self.storage.prequantized
 
     @property
     def shape(self) -> tuple[int, ...]:

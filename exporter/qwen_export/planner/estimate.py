@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from qwen_profiles.schema import Profile
 
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.onnx import package
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import cache_bytes_per_token, states
@@ -80,7 +81,7 @@ def estimate(checkpoint: Checkpoint, profile: Profile, planned: Plan) -> Estimat
     per_token = cache_bytes_per_token(config, dtype)
     load = _RUNTIME_BYTES + (_cpu_bytes(planned) if profile.provider == "cpu" else planned.data_bytes)
     widest = max(
-        2 * config.intermediate_size if not config.num_experts else 2 * config.moe_intermediate_size * 2,
+        2 * config.gate_up_dim if isinstance(config, MoeTextConfig) else 2 * config.intermediate_size,
         config.conv_dim + config.value_dim,
         2 * config.num_attention_heads * config.head_dim,
     )
@@ -156,7 +157,7 @@ def _decode_bytes(checkpoint: Checkpoint, planned: Plan) -> int:
         if file == package.MODEL_FILE and (node.op_type != "Gather" or weights[name][0].role == "experts")
     }
     for weight, tensor in (weights[name] for name in touched):
-        if weight.role == "experts" and config.num_experts:
+        if weight.role == "experts" and isinstance(config, MoeTextConfig):
             total += tensor.nbytes * config.num_experts_per_tok // config.num_experts
         else:
             total += tensor.nbytes

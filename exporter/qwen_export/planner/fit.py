@@ -12,10 +12,12 @@ from qwen_common.errors import UserError
 from qwen_profiles.reading import profile_names
 from qwen_profiles.schema import Profile, load_profile
 
-from qwen_export.architecture.text_config import TextConfig, load_config
-from qwen_export.architecture.vision_config import load_vision_config
+from qwen_export.architecture.mtp import declares_mtp
+from qwen_export.architecture.registry import config_class
 from qwen_export.backends.onnx.plan import plan
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.config import load_config, load_vision_config
+from qwen_export.checkpoint.hub import download
 from qwen_export.planner.estimate import Estimate, estimate
 
 _NAMED = 3  # as many alternatives as an error's one line names
@@ -44,7 +46,8 @@ def family() -> dict[str, Checkpoint]:
     """The published text models by name, smallest first; they have a configuration and no weights."""
     models = json.loads((files("qwen_export.planner") / "family.json").read_text(encoding="utf-8"))["models"]
     return {
-        name: Checkpoint(Path(name), name, None, TextConfig(**config), {}) for name, config in models.items()
+        name: Checkpoint(Path(name), name, None, config_class(config["model_type"])(**config), {})
+        for name, config in models.items()
     }
 
 
@@ -56,33 +59,19 @@ def configured(source: str, revision: str | None = None, text_only: bool = False
     """
     if (known := family().get(source)) and not Path(source).exists():
         return known
-    root = Path(source).resolve() if Path(source).is_dir() else _download(source, revision)
+    if Path(source).is_dir():
+        root = Path(source).resolve()
+    else:
+        root = download(source, revision, "config.json", family())
     config = load_config(root)
     return Checkpoint(root, source, revision, config, {}, None if text_only else load_vision_config(root))
-
-
-def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    if source.count("/") != 1 or source.startswith((".", "~", "/")):
-        raise UserError(
-            f"no folder {source}: give a checkpoint folder, a hub id like Qwen/Qwen3.5-0.8B, or one of "
-            f"{', '.join(family())}"
-        )
-    try:
-        return Path(hf_hub_download(source, "config.json", revision=revision)).parent
-    except Exception as error:  # the library's own errors, and those of whichever HTTP client it uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"no folder {source}, and the hub did not give its config.json ({reason}): check name and network"
-        ) from error
 
 
 def fit(checkpoint: Checkpoint, profile: Profile) -> Fit:
     """Whether and how well `checkpoint` fits `profile`'s memory; reads no weight."""
     name = Path(checkpoint.source).name
     config = checkpoint.config
-    mtp = profile.mtp and config.mtp_num_hidden_layers == 1 and not config.mtp_use_dedicated_embeddings
+    mtp = profile.mtp and declares_mtp(config)
     predicted = estimate(checkpoint, profile, plan(checkpoint, profile, mtp=mtp))
     reason = None
     if not predicted.fits:

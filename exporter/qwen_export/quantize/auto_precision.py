@@ -17,15 +17,16 @@ import numpy as np
 from qwen_common.errors import UserError
 from qwen_profiles.schema import Profile, Role, WeightFormat
 
+from qwen_export.architecture.mtp import MTP
+from qwen_export.architecture.tensors import layer_of
 from qwen_export.backends.onnx.plan import Plan, plan
-from qwen_export.checkpoint.checkpoint import MTP, Checkpoint
-from qwen_export.graph.recipe import LAYER
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.weights import Weight
 from qwen_export.planner.estimate import estimate
 from qwen_export.progress import Progress
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.calibration import pieces
-from qwen_export.quantize.sensitivity import Part, divergences, steps, weight_errors
+from qwen_export.quantize.sensitivity import LayerRole, divergences, steps, weight_errors
 
 # Sensitivity is measured with the first.
 _FORMS = (("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32))
@@ -53,7 +54,7 @@ class Candidates:
     """
 
     profile: Profile
-    choices: Mapping[Part, Sequence[Choice]]
+    choices: Mapping[LayerRole, Sequence[Choice]]
     weights: int
     data_bytes: int
     artifact_bytes: int
@@ -105,7 +106,7 @@ def auto_precision(
 def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
     """What each form of each part costs; arguments and errors as `auto_precision`'s."""
     planned = plan(checkpoint, _uniform(profile, *_FORMS[0]))
-    parts: dict[Part, dict[str, Quantization]] = {}
+    parts: dict[LayerRole, dict[str, Quantization]] = {}
     for name, (part, form) in _quantised(planned).items():
         parts.setdefault(part, {})[name] = form
     (ids,) = pieces(checkpoint, profile, text, most=1)
@@ -115,13 +116,13 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
 
 
 def _candidates(
-    checkpoint: Checkpoint, profile: Profile, divergence: Mapping[Part, float] | None
+    checkpoint: Checkpoint, profile: Profile, divergence: Mapping[LayerRole, float] | None
 ) -> Candidates:
     """`divergence` is what each part costs in the first form; without it, the sizes alone are right."""
     uniform = [_uniform(profile, *form) for form in _FORMS]
     plans = [plan(checkpoint, form) for form in uniform]
     tensors = [_quantised(planned) for planned in plans]
-    parts: dict[Part, list[str]] = {}
+    parts: dict[LayerRole, list[str]] = {}
     for name, (part, _) in tensors[0].items():
         parts.setdefault(part, []).append(name)
     errors: dict[str, list[float]] = {}
@@ -131,7 +132,7 @@ def _candidates(
         }
         errors = dict(weight_errors(checkpoint.tensors, forms))
 
-    def cost(part: Part, at: int) -> float:
+    def cost(part: LayerRole, at: int) -> float:
         if divergence is None:
             return 0.0
         names = parts[part]
@@ -158,7 +159,7 @@ def _candidates(
     )
 
 
-def allocate(choices: Mapping[Part, Sequence[Choice]], budget: int) -> dict[Part, Choice]:
+def allocate(choices: Mapping[LayerRole, Sequence[Choice]], budget: int) -> dict[LayerRole, Choice]:
     """For each part one of its choices; together at most `budget` bytes.
 
     From the smallest on, each step goes from one part's choice to the larger one that spares most for its
@@ -192,35 +193,35 @@ def _uniform(profile: Profile, precision: str, block_size: int) -> Profile:
     return profile.model_copy(update={"weights": {**profile.weights, **forms}, "layer_weights": {}})
 
 
-def _quantised(planned: Plan) -> dict[str, tuple[Part, Quantization]]:
-    """The checkpoint's tensors that are quantised here, not carried over: the part and the form of each."""
+def _quantised(planned: Plan) -> dict[str, tuple[LayerRole, Quantization]]:
+    """The checkpoint's tensors that are quantised here, not already: the part and the form of each."""
     return {
-        rows.tensor: (_part(weight), weight.storage)
+        rows.tensor: (_layer_role(weight), weight.storage)
         for weight, _ in planned.stored
-        if isinstance(weight.storage, Quantization) and not weight.carried and weight.role in _CHOSEN_FOR
+        if isinstance(weight.storage, Quantization) and not weight.prequantized and weight.role in _CHOSEN_FOR
         for rows in weight.rows
         if not rows.tensor.startswith(MTP)
     }
 
 
-def _sizes(planned: Plan) -> dict[Part, int]:
+def _sizes(planned: Plan) -> dict[LayerRole, int]:
     """Bytes in the data file."""
-    sizes: Counter[Part] = Counter()
+    sizes: Counter[LayerRole] = Counter()
     for weight, tensors in planned.stored:
-        sizes[_part(weight)] += sum(tensor.nbytes for tensor in tensors)
+        sizes[_layer_role(weight)] += sum(tensor.nbytes for tensor in tensors)
     return sizes
 
 
-def _part(weight: Weight) -> Part:
-    found = LAYER.match(weight.rows[0].tensor)
-    return Part(int(found[1]) if found else -1, weight.role)
+def _layer_role(weight: Weight) -> LayerRole:
+    layer = layer_of(weight.rows[0].tensor)
+    return LayerRole(-1 if layer is None else layer, weight.role)
 
 
 def _error(errors: Mapping[str, Sequence[float]], names: Iterable[str], at: int) -> float:
     return sum(errors[name][at] for name in names)
 
 
-def _with_formats(profile: Profile, chosen: Mapping[Part, Choice]) -> Profile:
+def _with_formats(profile: Profile, chosen: Mapping[LayerRole, Choice]) -> Profile:
     weights, layers = dict(profile.weights), dict[int, dict[Role, WeightFormat]]()
     for part, choice in chosen.items():
         role = cast(Role, part.role)

@@ -30,14 +30,14 @@ class Quantization:
         block_size: a power of two, at least 16.
         symmetric: the zero point is 2^(bits - 1) everywhere and not stored.
         scale_dtype: float32 or float16.
-        carried: codes and scales are the checkpoint's own, not fitted here.
+        prequantized: codes and scales are the checkpoint's own, not fitted here.
     """
 
     bits: int
     block_size: int
     symmetric: bool
     scale_dtype: np.dtype
-    carried: bool = False
+    prequantized: bool = False
 
     def blocks(self, k: int) -> int:
         return -(-k // self.block_size)

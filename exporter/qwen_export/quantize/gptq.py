@@ -18,10 +18,10 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export import reference
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.tensors import layer_of
 from qwen_export.backends.onnx.stream import Stored, StoredWith, nearest
-from qwen_export.checkpoint.sources import Source
-from qwen_export.graph.recipe import LAYER
+from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.graph.weights import Weight
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.reference import Weights
@@ -48,7 +48,7 @@ def feedback(gram: np.ndarray, tokens: int) -> np.ndarray:
 
 def with_feedbacks(
     config: TextConfig,
-    tensors: Mapping[str, Source],
+    tensors: Mapping[str, CheckpointTensor],
     stored: Sequence[Stored],
     pieces: np.ndarray,
 ) -> Iterator[StoredWith]:
@@ -84,19 +84,19 @@ def with_feedbacks(
 
 def _layer(config: TextConfig, weight: Weight) -> int | None:
     """Where a weight meets the activations that its codes are made with; None: nowhere."""
-    if not isinstance(weight.storage, Quantization) or weight.storage.bits != 4 or weight.carried:
+    if not isinstance(weight.storage, Quantization) or weight.storage.bits != 4 or weight.prequantized:
         return None
     tensor = weight.rows[0].tensor
-    found = LAYER.match(tensor)
-    if found:
-        return int(found[1])
+    layer = layer_of(tensor)
+    if layer is not None:
+        return layer
     return config.num_hidden_layers if tensor == reference.head_name(config) else None
 
 
 class _Watched(Weights):
     """Weights that sum up X^T X of what comes in; of experts, what comes in to any of them."""
 
-    def __init__(self, tensors: Mapping[str, Source]) -> None:
+    def __init__(self, tensors: Mapping[str, CheckpointTensor]) -> None:
         super().__init__(tensors)
         self._grams: dict[str, np.ndarray] = {}
         self._tokens: Counter[str] = Counter()

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen_export import reference
-from qwen_export.architecture.text_config import TextConfig
-from qwen_export.checkpoint.sources import Source
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
 from qwen_export.reference import Weights, float32, log_softmax
 
@@ -24,7 +24,7 @@ _SAMPLED_ROWS = 256  # of each tensor, to compare precisions
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class LayerRole:
     """One role in one layer; `layer` is -1 for what belongs to none."""
 
     layer: int
@@ -33,11 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class _Requantised:
-    """A tensor as it will be once it is stored and read back; a `Source`."""
+    """A tensor as it will be once it is stored and read back; a `CheckpointTensor`."""
 
-    source: Source
+    source: CheckpointTensor
     form: Quantization
-    packing: None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,22 +55,19 @@ class _Requantised:
         matrix = rows.reshape(-1, rows.shape[-1])
         return dequantize(quantize(matrix, self.form), matrix.shape[1], self.form).reshape(rows.shape)
 
-    def carry(self, start: int, stop: int, form: Quantization) -> list[np.ndarray]:
-        raise NotImplementedError
 
-
-def steps(config: TextConfig, parts: Sequence[Part]) -> int:
+def steps(config: TextConfig, parts: Sequence[LayerRole]) -> int:
     """How often `divergences` will call `advance`."""
     return config.num_hidden_layers + len(parts)
 
 
 def divergences(
     config: TextConfig,
-    tensors: Mapping[str, Source],
-    parts: Mapping[Part, Mapping[str, Quantization]],
+    tensors: Mapping[str, CheckpointTensor],
+    parts: Mapping[LayerRole, Mapping[str, Quantization]],
     ids: np.ndarray,
     advance: Callable[[], None],
-) -> dict[Part, float]:
+) -> dict[LayerRole, float]:
     """KL divergence in nats, mean over the positions of `ids` int64 [tokens], that each part causes alone.
 
     Args:
@@ -110,7 +106,7 @@ def divergences(
 
 
 def weight_errors(
-    tensors: Mapping[str, Source], forms: Mapping[str, Sequence[Quantization | None]]
+    tensors: Mapping[str, CheckpointTensor], forms: Mapping[str, Sequence[Quantization | None]]
 ) -> Iterator[tuple[str, list[float]]]:
     """(tensor, squared error over squared norm in each of its forms), on some rows; None stores exactly."""
     for name, choices in forms.items():

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwen_export import reference
-from qwen_export.architecture.text_config import TextConfig
-from qwen_export.checkpoint.sources import Source
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.reference import Weights, log_softmax
 from qwen_export.verify.running import Runner, Started, Timing
-from qwen_export.verify.stored import Stored
+from qwen_export.verify.stored import ArtifactTensor
 
 WINDOW = 256  # tokens of one text
 _PROBED = 1  # texts that roles and layers are compared on, one by one
@@ -113,26 +113,26 @@ def prompt_of(length: int) -> int:
     return length * 5 // 8
 
 
-def steps(config: TextConfig, stored: Mapping[str, Stored], texts: int) -> int:
+def steps(config: TextConfig, stored: Mapping[str, ArtifactTensor], texts: int) -> int:
     """How often `measure` will call `advance`."""
     roles = quantised_roles(stored)
     local = sum(len(_roles_in(stored, index, roles)) for index in range(config.num_hidden_layers))
     return config.num_hidden_layers * (2 + len(roles)) + local + texts
 
 
-def quantised_roles(stored: Mapping[str, Stored]) -> list[str]:
+def quantised_roles(stored: Mapping[str, ArtifactTensor]) -> list[str]:
     return sorted({tensor.role for tensor in stored.values() if tensor.quantised})
 
 
-def _roles_in(stored: Mapping[str, Stored], layer: int, roles: Sequence[str]) -> list[str]:
+def _roles_in(stored: Mapping[str, ArtifactTensor], layer: int, roles: Sequence[str]) -> list[str]:
     within = {tensor.role for name, tensor in stored.items() if name.startswith(f"model.layers.{layer}.")}
     return [role for role in roles if role in within]
 
 
 def measure(
     config: TextConfig,
-    tensors: Mapping[str, Source],
-    stored: Mapping[str, Stored],
+    tensors: Mapping[str, CheckpointTensor],
+    stored: Mapping[str, ArtifactTensor],
     ids: np.ndarray,
     run: Callable[[], Runner | None],
     advance: Callable[[], None],
@@ -194,5 +194,5 @@ def measure(
     return Measured(own.perplexity, weights, ran, means, by_layer, growth, started, timings, answered)
 
 
-def _of(stored: Mapping[str, Stored], role: str) -> dict[str, Stored]:
+def _of(stored: Mapping[str, ArtifactTensor], role: str) -> dict[str, ArtifactTensor]:
     return {name: tensor for name, tensor in stored.items() if tensor.role == role}

@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 from qwen_common.errors import UserError
 
+from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.onnx.plan import Plan
-from qwen_export.checkpoint.sources import Source, TensorInfo
+from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.graph.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
@@ -23,7 +25,7 @@ _UNDONE: dict[Transform | None, Transform] = {
 }
 
 
-class Stored(Source, Protocol):
+class ArtifactTensor(CheckpointTensor, Protocol):
     """A tensor of the checkpoint, read from an artifact: its shape is the checkpoint's."""
 
     @property
@@ -45,7 +47,7 @@ class StoredWeights:
         needed: bytes of memory with a short context.
     """
 
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, ArtifactTensor]
     decode_bytes: int
     needed: int
 
@@ -56,7 +58,7 @@ class _Segment:
 
     rows: Rows
     weight: Weight
-    parts: tuple[TensorInfo, ...]
+    parts: tuple[PlainTensor, ...]
     first: int
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -86,7 +88,7 @@ class _Segment:
         zeros = None if form.symmetric else parts[2].reshape(form.zero_points_shape(rows, k))
         return dequantize(Quantized(packed, scales, zeros), k, form)
 
-    def _read(self, part: TensorInfo, first: int, count: int) -> np.ndarray:
+    def _read(self, part: PlainTensor, first: int, count: int) -> np.ndarray:
         if self.weight.side_by_side:
             width = part.shape[1] // self.weight.row_count
             return part.columns(first * width, (first + count) * width)
@@ -95,8 +97,8 @@ class _Segment:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the checkpoint, read from the artifact; a `Source`.
+class OnnxTensor:
+    """A tensor of the checkpoint, read from the artifact; a `CheckpointTensor`.
 
     Attributes:
         role: of the recipe.
@@ -106,7 +108,6 @@ class StoredTensor:
     role: str
     shape: tuple[int, ...]
     segments: tuple[_Segment, ...]
-    packing: None = None
 
     @property
     def quantised(self) -> bool:
@@ -129,24 +130,19 @@ class StoredTensor:
                 found.append(segment.read(first, last))
         return np.concatenate(found)
 
-    def carry(self, start: int, stop: int, form: Quantization) -> list[np.ndarray]:
-        raise NotImplementedError("an artifact's codes are not carried into another artifact")
 
-
-def stored_tensors(
-    artifact: Path, planned: Plan, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, StoredTensor]:
+def stored_tensors(artifact: Path, planned: Plan, specs: Mapping[str, TensorSpec]) -> dict[str, OnnxTensor]:
     """The matrices of `artifact` by their names in the checkpoint; vectors are not among them.
 
     Args:
         planned: the plan that the artifact was exported by.
-        shapes: the checkpoint's tensors.
+        specs: the checkpoint's tensors.
 
     Raises:
         UserError: the artifact is not of that plan.
     """
     places = dict(_places(artifact, planned))
-    segments: dict[str, tuple[str, list[_Segment]]] = {}
+    segments: dict[str, list[_Segment]] = {}
     for weight, _ in planned.stored:
         if len(weight.row_shape) == 0 or weight.transform not in _UNDONE or weight.role == "vision":
             continue
@@ -157,16 +153,18 @@ def stored_tensors(
                     f"{artifact} has no weight {name} of shape {shape}: it was exported by another version, "
                     "or from another checkpoint; export it again"
                 )
-            parts.append(TensorInfo(name, dtype, shape, artifact / DATA_FILE, places[name][0]))
+            parts.append(PlainTensor(name, dtype, shape, artifact / DATA_FILE, places[name][0]))
         first = 0
         for rows in weight.rows:
-            if rows.tensor in shapes and shapes[rows.tensor][1:] == weight.row_shape:
-                _, known = segments.setdefault(rows.tensor, (weight.role, []))
-                known.append(_Segment(rows, weight, tuple(parts), first))
+            if rows.tensor in specs and specs[rows.tensor].shape[1:] == weight.row_shape:
+                segment = _Segment(rows, weight, tuple(parts), first)
+                segments.setdefault(rows.tensor, []).append(segment)
             first += rows.stop - rows.start
     return {
-        name: StoredTensor(role, shapes[name], tuple(sorted(parts, key=lambda part: part.rows.start)))
-        for name, (role, parts) in segments.items()
+        name: OnnxTensor(
+            specs[name].role, specs[name].shape, tuple(sorted(found, key=lambda segment: segment.rows.start))
+        )
+        for name, found in segments.items()
     }
 
 

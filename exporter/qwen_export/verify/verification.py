@@ -24,7 +24,7 @@ from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 from qwen_runtime.bandwidth import read_bandwidth
 
-from qwen_export.architecture.text_config import expected_shapes
+from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.onnx import package
 from qwen_export.backends.onnx.inspection import precisions
 from qwen_export.backends.onnx.plan import plan
@@ -82,9 +82,9 @@ def verify(
     profile = _profile(artifact, manifest)
     config = checkpoint.config.reaching(manifest["context_length"])
     checkpoint = replace(checkpoint, config=config)
-    shapes = expected_shapes(config)
-    checkpoint.check(shapes)
-    stored = _stored(artifact, checkpoint, profile, shapes)
+    specs = config.tensors()
+    checkpoint.check(specs)
+    stored = _stored(artifact, checkpoint, profile, specs)
     ids = _texts(artifact, manifest, tokens, text)
 
     not_run = _too_large(manifest["provider"], stored.needed)
@@ -150,15 +150,15 @@ def verify(
 
 
 def _stored(
-    artifact: Path, checkpoint: Checkpoint, profile: Profile, shapes: dict[str, tuple[int, ...]]
+    artifact: Path, checkpoint: Checkpoint, profile: Profile, specs: Mapping[str, TensorSpec]
 ) -> StoredWeights:
     if profile.backend == BackendName.OPENVINO:
         from qwen_export.backends.openvino.stored import stored_weights
 
-        return stored_weights(artifact, checkpoint.config, shapes)
+        return stored_weights(artifact, checkpoint.config, specs)
     planned = plan(checkpoint, profile)
     predicted = estimate(checkpoint, profile, planned)
-    tensors = stored_tensors(artifact, planned, shapes)
+    tensors = stored_tensors(artifact, planned, specs)
     return StoredWeights(tensors, predicted.decode_bytes, predicted.needed)
 
 

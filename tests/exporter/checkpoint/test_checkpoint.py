@@ -1,4 +1,4 @@
-"""Reading checkpoints, and every way in which one can be wrong."""
+"""Checkpoints, and every way in which one can be wrong."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ import numpy as np
 import pytest
 import torch
 from qwen_common.errors import UserError
-from qwen_export.architecture.text_config import expected_shapes, load_config
-from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
+from transformers import Qwen3_5ForCausalLM
 
+from benchmarks import geometry
 from tests.support.artifacts import Quiet
-from tests.support.random_checkpoints import load_tensors, save_shards, write_random_checkpoint
+from tests.support.random_checkpoints import (
+    GEOMETRY,
+    load_tensors,
+    save_shards,
+    write_random_checkpoint,
+)
 
 NORM = "model.layers.2.input_layernorm.weight"
 
@@ -31,7 +37,7 @@ NORM = "model.layers.2.input_layernorm.weight"
 def test_rows_are_those_that_were_saved(dtype: torch.dtype, shards: int, wrap: bool, tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path, dtype=dtype, shards=shards, wrap=wrap)
     checkpoint = Checkpoint.open(str(folder))
-    checkpoint.check(expected_shapes(checkpoint.config))
+    checkpoint.check(checkpoint.config.tensors())
     saved = {name.replace("language_model.", ""): value for name, value in load_tensors(folder).items()}
     assert set(saved) == set(checkpoint.tensors)
     for name, value in saved.items():
@@ -39,15 +45,6 @@ def test_rows_are_those_that_were_saved(dtype: torch.dtype, shards: int, wrap: b
         start, stop = rows // 3, rows - rows // 4
         found = checkpoint.read(name, start, stop).astype(np.float32)
         np.testing.assert_array_equal(found, value[start:stop].float().numpy())
-
-
-def test_layer_types_follow_the_interval(tmp_path: Path) -> None:
-    folder = write_random_checkpoint(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    del config["layer_types"]
-    config["full_attention_interval"] = 2
-    (folder / "config.json").write_text(json.dumps(config))
-    assert load_config(folder).layer_types == ("linear_attention", "full_attention") * 2
 
 
 def edit_config(**changes: object) -> Callable[[Path], None]:
@@ -201,31 +198,33 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
         Checkpoint.open(str(folder))
 
 
-@pytest.mark.parametrize("source", ["./nothing", "/nothing/there", "one/two/three", "name"])
-def test_what_looks_like_a_folder_is_not_asked_of_the_hub(source: str) -> None:
-    with pytest.raises(UserError, match=f"no folder {source}"):
-        Checkpoint.open(source)
+def test_other_parts_of_a_multimodal_checkpoint_are_left_alone(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, wrap=True, dtype=torch.bfloat16)
+    others = {"mtp.fc.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    save_shards(folder, {**load_tensors(folder), **others}, 1)
+    checkpoint = Checkpoint.open(str(folder))
+    assert set(checkpoint.tensors) == set(checkpoint.config.tensors())
+    assert checkpoint.mtp_problem is not None and "mtp.fc.weight" in checkpoint.mtp_problem
 
 
-def test_hub_id_without_a_hub() -> None:
-    with pytest.raises(UserError, match="the hub did not give it"):
-        Checkpoint.open("qwen-edge/does-not-exist")
-
-
-def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub cache filled beforehand: snapshots of links into blobs, found without a network."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "models--someone--tiny"
-    source = write_random_checkpoint(tmp_path / "source", shards=2, dtype=torch.bfloat16)
-    snapshot, blobs = cache / "snapshots" / commit, cache / "blobs"
-    for folder in (snapshot, blobs, cache / "refs"):
-        folder.mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
-    for number, path in enumerate(source.iterdir()):
-        shutil.copy(path, blobs / str(number))
-        (snapshot / path.name).symlink_to(Path("../..") / "blobs" / str(number))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    checkpoint = Checkpoint.open("someone/tiny")
-    assert checkpoint.revision == commit
-    assert checkpoint.read(NORM, 0, 64).dtype == ml_dtypes.bfloat16
+def test_geometry_checkpoint_is_one_that_transformers_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(geometry, "_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(geometry, "_BLOCK", 10_001)
+    folder = geometry.write_checkpoint(tmp_path / "checkpoint", GEOMETRY)
+    checkpoint = Checkpoint.open(str(folder))
+    checkpoint.check(checkpoint.config.tensors())
+    assert len({info.file for info in checkpoint.tensors.values()}) > 2
+    model = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for name, value in model.state_dict().items():
+        if name in checkpoint.tensors:
+            found = checkpoint.read(name, 0, len(value))
+            assert found.dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(found.view(np.int16), value.view(torch.int16).numpy())
+    again = geometry.write_checkpoint(tmp_path / "again", GEOMETRY)
+    assert all(path.read_bytes() == (again / path.name).read_bytes() for path in folder.iterdir())
+    experts = {**GEOMETRY, "model_type": "qwen3_5_moe_text", "num_experts": 4}
+    mixture = Checkpoint.open(str(geometry.write_checkpoint(tmp_path / "mixture", experts)))
+    mixture.check(mixture.config.tensors())
+    assert mixture.config.num_experts == 4

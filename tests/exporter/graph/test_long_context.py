@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.yarn import inverse_frequencies
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main

@@ -13,8 +13,6 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from click.testing import CliRunner
-from qwen_common.errors import UserError
-from qwen_export.architecture.vision_config import load_vision_config, vision_shapes
 from qwen_export.backends.onnx.plan import plan
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
@@ -23,9 +21,7 @@ from qwen_profiles.schema import load_profile
 from tests.support.artifacts import cosine, float_profile, make_artifact
 from tests.support.random_checkpoints import (
     VISION_TOKENS,
-    load_tensors,
     random_vision_model,
-    write_random_checkpoint,
     write_vision_checkpoint,
 )
 
@@ -254,36 +250,3 @@ def test_text_only_at_the_command(tmp_path: Path) -> None:
     assert not {"vision.onnx", "embedding.onnx", "processor_config.json"} & manifest["files"].keys()
     logits, _ = through_genai(genai_model(tmp_path / "out"), [5, 6, 7], {})
     assert logits.shape == (2048,)
-
-
-def test_every_tensor_of_the_tower_is_expected(tmp_path: Path) -> None:
-    folder = write_vision_checkpoint(tmp_path / "checkpoint")
-    config = load_vision_config(folder)
-    assert config is not None
-    found = {name: tuple(value.shape) for name, value in load_tensors(folder).items() if "visual" in name}
-    assert vision_shapes(config) == found
-
-
-def test_a_checkpoint_without_a_tower_has_no_vision_config(tmp_path: Path) -> None:
-    assert load_vision_config(write_random_checkpoint(tmp_path / "text")) is None
-    assert load_vision_config(write_random_checkpoint(tmp_path / "wrapped", wrap=True)) is None
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"hidden_act": "relu"}, "hidden_act"),
-        ({"deepstack_visual_indexes": [1]}, "deepstack_visual_indexes"),
-        ({"num_position_embeddings": 50}, "must be a square"),
-        ({"num_heads": 5}, "multiple of 4 num_heads"),
-        ({"out_hidden_size": 65}, "out_hidden_size is 65"),
-        ({"temporal_patch_size": 1}, "temporal_patch_size"),
-    ],
-)
-def test_vision_config_that_is_not_supported(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = write_vision_checkpoint(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["vision_config"] |= change
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=message):
-        Checkpoint.open(str(folder))

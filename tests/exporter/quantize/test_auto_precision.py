@@ -13,7 +13,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.quantize.auto_precision import Choice, allocate, auto_precision
 from qwen_export.quantize.blockwise import Quantization
-from qwen_export.quantize.sensitivity import Part, _Requantised, divergences
+from qwen_export.quantize.sensitivity import LayerRole, _Requantised, divergences
 from qwen_export.reference import Weights, forward, log_softmax, logits
 from qwen_export.verify.verification import verify
 from qwen_profiles.schema import WeightFormat, load_profile
@@ -55,9 +55,9 @@ def test_a_part_costs_what_it_costs_alone() -> None:
     config, tensors = source.config, source.tensors
     form = Quantization(4, 32, True, np.dtype(np.float32))
     parts = {
-        Part(2, "mlp"): [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")],
-        Part(3, "attention"): [f"model.layers.3.self_attn.{name}_proj.weight" for name in "qkvo"],
-        Part(-1, "lm_head"): ["model.embed_tokens.weight"],
+        LayerRole(2, "mlp"): [f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up", "down")],
+        LayerRole(3, "attention"): [f"model.layers.3.self_attn.{name}_proj.weight" for name in "qkvo"],
+        LayerRole(-1, "lm_head"): ["model.embed_tokens.weight"],
     }
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 64)
     found = divergences(
@@ -81,7 +81,7 @@ def test_a_part_costs_what_it_costs_alone() -> None:
 
 
 def test_bytes_go_where_they_spare_most() -> None:
-    parts = [Part(layer, "mlp") for layer in range(3)]
+    parts = [LayerRole(layer, "mlp") for layer in range(3)]
     choices = {
         part: [Choice(INT4, 100, cost), Choice(INT8, 200, cost / 256)]
         for part, cost in zip(parts, (0.1, 0.5, 0.2), strict=True)

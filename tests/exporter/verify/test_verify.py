@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 from qwen_common import files
 from qwen_common.errors import BELOW_THE_BAR, USER_ERROR, UserError
-from qwen_export.architecture.text_config import expected_shapes
 from qwen_export.backends.onnx.plan import plan
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
@@ -52,9 +51,9 @@ def test_stored_weights_are_the_checkpoints(checkpoint: Path, profile: str, tmp_
     """Every matrix under its own name, row for row, within what its precision allows."""
     source, chosen = Checkpoint.open(str(checkpoint)), load_profile(profile)
     artifact = exported(checkpoint, chosen, tmp_path)
-    shapes = expected_shapes(source.config)
-    stored = stored_tensors(artifact, plan(source, chosen), shapes)
-    assert stored.keys() == {name for name, shape in shapes.items() if len(shape) > 1}
+    specs = source.config.tensors()
+    stored = stored_tensors(artifact, plan(source, chosen), specs)
+    assert stored.keys() == {name for name, spec in specs.items() if len(spec.shape) > 1}
     for name, tensor in stored.items():
         rows = tensor.shape[0]
         expected, found = float32(source.tensors[name].read(0, rows)), tensor.read(0, rows)

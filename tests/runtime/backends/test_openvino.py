@@ -14,7 +14,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qwen_common.errors import BELOW_THE_BAR, UserError
-from qwen_export.architecture.text_config import expected_shapes
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.reference import float32
@@ -112,9 +111,9 @@ def test_inspect_says_what_is_stored(checkpoint: Path, tmp_path: Path) -> None:
     from qwen_export.backends.openvino.stored import stored_weights
 
     source = Checkpoint.open(str(checkpoint))
-    shapes = expected_shapes(source.config)
-    tensors = stored_weights(artifact, source.config, shapes).tensors
-    named = {name for name, shape in shapes.items() if len(shape) > 1 and "conv1d" not in name}
+    specs = source.config.tensors()
+    tensors = stored_weights(artifact, source.config, specs).tensors
+    named = {name for name, spec in specs.items() if len(spec.shape) > 1 and "conv1d" not in name}
     assert named - tensors.keys() <= {
         name for name in named if name.endswith("gate.weight")
     }  # never stored low

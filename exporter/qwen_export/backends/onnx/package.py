@@ -14,7 +14,7 @@ from qwen_common.files import as_json
 from qwen_common.providers import CPU, PROVIDERS
 from qwen_profiles.schema import Profile
 
-from qwen_export.architecture.vision_config import VisionConfig
+from qwen_export.architecture.vision import VisionConfig
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import states
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from qwen_profiles.schema import Profile
 
+from qwen_export.architecture.mtp import mtp_tensors
 from qwen_export.backends.onnx import package
 from qwen_export.backends.onnx.stream import Stored
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -35,9 +36,9 @@ class Plan:
     data_bytes: int
     max_run_tokens: int | None  # of the decoder; None: any number
 
-    def carried_roles(self) -> list[str]:
+    def prequantized_roles(self) -> list[str]:
         """Roles with weights whose codes are the checkpoint's own."""
-        return sorted({weight.role for weight, _ in self.stored if weight.carried})
+        return sorted({weight.role for weight, _ in self.stored if weight.prequantized})
 
     def bytes_by_role(self) -> dict[str, int]:
         totals: dict[str, int] = {}
@@ -51,6 +52,7 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
     target = target_for(profile.lowering, profile.provider)
     dtype = np.dtype(profile.activation_dtype)
     layout = DataLayout()
+    config, vision = checkpoint.config, checkpoint.vision
     recipe = Recipe(
         profile.weights,
         target,
@@ -59,8 +61,8 @@ def plan(checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp
         np.dtype(profile.scale_dtype or profile.activation_dtype),
         checkpoint.tensors,
         profile.layer_weights,
+        {**config.tensors(), **mtp_tensors(config), **(vision.tensors() if vision else {})},
     )
-    config, vision = checkpoint.config, checkpoint.vision
 
     run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if vision else profile.prefill_chunk
 

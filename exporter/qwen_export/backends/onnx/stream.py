@@ -20,6 +20,7 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.tensor import PrequantizedTensor
 from qwen_export.graph.weights import Rows, StoredTensor, Weight
 from qwen_export.quantize.blockwise import Quantization, quantize
 
@@ -192,12 +193,14 @@ def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: thread
 def _stored_form(checkpoint: Checkpoint, piece: _Piece) -> list[np.ndarray]:
     """The piece as the arrays that its weight's `layout()` names, contiguous."""
     weight, (tensor, start, stop) = piece.weight, astuple(piece.rows)
-    if isinstance(weight.storage, Quantization) and weight.carried:
-        parts = checkpoint.tensors[tensor].carry(start, stop, weight.storage)
+    source = checkpoint.tensors[tensor]
+    if isinstance(weight.storage, Quantization) and weight.prequantized:
+        assert isinstance(source, PrequantizedTensor)
+        parts = source.packed(start, stop, weight.storage)
         if weight.transform is not None:  # puts rows in another order, whatever they hold
             parts = [weight.transform(part) for part in parts]
         return [np.ascontiguousarray(part) for part in parts]
-    rows = checkpoint.read(tensor, start, stop)
+    rows = source.read(start, stop)
     if weight.transform is not None:
         rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):

@@ -62,9 +62,9 @@ def write_artifact(
         with _quiet():
             progress.note("tracing the model: minutes for a large one")
             data_free = profile.compression == "data-free"
-            hollow = [role for role, form in recipe.items() if form.precision != "float" and data_free]
-            model, hollows = load_model(checkpoint, hollow)
-            filler = Filler(hollows, recipe, scratch)
+            left_out = [role for role, form in recipe.items() if form.precision != "float" and data_free]
+            model, placeholders = load_model(checkpoint, left_out)
+            filler = Filler(placeholders, recipe, scratch)
             if not data_free:
                 text = Calibration(checkpoint.root, model.get_input_embeddings().weight, calibration)
 
@@ -80,7 +80,7 @@ def write_artifact(
                 return traced
 
             convert(model, staged, finish)
-            hollows.check()
+            placeholders.check()
             if missing := _roles(checkpoint) - sizes.keys():
                 raise UserError(f"the IR has no weights of {', '.join(sorted(missing))}: {_INSTALL}")
             generation = checkpoint.root / _GENERATION_CONFIG
@@ -128,16 +128,9 @@ def _describe(checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: dic
 
 def _roles(checkpoint: Checkpoint) -> set[Role]:
     """Those that a model like this has weights of."""
-    config = checkpoint.config
-    roles: set[Role] = {"embedding", "lm_head"}
-    roles |= {"experts", "shared_expert"} if config.num_experts else {"mlp"}
-    if "full_attention" in config.layer_types:
-        roles.add("attention")
-    if "linear_attention" in config.layer_types:
-        roles |= {"linear_attention", "gate"}
-    if checkpoint.vision:
-        roles.add("vision")
-    return roles
+    vision = checkpoint.vision.tensors() if checkpoint.vision else {}
+    specs = [*checkpoint.config.tensors().values(), *vision.values()]
+    return {spec.recipe_role for spec in specs if spec.recipe_role}
 
 
 def _write_tokenizers(source: Path, staged: Path) -> None:

@@ -1,13 +1,12 @@
 """Weights of the IR in the precisions of a profile's recipe, by NNCF, and a look at what really came of it.
 
-A weight's role is told from the module that the node which uses it was traced from: the recipe's roles say
-everything, and no list of layers is written by hand.
+A weight's role is that of the checkpoint's tensor, which is told from the module that the node which uses it
+was traced from: the recipe's roles say everything, and no list of layers is written by hand.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,27 +15,10 @@ from typing import Any
 from qwen_common.errors import UserError
 from qwen_profiles.schema import Role, WeightFormat
 
+from qwen_export.architecture.registry import recipe_role
+from qwen_export.backends.openvino.names import tensor_of
+
 _OPERANDS = {"MatMul": 2, "Gather": 1}  # of each kind of node that has a weight, those that may be one
-# Name of a weight in the checkpoint, or of the node that uses it, with the module that it was traced from ->
-# its role; the first that is found counts.
-_ROLES: dict[str, Role] = {
-    r"\.visual\.(blocks\.\d+\.(attn|mlp)|merger)\.(qkv|proj|linear_fc\d)[./]": "vision",
-    r"\.embed_tokens[./]": "embedding",
-    r"\blm_head[./]": "lm_head",
-    r"\.mlp\.shared_expert\.\w+_proj[./]": "shared_expert",
-    r"\.mlp\.\w+_proj[./]": "mlp",
-    r"\.mlp(\.experts)?/(aten|ov_ext)::bmm|\.mlp\.experts\.\w+_proj$": "experts",
-    r"\.self_attn\.\w_proj[./]": "attention",
-    r"\.linear_attn\.in_proj_[ab][./]": "gate",
-    r"\.linear_attn\.(in_proj_\w+|out_proj)[./]": "linear_attention",
-}
-# Modules that an IR of their own is made of, which the names of its nodes do not say.
-_MODULES = {
-    "openvino_text_embeddings_model": "model.embed_tokens",
-    "openvino_vision_embeddings_model": "model.visual.patch_embed",
-    "openvino_vision_embeddings_pos_model": "model.visual.pos_embed",
-    "openvino_vision_embeddings_merger_model": "model.visual",
-}
 _NEVER = ["Convolution", "GroupConvolution"]  # NNCF would take them along
 _STORED = {
     "int4": {"i4", "u4"},
@@ -52,11 +34,15 @@ class Weight:
 
     Attributes:
         node: the node that uses it.
+        tensor: its name in the checkpoint.
+        part: which of the parts that stand after each other in that tensor.
         stored: element type of its constant, as OpenVINO calls it.
         sizes: bytes of that constant, its scales and zero points, by name. A tied weight is used twice.
     """
 
     node: str
+    tensor: str
+    part: int
     role: Role
     stored: str
     sizes: Mapping[str, int]
@@ -115,21 +101,16 @@ def weights(model: Any, ir: str = "") -> Iterator[Weight]:
     for node in model.get_ops():
         if node.get_type_name() not in _OPERANDS:
             continue
-        name = node.get_friendly_name().removeprefix("__module")
-        module = _MODULES.get(ir, "")
-        role = role_of(f"{module}{name}" if name.startswith(".") else f"{module}/{name}")
-        if role is None:
+        found = tensor_of(node.get_friendly_name(), ir)
+        role = recipe_role(found[0]) if found else None
+        if found is None or role is None:
             continue
         operands = node.input_values()[: _OPERANDS[node.get_type_name()]]
         for constants in filter(None, (_constants(value.get_node()) for value in operands)):
             weight = max(constants, key=lambda constant: math.prod(constant.output(0).shape))
             sizes = {constant.get_friendly_name(): constant.get_byte_size() for constant in constants}
-            yield Weight(node.get_friendly_name(), role, weight.get_element_type().get_type_name(), sizes)
-
-
-def role_of(name: str) -> Role | None:
-    """The role of the weight called `name`, or that the node called so uses; None where it has none."""
-    return next((role for pattern, role in _ROLES.items() if re.search(pattern, name)), None)
+            stored = weight.get_element_type().get_type_name()
+            yield Weight(node.get_friendly_name(), *found, role, stored, sizes)
 
 
 def check(model: Any, recipe: Mapping[Role, WeightFormat], ir: str = "") -> dict[Role, int]:

@@ -16,7 +16,7 @@ from qwen_common.errors import UserError
 from qwen_profiles.schema import Role, WeightFormat
 
 from qwen_export.backends.openvino.compress import nncf_mode
-from qwen_export.backends.openvino.hollow import Hollows, Part
+from qwen_export.backends.openvino.placeholder import Placeholders, TensorSlice
 
 _ELEMENTS = 1024 * 1024  # compressed at a time
 _LEAST_GROUP = 32  # what NNCF falls back to where a row is no multiple of the recipe's block
@@ -36,8 +36,10 @@ class Filler:
         UserError: a weight cannot be stored as the recipe says, or holds NaN or Inf.
     """
 
-    def __init__(self, hollows: Hollows, recipe: Mapping[Role, WeightFormat], scratch: Path) -> None:
-        self._hollows, self._recipe, self._scratch = hollows, recipe, scratch
+    def __init__(
+        self, placeholders: Placeholders, recipe: Mapping[Role, WeightFormat], scratch: Path
+    ) -> None:
+        self._placeholders, self._recipe, self._scratch = placeholders, recipe, scratch
         self._pages: list[np.ndarray] = []  # OpenVINO does not keep what it is given alive
         scratch.write_bytes(b"")
 
@@ -46,50 +48,50 @@ class Filler:
         for node in model.get_ordered_ops():
             if node.get_type_name() != "Constant":
                 continue
-            part = self._hollows.find(node.data.ctypes.data)
-            if part is None:
+            weight = self._placeholders.find(node.data.ctypes.data)
+            if weight is None:
                 continue
             users = node.output(0).get_target_inputs()
             element = node.get_element_type().get_type_name()
             # A 16-bit constant is followed by a conversion to float32, which stays.
-            filled = self._compressed(part, node.get_friendly_name(), convert=element == "f32")
+            filled = self._compressed(weight, node.get_friendly_name(), convert=element == "f32")
             for user in users:
                 user.replace_source_output(filled.output(0))
 
-    def _compressed(self, part: Part, name: str, convert: bool) -> Any:
-        """The nodes that give `part` back, as NNCF makes them."""
+    def _compressed(self, weight: TensorSlice, name: str, convert: bool) -> Any:
+        """The nodes that give `weight` back, as NNCF makes them."""
         from openvino import opset13 as op
 
-        form = self._recipe[part.role]
-        codes, scales, zeros = self._constants(part, name, form)
+        form = self._recipe[weight.role]
+        codes, scales, zeros = self._constants(weight, name, form)
         value = op.convert(codes, "f16")
         if zeros is not None:
             value = op.subtract(value, op.convert(zeros, "f16"), name=f"{name}/zero_point/subtract")
         value = op.multiply(value, scales, name=f"{name}/fq_weights_1")
         if form.precision == "int4":
-            value = op.reshape(value, np.array(part.shape, np.int64), special_zero=False)
+            value = op.reshape(value, np.array(weight.shape, np.int64), special_zero=False)
         return op.convert(value, "f32", name=f"{name}/fq_weights_1/convert") if convert else value
 
-    def _constants(self, part: Part, name: str, form: WeightFormat) -> tuple[Any, Any, Any]:
+    def _constants(self, weight: TensorSlice, name: str, form: WeightFormat) -> tuple[Any, Any, Any]:
         """Codes [..., N, K] or [..., N, groups, group], scales and zero points with 1 for their last axis."""
         from nncf.quantization.algorithms.weight_compression.config import WeightCompressionConfig
         from nncf.quantization.algorithms.weight_compression.weight_lowering import compress_weight
         from nncf.tensor import Tensor
 
-        group = _group(part, form)
+        group = _group(weight, form)
         config = WeightCompressionConfig(mode=nncf_mode(form), group_size=group)
         start = self._end()
         scales, zeros = [], []
         with self._scratch.open("ab") as file:
-            for rows in part.rows(_ELEMENTS):
+            for rows in weight.rows(_ELEMENTS):
                 made = compress_weight(Tensor(rows), (1,), config)
                 file.write(_packed(made.tensor.data, form).data)
                 scales.append(made.scale.data.astype(np.float16))
                 if made.zero_point is not None:
                     zeros.append(made.zero_point.data.astype(np.uint8))
-        width = part.shape[-1]
+        width = weight.shape[-1]
         cut = (width,) if group < 0 else (width // group, group)
-        outer, kind = part.shape[:-1], _TYPES[form.precision, form.symmetric]
+        outer, kind = weight.shape[:-1], _TYPES[form.precision, form.symmetric]
         codes = self._mapped(start, (*outer, *cut), kind, name)
         per_scale = (*outer, *cut[:-1], 1)
         scale = self._mapped(self._append(np.concatenate(scales)), per_scale, "f16", f"{name}/scale")
@@ -124,17 +126,17 @@ class Filler:
         return constant
 
 
-def _group(part: Part, form: WeightFormat) -> int:
+def _group(weight: TensorSlice, form: WeightFormat) -> int:
     """Input features that share a scale; -1 for all of a row, as 8-bit weights have it."""
     if form.precision == "int8":
         return -1
     size = int(form.block_size)
-    while part.shape[-1] % size and size > _LEAST_GROUP:
+    while weight.shape[-1] % size and size > _LEAST_GROUP:
         size //= 2
-    if part.shape[-1] % size:
+    if weight.shape[-1] % size:
         raise UserError(
-            f"{part.name} has rows of {part.shape[-1]}, which no blocks of {_LEAST_GROUP} or more make up, "
-            f"where the recipe says int4 for {part.role}: choose --set weights.{part.role}=int8"
+            f"{weight.name} has rows of {weight.shape[-1]}, which no blocks of {_LEAST_GROUP} or more make "
+            f"up, where the recipe says int4 for {weight.role}: choose --set weights.{weight.role}=int8"
         )
     return size
 

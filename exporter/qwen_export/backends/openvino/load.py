@@ -1,8 +1,8 @@
 """The checkpoint as transformers' own model, over weights that stay in their files.
 
-What will be compressed is hollow (see `hollow`). Any other tensor that is stored as floats is mapped: PyTorch
-and OpenVINO both work on the file's pages, which the system may drop again. Only what a checkpoint stores in
-another form (FP8, GPTQ, AWQ) and the recipe keeps as floats is read into memory.
+What will be compressed is a placeholder (see `placeholder`). Any other tensor that is stored as floats is
+mapped: PyTorch and OpenVINO both work on the file's pages, which the system may drop again. Only what a
+checkpoint stores in another form (FP8, GPTQ, AWQ) and the recipe keeps as floats is read into memory.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ import ml_dtypes
 import numpy as np
 from qwen_profiles.schema import Role
 
-from qwen_export.backends.openvino.compress import role_of
-from qwen_export.backends.openvino.hollow import Hollows, Part
-from qwen_export.checkpoint.checkpoint import MTP, Checkpoint
-from qwen_export.checkpoint.sources import Source, TensorInfo
+from qwen_export.architecture.mtp import MTP
+from qwen_export.architecture.vision import VISION
+from qwen_export.backends.openvino.placeholder import Placeholders, TensorSlice
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.tensor import CheckpointTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_MATRIX_AXES = (2, 3)  # the patch embedding has 5: NNCF takes no convolutions
 _EMBEDDING = "model.embed_tokens.weight"
 _CHECKED_BYTES = 64 * 1024 * 1024  # read at a time
 
 
-def load_model(checkpoint: Checkpoint, hollow: Collection[Role] = ()) -> tuple[Any, Hollows]:
+def load_model(checkpoint: Checkpoint, left_out: Collection[Role] = ()) -> tuple[Any, Placeholders]:
     """A transformers.PreTrainedModel, in the dtype in which the checkpoint stores its embedding.
 
     Args:
-        hollow: roles whose weights are not read, but found in the IR by the second value.
+        left_out: roles whose weights are not read, but found in the IR by the second value.
 
     Raises:
         UserError: a tensor that is read holds NaN or Inf.
@@ -47,53 +50,52 @@ def load_model(checkpoint: Checkpoint, hollow: Collection[Role] = ()) -> tuple[A
     text["mtp_num_hidden_layers"] = 0  # else optimum-intel exports the head, too
     if checkpoint.config.rope_parameters.rope_type == "yarn":
         text["rope_parameters"] = checkpoint.config.rope_parameters.model_dump(exclude_none=True)
-    moe = "Moe" if checkpoint.config.num_experts else ""
+    family = checkpoint.config.transformers_name
     if checkpoint.vision:
-        model_class = getattr(transformers, f"Qwen3_5{moe}ForConditionalGeneration")
+        model_class = getattr(transformers, f"{family}ForConditionalGeneration")
         prefix, config = "model.language_model.", model_class.config_class(**content)
     else:
-        model_class = getattr(transformers, f"Qwen3_5{moe}ForCausalLM")
+        model_class = getattr(transformers, f"{family}ForCausalLM")
         prefix, tied = "model.", checkpoint.config.tie_word_embeddings
         config = model_class.config_class(**{**text, "tie_word_embeddings": tied})
     sources = {
         name: source
         for name, source in checkpoint.tensors.items()
-        if not name.startswith(MTP) and (checkpoint.vision or not name.startswith("model.visual."))
+        if not name.startswith(MTP) and (checkpoint.vision or not name.startswith(VISION))
     }
-    roles = {name: _role(name, source, checkpoint) for name, source in sources.items()}
-    chosen = {name: role for name, role in roles.items() if role and role in hollow}
+    vision = checkpoint.vision.tensors() if checkpoint.vision else {}
+    chosen = {
+        name: spec.recipe_role
+        for name, spec in {**checkpoint.config.tensors(), **vision}.items()
+        if spec.recipe_role and spec.recipe_role in left_out and len(spec.shape) in _MATRIX_AXES
+    }
     sizes = [int(np.prod(sources[name].shape, dtype=np.int64)) for name in chosen]
-    hollows = Hollows(max(sizes, default=0), 2 * len(chosen))
+    placeholders = Placeholders(max(sizes, default=0), 2 * len(chosen))
     dtype = _as_torch(sources[_EMBEDDING].read(0, 1)).dtype
     weights = {}
     for name, source in sources.items():
         if name not in chosen:
             weights[_renamed(name, prefix)] = _tensor(source)
         elif chosen[name] == "experts":  # see _part_experts
-            weights[_renamed(name, prefix)] = hollows.plain(source.shape, dtype)
+            weights[_renamed(name, prefix)] = placeholders.plain(source.shape, dtype)
         else:
-            part = Part(name, chosen[name], source, 0, source.shape[0])
-            weights[_renamed(name, prefix)] = hollows.tensor(part, dtype)
+            whole = TensorSlice(name, chosen[name], source, 0, source.shape[0])
+            weights[_renamed(name, prefix)] = placeholders.tensor(whole, dtype)
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     for name, parameter in model.named_parameters():
         # Published checkpoints keep a few tensors in float32, which would be rounded to the others' dtype.
         if name in weights and weights[name].dtype != parameter.dtype:
             parameter.data = weights[name]
     if "experts" in chosen.values():
-        _part_experts(model, sources, hollows, prefix)
+        _part_experts(model, sources, placeholders, prefix)
     # Where optimum-intel looks for the tokenizer; without it it asks the hub for a model called None.
     model.config._name_or_path = model.name_or_path = str(checkpoint.root)
-    return model.eval(), hollows
+    return model.eval(), placeholders
 
 
-def _role(name: str, source: Source, checkpoint: Checkpoint) -> Role | None:
-    """The recipe's role of a tensor; None where it is none of a recipe's weights."""
-    role = role_of(name) if len(source.shape) in (2, 3) else None
-    # A tied embedding is the lm_head's weight.
-    return "lm_head" if role == "embedding" and checkpoint.config.tie_word_embeddings else role
-
-
-def _part_experts(model: Any, sources: dict[str, Source], hollows: Hollows, prefix: str) -> None:
+def _part_experts(
+    model: Any, sources: dict[str, CheckpointTensor], placeholders: Placeholders, prefix: str
+) -> None:
     """Gate and up projection of all experts as weights of their own.
 
     optimum-intel's patched forward halves the stack of both, which OpenVINO would fold into two copies. They
@@ -101,18 +103,18 @@ def _part_experts(model: Any, sources: dict[str, Source], hollows: Hollows, pref
     """
     import torch
 
-    def hollow(name: str, first: int, last: int) -> torch.nn.Parameter:
-        tensor = hollows.tensor(Part(name, "experts", sources[name], first, last), torch.float32)
+    def placeholder(name: str, first: int, last: int) -> torch.nn.Parameter:
+        tensor = placeholders.tensor(TensorSlice(name, "experts", sources[name], first, last), torch.float32)
         return torch.nn.Parameter(tensor, requires_grad=False)
 
     for index, layer in enumerate(model.get_submodule(prefix.rstrip(".")).layers):
         name, experts = f"model.layers.{index}.mlp.experts", layer.mlp.experts
         middle = sources[f"{name}.gate_up_proj"].shape[1] // 2
         del experts.gate_up_proj
-        experts.gate_proj = hollow(f"{name}.gate_up_proj", 0, middle)
-        experts.up_proj = hollow(f"{name}.gate_up_proj", middle, 2 * middle)
+        experts.gate_proj = placeholder(f"{name}.gate_up_proj", 0, middle)
+        experts.up_proj = placeholder(f"{name}.gate_up_proj", middle, 2 * middle)
         experts.gate_up_proj = _Halves(experts.gate_proj, experts.up_proj)
-        experts.down_proj = hollow(f"{name}.down_proj", 0, sources[f"{name}.down_proj"].shape[1])
+        experts.down_proj = placeholder(f"{name}.down_proj", 0, sources[f"{name}.down_proj"].shape[1])
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,18 @@ class _Halves:
 
 def _renamed(name: str, prefix: str) -> str:
     """Our names are those of a text model, whatever it is wrapped in."""
-    if name.startswith("model.") and not name.startswith("model.visual."):
+    if name.startswith("model.") and not name.startswith(VISION):
         return prefix + name.removeprefix("model.")
     return name
 
 
-def _tensor(source: Source) -> Tensor:
+def _tensor(source: CheckpointTensor) -> Tensor:
 
     rows = max(1, _CHECKED_BYTES * source.shape[0] // source.nbytes)
     parts = (
         source.read(start, min(start + rows, source.shape[0])) for start in range(0, source.shape[0], rows)
     )
-    if not isinstance(source, TensorInfo):
+    if not isinstance(source, PlainTensor):
         return _as_torch(np.concatenate(list(parts)))
     for _ in parts:  # which refuses NaN and Inf
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,14 @@ import ml_dtypes
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.architecture.text_config import TextConfig
+from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
+from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.openvino.compress import Weight, weights
-from qwen_export.quantize.blockwise import Quantization
 from qwen_export.verify.stored import StoredWeights
 
 _BITS = {"u4": 4, "i4": 4}  # element types of several values a byte, the first one in the low bits
 _SIGNED = {"i4", "i8"}
-_MODULE = re.compile(r"(layers\.\d+\.[\w.]+|embed_tokens|lm_head)/")
-# Products with the experts of one layer: by the end of their node's name, the checkpoint's tensor, and which
-# of the parts that stand after each other in it.
-_EXPERTS = {"MatMul": ("gate_up_proj", 0), "MatMul_1": ("gate_up_proj", 1), "MatMul_2": ("down_proj", 0)}
 _LANGUAGE_MODELS = ("openvino_model.xml", "openvino_text_embeddings_model.xml", "openvino_language_model.xml")
 _RUNTIME_BYTES = 400_000_000  # Python, OpenVINO and its compiled kernels (measured, Linux x86-64)
 _COPIES = 2  # of the weights in memory: the pipeline's, and those of the IR that shows its logits
@@ -65,7 +61,7 @@ class _Constant:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Operand:
     """What one use of a weight multiplies by: codes, with a scale and perhaps a zero point for each group."""
 
     codes: _Constant
@@ -73,7 +69,7 @@ class _Part:
     zeros: _Constant | None
 
     @classmethod
-    def of(cls, weight: Weight, nodes: Mapping[str, Any]) -> _Part:
+    def of(cls, weight: Weight, nodes: Mapping[str, Any]) -> _Operand:
         constants = [_Constant(nodes[name]) for name in weight.sizes]
         constants = [constant for constant in constants if constant.kind != "i64"]  # shapes
         codes = max(constants, key=lambda constant: math.prod(constant.shape))
@@ -93,7 +89,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class IRTensor:
-    """A tensor of the checkpoint, read from the IR; a `Source`.
+    """A tensor of the checkpoint, read from the IR; a `CheckpointTensor`.
 
     Attributes:
         role: of the recipe.
@@ -105,8 +101,7 @@ class IRTensor:
     shape: tuple[int, ...]
     nbytes: int
     files: frozenset[Path]
-    parts: tuple[_Part, ...]
-    packing: None = None
+    parts: tuple[_Operand, ...]
 
     @property
     def quantised(self) -> bool:
@@ -116,9 +111,6 @@ class IRTensor:
         """float32 rows `start` to `stop` of axis 0."""
         found = [part.rows(start, stop, len(self.shape)) for part in self.parts]
         return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
-
-    def carry(self, start: int, stop: int, form: Quantization) -> list[np.ndarray]:
-        raise NotImplementedError("an artifact's codes are not carried into another artifact")
 
 
 def read_model(path: Path) -> Any:
@@ -140,34 +132,35 @@ def read_model(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: copy the artifact again") from error
 
 
-def stored_weights(artifact: Path, config: TextConfig, shapes: dict[str, tuple[int, ...]]) -> StoredWeights:
+def stored_weights(artifact: Path, config: TextConfig, specs: Mapping[str, TensorSpec]) -> StoredWeights:
     """The matrices of `artifact` by their names in the checkpoint, and what reading them takes.
 
     Args:
-        shapes: the checkpoint's tensors.
+        specs: the checkpoint's tensors.
 
     Raises:
         UserError: the artifact is not of that checkpoint.
     """
-    places: dict[str, dict[int, tuple[Path, Weight, _Part]]] = {}
+    places: dict[str, dict[int, tuple[Path, Weight, _Operand]]] = {}
     decoded: dict[str, float] = {}  # constants by name: bytes that one token reads
     for file in (artifact / name for name in _LANGUAGE_MODELS if (artifact / name).is_file()):
         model = read_model(file)
         nodes = {node.get_friendly_name(): node for node in model.get_ops()}
         for weight in weights(model, file.stem):
-            name, at = _place(weight)
-            if name in shapes:
-                places.setdefault(name, {})[at] = file, weight, _Part.of(weight, nodes)
+            if weight.tensor in specs:
+                operand = _Operand.of(weight, nodes)
+                places.setdefault(weight.tensor, {})[weight.part] = file, weight, operand
             if weight.role != "embedding":
-                experts = config.num_experts if weight.role == "experts" else None
-                share = config.num_experts_per_tok / experts if experts else 1.0
+                share = 1.0
+                if weight.role == "experts" and isinstance(config, MoeTextConfig):
+                    share = config.num_experts_per_tok / config.num_experts
                 decoded |= {constant: size * share for constant, size in weight.sizes.items()}
     tensors = {}
     for name, found in places.items():
         ordered = [found[at] for at in sorted(found)]
         tensor = IRTensor(
-            role=ordered[0][1].role,
-            shape=shapes[name],
+            role=specs[name].role,
+            shape=specs[name].shape,
             nbytes=sum(sum(weight.sizes.values()) for _, weight, _ in ordered),
             files=frozenset(file for file, _, _ in ordered),
             parts=tuple(part for _, _, part in ordered),
@@ -181,15 +174,3 @@ def stored_weights(artifact: Path, config: TextConfig, shapes: dict[str, tuple[i
         tensors[name] = tensor
     size = sum(path.stat().st_size for path in artifact.glob("*.bin"))
     return StoredWeights(tensors, int(sum(decoded.values())), _COPIES * size + _RUNTIME_BYTES)
-
-
-def _place(weight: Weight) -> tuple[str, int]:
-    """The checkpoint's name of a weight, and which part of it; "" where it has none."""
-    found = _MODULE.search(weight.node)
-    if found is None:  # an IR of its own has no name for what it is
-        return ("model.embed_tokens.weight" if weight.role == "embedding" else ""), 0
-    module = found[1]
-    if "::bmm/" in weight.node:
-        tensor, at = _EXPERTS.get(weight.node.rpartition("/")[2], ("", 0))
-        return f"model.{module.removesuffix('.experts')}.experts.{tensor}", at
-    return f"{'' if module == 'lm_head' else 'model.'}{module}.weight", 0

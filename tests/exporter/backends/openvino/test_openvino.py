@@ -18,8 +18,8 @@ import torch
 from qwen_common.errors import UserError
 from qwen_export.backends.openvino.compress import compress
 from qwen_export.backends.openvino.convert import convert
-from qwen_export.backends.openvino.hollow import Hollows, Part
 from qwen_export.backends.openvino.load import load_model
+from qwen_export.backends.openvino.placeholder import Placeholders, TensorSlice
 from qwen_export.backends.openvino.repair import repair
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
@@ -279,16 +279,16 @@ def test_a_weight_that_is_not_found_in_the_ir_is_an_error() -> None:
     """As when OpenVINO has made one of two of them, or copied one."""
     sources = Checkpoint.open(str(TINY)).tensors
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)]
-    hollows = Hollows(384 * 192, len(names))
-    parts = [Part(name, "mlp", sources[name], 0, 384) for name in names]
-    first, second = (hollows.tensor(part, torch.float32) for part in parts)
+    placeholders = Placeholders(384 * 192, len(names))
+    parts = [TensorSlice(name, "mlp", sources[name], 0, 384) for name in names]
+    first, second = (placeholders.tensor(part, torch.float32) for part in parts)
     assert first.shape == second.shape == (384, 192) and not torch.equal(first, second)
-    assert hollows.find(first.data_ptr()) == parts[0]
-    assert hollows.find(first.data_ptr() + 4) is None
+    assert placeholders.find(first.data_ptr()) == parts[0]
+    assert placeholders.find(first.data_ptr() + 4) is None
     with pytest.raises(UserError, match=r"1 weights of the checkpoint are not in .*layers\.1\.mlp\.up_proj"):
-        hollows.check()
-    assert hollows.find(second.data_ptr()) == parts[1]
-    hollows.check()
+        placeholders.check()
+    assert placeholders.find(second.data_ptr()) == parts[1]
+    placeholders.check()
 
 
 @pytest.mark.parametrize("reads", [1, 10**9])
@@ -297,7 +297,7 @@ def test_rows_of_half_of_all_experts(reads: int, tmp_path: Path) -> None:
     source = checkpoint.tensors["model.layers.0.mlp.experts.gate_up_proj"]
     whole = source.read(0, 8)
     half = whole.shape[1] // 2
-    part = Part("up", "experts", source, half, 2 * half)
+    part = TensorSlice("up", "experts", source, half, 2 * half)
     found = np.concatenate(list(part.rows(reads)))
     assert part.shape == (8, half, whole.shape[2])
     np.testing.assert_array_equal(found.reshape(part.shape), whole[:, half:].astype(np.float32))

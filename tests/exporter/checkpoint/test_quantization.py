@@ -13,7 +13,7 @@ import pytest
 import torch
 from qwen_common.errors import UserError
 from qwen_export.backends.onnx.plan import plan
-from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint import Checkpoint
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
 
 from tests.support.artifacts import Session, cosine, float_profile, make_artifact
@@ -134,7 +134,7 @@ def test_codes_and_scales_are_the_checkpoints_own(
         weights = np.concatenate([original[f"{mlp}.{part}.weight"].numpy() for part in parts])
         expected_codes, expected_zeros, expected_scales = integers(weights, 128, sym)
         repeats = 128 // form.block_size
-        assert form.carried and (repeats == 1 or (lowering == "portable" and name.endswith("down_proj")))
+        assert form.prequantized and (repeats == 1 or (lowering == "portable" and name.endswith("down_proj")))
         np.testing.assert_array_equal(codes, expected_codes)
         np.testing.assert_array_equal(scales, np.repeat(expected_scales, repeats, axis=1).astype(np.float32))
         assert (zeros is None) == (sym and lowering == "fused")
@@ -151,11 +151,11 @@ def test_any_rows_are_read_alike(method: Method, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.gate_proj.weight"
     source = Checkpoint.open(str(folder)).tensors[name]
     meant = dict(model.state_dict())[name].numpy()
-    form = Quantization(4, 128, False, np.dtype(np.float32), carried=True)
-    whole = source.carry(0, 384, form)
+    form = Quantization(4, 128, False, np.dtype(np.float32), prequantized=True)
+    whole = source.packed(0, 384, form)
     for start, stop in ((0, 384), (0, 1), (7, 9), (8, 16), (13, 301), (383, 384)):
         np.testing.assert_array_equal(source.read(start, stop), meant[start:stop])
-        for part, all_rows in zip(source.carry(start, stop, form), whole, strict=True):
+        for part, all_rows in zip(source.packed(start, stop, form), whole, strict=True):
             np.testing.assert_array_equal(part, all_rows[start:stop])
 
 

@@ -1,0 +1,1 @@
+"""One file for each model_type of config.json, with its `CONFIG`; `registry` finds it by its name."""

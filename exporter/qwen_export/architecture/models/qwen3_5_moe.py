@@ -1,0 +1,48 @@
+"""Qwen3.5, mixture of experts: the dense model with routed experts and a shared one in place of the MLP.
+
+Names and defaults as in transformers' Qwen3_5MoeTextConfig.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from qwen_export.architecture.models.qwen3_5 import BACKBONE, TextConfig
+from qwen_export.architecture.tensors import Table, floats, matrix
+
+_MLP = "model.layers.{layer}.mlp"
+_SHARED = f"{_MLP}.shared_expert"
+_SHARED_SIZE = "shared_expert_intermediate_size"
+# gate_up_proj is an expert's gate rows, then its up rows. A router is never quantised: a wrong choice of
+# experts costs far more than the bytes.
+EXPERTS: Table = (
+    floats(f"{_MLP}.gate.weight", "router", "num_experts", "hidden_size"),
+    matrix(f"{_MLP}.experts.gate_up_proj", "experts", "num_experts", "gate_up_dim", "hidden_size"),
+    matrix(f"{_MLP}.experts.down_proj", "experts", "num_experts", "hidden_size", "moe_intermediate_size"),
+    floats(f"{_MLP}.shared_expert_gate.weight", "router", 1, "hidden_size"),
+    matrix(f"{_SHARED}.gate_proj.weight", "shared_expert", _SHARED_SIZE, "hidden_size"),
+    matrix(f"{_SHARED}.up_proj.weight", "shared_expert", _SHARED_SIZE, "hidden_size"),
+    matrix(f"{_SHARED}.down_proj.weight", "shared_expert", "hidden_size", _SHARED_SIZE),
+)
+
+
+class MoeTextConfig(TextConfig):
+    """Geometry of a Qwen3.5 mixture of experts; `intermediate_size` means nothing here."""
+
+    model_type: ClassVar[str] = "qwen3_5_moe_text"
+    transformers_name: ClassVar[str] = "Qwen3_5Moe"
+    table: ClassVar[Table] = (*BACKBONE, *EXPERTS)
+
+    num_experts: int = Field(default=256, gt=0)
+    num_experts_per_tok: int = Field(default=8, gt=0)
+    moe_intermediate_size: int = Field(default=512, gt=0)
+    shared_expert_intermediate_size: int = Field(default=512, gt=0)
+
+    @property
+    def gate_up_dim(self) -> int:
+        return 2 * self.moe_intermediate_size
+
+
+CONFIG = MoeTextConfig

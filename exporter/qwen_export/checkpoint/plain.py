@@ -1,0 +1,81 @@
+"""A tensor that lies in a file as it is: bf16, fp16 or fp32, or what the other forms are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from qwen_common.errors import UserError
+
+FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32))
+_BFLOAT16_EXPONENT = 0x7F80
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """`nbytes` from `offset` of `file`, row by row; a `CheckpointTensor` if its dtype is one of `FLOATS`."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset({self.file})
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows in the stored dtype."""
+        return self.columns(0, self.shape[1] if len(self.shape) > 1 else 1, start, stop)
+
+    def columns(self, first: int, last: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Entries `first` to `last` of axis 1 of rows `start` to `stop`; reads nothing else."""
+        stop = self.shape[0] if stop is None else stop
+        count = self.shape[1] if len(self.shape) > 1 else 1
+        row_bytes = self.nbytes // self.shape[0]
+        entry = row_bytes // count
+        part = np.empty((stop - start, (last - first) * entry), np.uint8)
+        # Whole rows follow each other, so they are one run of bytes.
+        runs = part.reshape(1, -1) if (first, last) == (0, count) else part
+        with self.file.open("rb", buffering=0) as file:
+            for line, run in enumerate(runs):
+                file.seek(self.offset + (start + line) * row_bytes + first * entry)
+                wanted = run.data
+                while len(wanted) and (read := file.readinto(wanted)):
+                    wanted = wanted[read:]
+                if len(wanted):
+                    raise UserError(
+                        f"shard {self.file.name} ends inside tensor {self.name}: download it again"
+                    )
+        rest = (last - first, *self.shape[2:]) if len(self.shape) > 1 else ()
+        values = part.reshape(-1).view(self.dtype).reshape(stop - start, *rest)
+        if self.dtype in FLOATS and not _all_finite(values):
+            raise UserError(
+                f"tensor {self.name} in {self.file.name} holds NaN or Inf: download the checkpoint again"
+            )
+        return values
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    if values.dtype == ml_dtypes.bfloat16:  # integer tests are many times quicker than ml_dtypes' isfinite
+        exponent = values.view(np.uint16) & np.uint16(_BFLOAT16_EXPONENT)
+        return bool((exponent != _BFLOAT16_EXPONENT).all())
+    return bool(np.isfinite(values).all())
+
+
+def take(stored: dict[str, PlainTensor], name: str, companion: str) -> PlainTensor:
+    """Take the tensor `name` out of `stored`, where `companion` was found.
+
+    Raises:
+        UserError: there is no such tensor.
+    """
+    if name not in stored:
+        raise UserError(f"the checkpoint has {companion}, but no {name}: is a shard missing?")
+    return stored.pop(name)

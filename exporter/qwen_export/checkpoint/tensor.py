@@ -1,0 +1,72 @@
+"""What a checkpoint's tensor can do, whatever form it is stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from qwen_export.quantize.blockwise import Quantization
+
+
+class CheckpointTensor(Protocol):
+    """One tensor of the model, in the model's shape: what `Checkpoint.tensors` holds for each name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the checkpoint."""
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The shards that it is read from."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of axis 0, as floats. Safe to call from several threads.
+
+        Raises:
+            UserError: the rows hold NaN or Inf, or the file has become shorter.
+        """
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """4-bit codes that somebody else chose.
+
+    Attributes:
+        group_size: input features that share a scale and a zero point.
+        symmetric: every zero point is 8.
+    """
+
+    group_size: int
+    symmetric: bool
+
+
+@runtime_checkable
+class PrequantizedTensor(Protocol):
+    """A checkpoint's tensor that is 4-bit codes already, which an artifact can keep as they are."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    def packed(self, start: int, stop: int, form: Quantization) -> list[np.ndarray]:
+        """Rows `start` to `stop` of axis 0 as packed codes, scales and, unless `form` is symmetric, packed
+        zero points.
+
+        What stands for one row of the model's tensor lies along the last axis. The block size of `form`
+        divides the group size; each scale is repeated for the blocks of its group.
+
+        Raises:
+            UserError: as `CheckpointTensor.read`, or a zero point that the form cannot hold.
+        """
+
+
+def common_scheme(tensors: Iterable[CheckpointTensor]) -> Scheme | None:
+    """The scheme that all of them have; None if there is a difference, or one is not prequantized."""
+    schemes = {tensor.scheme if isinstance(tensor, PrequantizedTensor) else None for tensor in tensors}
+    return schemes.pop() if len(schemes) == 1 else None
