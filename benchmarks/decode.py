@@ -40,7 +40,7 @@ from typing import IO, Any
 
 import psutil
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import load_config
 from qwen_export.export import export
@@ -115,7 +115,7 @@ class Peer:
 def bytes_read(checkpoint: Path, profile: Profile) -> int:
     """Bytes of the weights that a token needs: of routed experts the chosen ones, no untied embedding."""
     config = load_config(checkpoint)
-    sizes = plan(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
+    sizes = build_graphs(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
     if not config.tie_word_embeddings:
         sizes.pop("embedding")
     if isinstance(config, MoeTextConfig):

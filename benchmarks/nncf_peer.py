@@ -62,7 +62,7 @@ def inputs(ids: np.ndarray) -> dict[str, np.ndarray]:
 
 def measure(folder: Path, texts: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     request = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", _EXACT).create_infer_request()
-    divergences, agreements, surprises = [], [], []
+    divergences, agreements, nlls = [], [], []
     for ids, expected in zip(texts, reference, strict=True):
         request.reset_state()
         found = request.infer(inputs(ids))["logits"][0].astype(np.float64)
@@ -71,12 +71,12 @@ def measure(folder: Path, texts: np.ndarray, reference: np.ndarray) -> dict[str,
         )
         divergences.append((np.exp(expected) * (expected - found)).sum(-1))
         agreements.append(found.argmax(-1) == expected.argmax(-1))
-        surprises.append(-found[np.arange(len(ids) - 1), ids[1:]])
+        nlls.append(-found[np.arange(len(ids) - 1), ids[1:]])
     return {
         "bytes": (folder / "openvino_model.bin").stat().st_size,
         "kl": float(np.mean(divergences)),
         "top1": float(np.mean(agreements)),
-        "perplexity": float(np.exp(np.mean(surprises))),
+        "perplexity": float(np.exp(np.mean(nlls))),
     }
 
 

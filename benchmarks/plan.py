@@ -17,7 +17,8 @@ from pathlib import Path
 
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
-from qwen_export.planner.fit import configured, fit
+from qwen_export.planner.models import configured
+from qwen_export.planner.predictions import predict
 from qwen_profiles.schema import load_profile
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
@@ -58,7 +59,7 @@ def _row(size: str, folder: Path, runs: int) -> str:
         checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[size])
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(_TINY / name, checkpoint)
-    predicted = fit(configured(str(checkpoint)), profile).estimate
+    predicted = predict(configured(str(checkpoint)), profile).estimate
     assert predicted is not None
     artifact = folder / "artifact"
     export(Checkpoint.open(str(checkpoint)), profile, artifact, _Quiet())

@@ -28,7 +28,8 @@ STATE = (1, HEADS, SIZE, SIZE)
 
 
 def write(folder: Path) -> None:
-    import onnx_ir as ir
+    import onnx
+    from qwen_export.backends.onnx.proto import model_proto
     from qwen_export.graph.builder import DataLayout, GraphBuilder
     from qwen_export.graph.gated_delta_net import _chunk, triangles
     from qwen_export.graph.targets import PORTABLE
@@ -51,8 +52,9 @@ def write(folder: Path) -> None:
         output, present = _chunk(g, geometry, mixed, decay, beta, past, triangles(g, mixed, chunk))
         g.output(output, "output", float32, (1, "tokens", HEADS * SIZE))
         g.output(present, "present", float32, STATE)
-        ir.save(g.model("chunk"), folder / f"chunk{chunk}.onnx")
-        ir.save(_floor(GraphBuilder(PORTABLE, float32, DataLayout())), folder / f"floor{chunk}.onnx")
+        onnx.save(model_proto(g.graph("chunk")), folder / f"chunk{chunk}.onnx")
+        floor = _floor(GraphBuilder(PORTABLE, float32, DataLayout()))
+        onnx.save(model_proto(floor), folder / f"floor{chunk}.onnx")
     _write_scan(folder / "scan.onnx")
 
 
@@ -67,7 +69,7 @@ def _floor(g: Any) -> Any:
     g.output(output, "output", float32, (1, HEADS, "tokens", SIZE))
     transposed = g.op("Transpose", key, perm=[0, 1, 3, 2])
     g.output(g.op("MatMul", transposed, value), "present", float32, STATE)
-    return g.model("floor")
+    return g.graph("floor")
 
 
 def _write_scan(path: Path) -> None:

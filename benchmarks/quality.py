@@ -137,7 +137,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def measure(artifact: Path, texts: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     session = Session(artifact)
-    divergences, agreements, surprises = [], [], []
+    divergences, agreements, nlls = [], [], []
     for ids, expected in zip(texts, reference, strict=True):
         session.reset()
         # In pieces that every artifact's chunked recurrence takes.
@@ -145,13 +145,13 @@ def measure(artifact: Path, texts: np.ndarray, reference: np.ndarray) -> dict[st
         found = log_softmax(found[:, : expected.shape[-1]])
         divergences.append((np.exp(expected) * (expected - found)).sum(-1))
         agreements.append(found.argmax(-1) == expected.argmax(-1))
-        surprises.append(-found[np.arange(WINDOW - 1), ids[1:]])
+        nlls.append(-found[np.arange(WINDOW - 1), ids[1:]])
     size = sum(path.stat().st_size for path in artifact.glob("*.onnx.data"))
     return {
         "bytes": size,
         "kl": float(np.mean(divergences)),
         "top1": float(np.mean(agreements)),
-        "perplexity": float(np.exp(np.mean(surprises))),
+        "perplexity": float(np.exp(np.mean(nlls))),
     }
 
 
@@ -196,9 +196,7 @@ def main() -> None:
     with torch.no_grad():
         logits = [model(torch.from_numpy(ids)[None]).logits[0].numpy() for ids in texts]
     reference = np.stack([log_softmax(part) for part in logits])
-    surprise = np.mean(
-        [-part[np.arange(WINDOW - 1), ids[1:]] for part, ids in zip(reference, texts, strict=True)]
-    )
+    nll = np.mean([-part[np.arange(WINDOW - 1), ids[1:]] for part, ids in zip(reference, texts, strict=True)])
     results: dict[str, dict[str, float]] = {}
     if arguments.json and arguments.json.exists():
         results = json.loads(arguments.json.read_text())
@@ -224,7 +222,7 @@ def main() -> None:
 
     parameters = sum(value.numel() for value in model.parameters())
     table = Table("artifact", "MB", "bits per weight", "KL, nats", "top-1", "perplexity", box=MARKDOWN)
-    table.add_row("transformers float32", "", "", "0", "100.0%", f"{np.exp(surprise):.2f}")
+    table.add_row("transformers float32", "", "", "0", "100.0%", f"{np.exp(nll):.2f}")
     for name, row in results.items():
         table.add_row(
             name,

@@ -1,44 +1,24 @@
-"""What both backends write last: the artifact's model card and its manifest."""
+"""What is written last, whatever the backend: the artifact's model card and its manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from qwen_common import manifest as manifests
-from qwen_common.manifest import Manifest, RunsOn, Settings
+from qwen_common.manifest import Manifest, Settings
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 
+from qwen_export.backends.protocol import Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import cache_bytes_per_token
 from qwen_export.model_card import README, model_card
 
 
-def describe(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    staged: Path,
-    *,
-    runs_on: RunsOn,
-    context_length: int,
-    files: Iterable[Path],
-    bytes_by_role: Mapping[str, int],
-    carried_over: Iterable[str],
-    all_logits: bool,
-    image_prompt_tokens: int,
-    runtime: Mapping[str, Any] | None = None,
-) -> Manifest:
-    """Write the model card and the manifest of the artifact in `staged`; returns the manifest.
-
-    Args:
-        runs_on: what it needs of its backend.
-        context_length: tokens of prompt and answer together.
-        files: the artifact's, but for these two.
-        bytes_by_role, carried_over, all_logits, image_prompt_tokens, runtime: as in `Manifest`.
-    """
+def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Written) -> Manifest:
+    """Write the model card and the manifest of the artifact in `staged`; returns the manifest."""
     name = model_name(checkpoint)
     manifest: Manifest = {
         "format_version": manifests.FORMAT_VERSION,
@@ -48,7 +28,7 @@ def describe(
         "profile": profile.name,
         "backend": str(profile.backend),
         "provider": profile.provider,
-        **runs_on,  # type: ignore[typeddict-item]  # it might hold the fields that are set below
+        **written.runs_on,  # type: ignore[typeddict-item]  # it might hold the fields that are set below
         "activation_dtype": profile.activation_dtype,
         "recipe": {
             role: {
@@ -58,18 +38,18 @@ def describe(
             }
             for role, form in profile.weights.items()
         },
-        "context_length": context_length,
-        "files": {path.name: manifests.file_entry(path) for path in files},
+        "context_length": written.context_length,
+        "files": {path.name: manifests.file_entry(path) for path in sorted(staged.iterdir())},
         "settings": cast(Settings, profile.model_dump(mode="json")),
-        "bytes_by_role": dict(bytes_by_role),
-        "carried_over": list(carried_over),
-        "all_logits": all_logits,
+        "bytes_by_role": dict(written.bytes_by_role),
+        "carried_over": list(written.carried_over),
+        "all_logits": written.all_logits,
         "cache_bytes_per_token": cache_bytes_per_token(checkpoint.config, np.dtype(profile.activation_dtype)),
     }
-    if checkpoint.vision:
-        manifest["image_prompt_tokens"] = image_prompt_tokens
-    if runtime is not None:
-        manifest["runtime"] = dict(runtime)
+    if written.image_prompt_tokens is not None:
+        manifest["image_prompt_tokens"] = written.image_prompt_tokens
+    if written.runtime is not None:
+        manifest["runtime"] = dict(written.runtime)
     (staged / README).write_text(model_card(manifest, None), encoding="utf-8")
     manifest["files"][README] = manifests.file_entry(staged / README)
     manifests.write(staged, manifest)

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from qwen_common.manifest import Manifest
 
-from qwen_export.backends.onnx.inspection import precisions
+from qwen_export.inspection import precisions
 
 README = "README.md"
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from qwen_common.errors import UserError
 from qwen_common.files import partial
-from qwen_common.manifest import GENAI_CONFIG, listed_files
+from qwen_common.manifest import listed_files
 
-from qwen_export.backends.onnx import package
-
+STAGED = "artifact"  # in the hidden folder of an export, what becomes the output
 # What an export keeps in its hidden folder until it is done.
-_WORK = {"lock", "fingerprint", "journal.jsonl", "weights", "replaced", package.STAGED, GENAI_CONFIG}
+_WORK = {"lock", "fingerprint", "journal.jsonl", "weights", "replaced", STAGED}
 # What file managers leave in every folder that they show.
 _FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 

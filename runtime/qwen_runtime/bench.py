@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from qwen_common.errors import UserError
 from rich.table import Table
 
 from qwen_runtime.bandwidth import read_bandwidth
+from qwen_runtime.child import ChildEnded, child
 from qwen_runtime.model import Model
 
 DEFAULT_CONTEXTS = (128, 512, 2048)
@@ -77,25 +75,11 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    model: str
-    profile: str
-    provider: str
-    reason: str
-    context_length: int
-    seconds: float
-    resident: int
-
-
-@dataclass(frozen=True)
 class _Timing:
     """Seconds until the prompt was read, and for each further token."""
 
     first: float
     next: tuple[float, ...]
-
-
-_model: Model | None = None  # the child's
 
 
 def bench(
@@ -118,31 +102,31 @@ def bench(
         UserError: the artifact cannot be loaded, a length does not fit its context, or the provider ended
             the process.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            note("loading")
-            loaded = pool.submit(_load, artifact, provider).result()
-            lengths = _fitting(contexts, loaded.context_length - tokens)
+    note("loading")
+    try:
+        with child(artifact, provider) as model:
+            loaded = model.loaded
+            lengths = _fitting(contexts, loaded.info.context_length - tokens)
             note("warming up")
-            pool.submit(_time, lengths[0], tokens).result()
+            model.call(_time, lengths[0], tokens)
             timings: dict[int, list[_Timing]] = {length: [] for length in lengths}
             for at in range(rounds):  # round by round, so that a busy minute does not hit one length alone
                 for length in lengths:
                     note(f"round {at + 1} of {rounds}: {length} tokens")
-                    timings[length].append(pool.submit(_time, length, tokens).result())
-            peak = pool.submit(_peak).result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"{artifact} ended the process that ran it: is there enough memory? Else try another provider"
-            ) from error
+                    timings[length].append(model.call(_time, length, tokens))
+            peak = model.call(_peak)
+    except ChildEnded as error:
+        raise UserError(
+            f"{artifact} ended the process that ran it: is there enough memory? Else try another provider"
+        ) from error
     note("memory bandwidth")
     bandwidth, decode_bytes = read_bandwidth(), _decode_bytes(artifact)
     ceiling = bandwidth / decode_bytes if decode_bytes else None
     return Bench(
-        model=loaded.model,
-        profile=loaded.profile,
-        provider=loaded.provider,
-        reason=loaded.reason,
+        model=loaded.info.name,
+        profile=loaded.info.profile,
+        provider=loaded.info.provider,
+        reason=loaded.info.reason,
         rounds=rounds,
         tokens=tokens,
         load_seconds=loaded.seconds,
@@ -250,27 +234,15 @@ def _decode_bytes(artifact: Path) -> int | None:
         return None
 
 
-def _load(artifact: Path, provider: str) -> _Loaded:
-    global _model
-    start = time.perf_counter()
-    _model = Model.load(artifact, provider)
-    seconds, info = time.perf_counter() - start, _model.info
-    resident = psutil.Process().memory_info().rss
-    return _Loaded(
-        info.name, info.profile, info.provider, info.reason, info.context_length, seconds, resident
-    )
-
-
-def _time(length: int, tokens: int) -> _Timing:
-    assert _model is not None
-    ids = _model.encode(_TEXT * (length + tokens))[: length + tokens]
+def _time(model: Model, length: int, tokens: int) -> _Timing:
+    ids = model.encode(_TEXT * (length + tokens))[: length + tokens]
     times = [time.perf_counter()]
-    times += [time.perf_counter() for _ in _model.pace(ids, length)]
+    times += [time.perf_counter() for _ in model.pace(ids, length)]
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
     return _Timing(seconds[0], tuple(seconds[1:]))
 
 
-def _peak() -> int:
+def _peak(model: Model) -> int:
     """The most bytes that were ever resident in this process."""
     memory: Any = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows

@@ -12,8 +12,8 @@ import pytest
 from qwen_common.errors import UserError
 from qwen_common.providers import AMD, PCI_VENDORS, PROVIDERS, Provider
 from qwen_export.backends.onnx import kernels
-from qwen_export.backends.onnx.inspection import inspect
 from qwen_export.graph.targets import FUSED, PORTABLE, target_for
+from qwen_export.inspection import inspect
 from qwen_profiles.reading import profile_names
 from qwen_profiles.schema import load_profile
 from qwen_runtime.devices import Device, Machine, providers

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from filelock import FileLock
 from qwen_common.errors import UserError
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.export import export
@@ -58,9 +58,9 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
     assert manifest["model"] == {"name": "tiny-dense", "model_type": "qwen3_5_text"}
     assert manifest["profile"] == profile
     assert str(TINY.parent) not in (output / "manifest.json").read_text()
-    planned = plan(Checkpoint.open(str(TINY)), load_profile(profile))
-    assert manifest["files"]["model.onnx.data"]["size"] == planned.data_bytes
-    assert sum(manifest["bytes_by_role"].values()) <= planned.data_bytes
+    graphs = build_graphs(Checkpoint.open(str(TINY)), load_profile(profile))
+    assert manifest["files"]["model.onnx.data"]["size"] == graphs.data_bytes
+    assert sum(manifest["bytes_by_role"].values()) <= graphs.data_bytes
     assert not list(tmp_path.glob(".*"))
     session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     expected = {"cpu": [], "strix-halo": [{"dml": {"enable_graph_capture": "0"}}]}
@@ -69,9 +69,9 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
 
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:
     for profile in map(load_profile, ("cpu", "strix-halo")):
-        tied = plan(Checkpoint.open(str(write_random_checkpoint(tmp_path / "tied"))), profile)
+        tied = build_graphs(Checkpoint.open(str(write_random_checkpoint(tmp_path / "tied"))), profile)
         untied_folder = write_random_checkpoint(tmp_path / "untied", tie_word_embeddings=False)
-        untied = plan(Checkpoint.open(str(untied_folder)), profile)
+        untied = build_graphs(Checkpoint.open(str(untied_folder)), profile)
         assert "embedding" not in tied.bytes_by_role()
         assert untied.bytes_by_role()["embedding"] == untied.bytes_by_role()["lm_head"]
 
@@ -239,12 +239,12 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_our_mistakes_have_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.cli.export", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("qwen_export.export.export", lambda *_, **__: 1 / 0)
     failed = CliRunner().invoke(main, ["--profile", "cpu", str(TINY), "-o", str(tmp_path / "out")])
     assert failed.exit_code == 1
     assert "ZeroDivisionError" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_the_exporter_needs_no_torch() -> None:
-    code = "import sys, qwen_export.cli; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, qwen_export.export; print({'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -14,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 from qwen_common.errors import UserError
 from qwen_common.providers import PROVIDERS
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import target_for
-from qwen_export.planner.fit import configured, family, fit
+from qwen_export.planner.models import configured, family
+from qwen_export.planner.predictions import predict
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.verify.verification import verify
 from qwen_profiles.documentation import BEGIN, END, fields_table
@@ -87,7 +88,7 @@ def test_directml_gets_an_even_number_of_blocks(name: str) -> None:
     """DirectML reads zero points with rows padded to an even count, and answers wrongly where it is odd."""
     seen = 0
     for checkpoint in families().values():
-        for weight, _ in plan(checkpoint, PROFILES[name]).stored:
+        for weight, _ in build_graphs(checkpoint, PROFILES[name]).placed:
             if isinstance(form := weight.storage, Quantization):
                 assert weight.shape[-1] % (2 * form.block_size) == 0, (checkpoint.source, weight.name)
                 assert not form.symmetric
@@ -220,13 +221,13 @@ def test_float16_scales_are_half_the_bytes_and_the_same_model(checkpoint: Path, 
     sizes, losses = [], []
     for profile in (usual, small):
         artifact = make_artifact(checkpoint, profile, tmp_path / str(len(sizes)), all_logits=False)
-        predicted = fit(configured(str(checkpoint)), profile).estimate
+        predicted = predict(configured(str(checkpoint)), profile).estimate
         sizes.append(sum(file.stat().st_size for file in artifact.iterdir()))
         assert predicted is not None and predicted.disk == pytest.approx(sizes[-1], rel=0.01)
         report = verify(artifact, Checkpoint.open(str(checkpoint)), Quiet(), tokens=256)
         assert report["run"]["kl_divergence"] == pytest.approx(report["weights"]["kl_divergence"], rel=1e-3)
         losses.append(report["run"]["kl_divergence"])
-    planned = plan(Checkpoint.open(str(checkpoint)), usual)
-    scales = sum(t.nbytes for _, tensors in planned.stored for t in tensors if t.name.endswith(".scales"))
+    graphs = build_graphs(Checkpoint.open(str(checkpoint)), usual)
+    scales = sum(t.nbytes for _, tensors in graphs.placed for t in tensors if t.name.endswith(".scales"))
     assert sizes[0] - sizes[1] == pytest.approx(scales / 2, rel=0.05)
     assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from qwen_common.errors import UserError
-from qwen_export.backends.onnx.package import processor_config
+from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.checkpoint.config import load_vision_config
 from qwen_runtime import Model, Sampling
 from qwen_runtime.cli import main

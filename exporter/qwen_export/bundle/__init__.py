@@ -1,1 +1,1 @@
-"""A kiosk's bundle: artifact, wheels, scripts and papers, every file hashed, the list of hashes signed."""
+"""A kiosk's bundle: artifact, wheels, scripts and notices, every file hashed, the list of hashes signed."""

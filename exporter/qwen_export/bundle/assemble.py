@@ -29,8 +29,8 @@ from qwen_runtime.kiosk.bundle import (
 )
 from qwen_runtime.kiosk.self_test import make_self_test
 
-from qwen_export.bundle import papers
 from qwen_export.bundle.keys import sign
+from qwen_export.bundle.notices import write_notices
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.wheels import Wheel, build_own_wheel, download
 
@@ -85,7 +85,7 @@ def bundle(
         )
         (staged / REQUIREMENTS).write_text("".join(lines), encoding="utf-8")
         model = source.manifest["model"]["name"]
-        papers.write(staged, f"qwen-edge kiosk, {model}", version, wheels, hashes)
+        write_notices(staged, f"qwen-edge kiosk, {model}", version, wheels, hashes)
         _write_scripts(staged, platform, python, model)
         facts = {
             "name": model,

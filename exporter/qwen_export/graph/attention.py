@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
-from qwen_export.graph.tokens import joined, pieces
+from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import Rows, Weight, one_plus
 
 _MASKED = -1e30  # added to float32 scores
@@ -21,18 +20,18 @@ _MASKED = -1e30  # added to float32 scores
 
 @dataclass(frozen=True)
 class Span:
-    """Which keys the queries of one of `pieces` may see; made once for all layers.
+    """Which keys the queries of one of `each_token` may see; made once for all layers.
 
     GroupQueryAttention takes two lengths; without it `mask` float32 [1, 1, groups * sequence, total] is
     added to the scores, where row g * sequence + t belongs to token t.
     """
 
-    last_key: ir.Value | None = None
-    total_length: ir.Value | None = None
-    mask: ir.Value | None = None
+    last_key: Value | None = None
+    total_length: Value | None = None
+    mask: Value | None = None
 
 
-def spans(g: GraphBuilder, config: TextConfig, attention_mask: ir.Value, run: ir.Value) -> list[Span]:
+def spans(g: GraphBuilder, config: TextConfig, attention_mask: Value, run: Value) -> list[Span]:
     """From `attention_mask` int64 [batch, total], all ones: one sequence, without padding.
 
     `run` [batch, sequence, ...] is this run's input.
@@ -62,14 +61,14 @@ def attention(
     config: TextConfig,
     recipe: Recipe,
     name: str,
-    x: ir.Value,
+    x: Value,
     table: Rotation,
     visible: list[Span],
-    past: tuple[ir.Value, ir.Value],
-) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
+    past: tuple[Value, Value],
+) -> tuple[Value, list[tuple[Value, Value]]]:
     """x [batch, sequence, hidden], past key and value [batch, kv_heads, past, head_dim].
 
-    Returns the output, and the present key and value after each of `pieces`. Source: transformers'
+    Returns the output, and the present key and value after each of `each_token`. Source: transformers'
     Qwen3_5Attention.
     """
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -91,7 +90,7 @@ def attention(
 
     attend = _grouped_query_attention if g.target.has("GroupQueryAttention") else _explicit_attention
     outputs, presents = [], []
-    for (queries, keys, values), seen in zip(pieces(g, query, key, value), visible, strict=True):
+    for (queries, keys, values), seen in zip(each_token(g, query, key, value), visible, strict=True):
         output, *present = attend(g, config, queries, keys, values, past, seen)
         past = present[0], present[1]
         outputs.append(output)
@@ -127,12 +126,12 @@ def _head_norms(config: TextConfig, recipe: Recipe, name: str) -> Weight:
 def _grouped_query_attention(
     g: GraphBuilder,
     config: TextConfig,
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    past: tuple[ir.Value, ir.Value],
+    query: Value,
+    key: Value,
+    value: Value,
+    past: tuple[Value, Value],
     visible: Span,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+) -> tuple[Value, Value, Value]:
     output, present_key, present_value = g.ops(
         "GroupQueryAttention",
         query,
@@ -152,12 +151,12 @@ def _grouped_query_attention(
 def _explicit_attention(
     g: GraphBuilder,
     config: TextConfig,
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    past: tuple[ir.Value, ir.Value],
+    query: Value,
+    key: Value,
+    value: Value,
+    past: tuple[Value, Value],
     visible: Span,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
+) -> tuple[Value, Value, Value]:
     """Softmax(q k^T / sqrt(head_dim) + mask) v, the queries of one key head stacked along the sequence."""
     kv_heads, dim = config.num_key_value_heads, config.head_dim
     groups = config.num_attention_heads // kv_heads

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.tokens import joined, pieces
+from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import negative_exp
 
 _L2_EPSILON = 1e-6  # transformers' l2norm
@@ -34,12 +33,12 @@ class Triangles:
             the same run of 2^(n+1) tokens.
     """
 
-    later: ir.Value
-    identity: ir.Value
-    corners: tuple[ir.Value, ...]
+    later: Value
+    identity: Value
+    corners: tuple[Value, ...]
 
 
-def triangles(g: GraphBuilder, run: ir.Value, max_tokens: int) -> Triangles | None:
+def triangles(g: GraphBuilder, run: Value, max_tokens: int) -> Triangles | None:
     """Masks for runs of up to `max_tokens` (a power of two); None where LinearAttention does the work.
 
     `run` [batch, sequence, ...] is this run's input.
@@ -75,13 +74,13 @@ def gated_delta_net(
     config: TextConfig,
     recipe: Recipe,
     name: str,
-    x: ir.Value,
-    past: tuple[ir.Value, ir.Value],
+    x: Value,
+    past: tuple[Value, Value],
     masks: Triangles | None,
-) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]]]:
+) -> tuple[Value, list[tuple[Value, Value]]]:
     """x [B, T, hidden], past conv state [B, C, kernel - 1] and recurrent state float32 [B, Hv, dk, dv].
 
-    Returns the output [B, T, hidden], and both present states after each of `pieces`.
+    Returns the output [B, T, hidden], and both present states after each of `each_token`.
     """
     past_conv, past_state = past
     in_proj = projection(
@@ -100,7 +99,7 @@ def gated_delta_net(
     decay, beta = _gates(g, recipe, name, x)
     recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
     outputs, presents = [], []
-    for entering, decays, betas in pieces(g, mixed, decay, beta):
+    for entering, decays, betas in each_token(g, mixed, decay, beta):
         convolved, past_conv = _causal_conv(g, config, recipe, name, entering, past_conv)
         output, past_state = recurrence(g, config, convolved, decays, betas, past_state, masks)
         outputs.append(output)
@@ -116,8 +115,8 @@ def gated_delta_net(
 
 
 def _causal_conv(
-    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, mixed: ir.Value, past: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+    g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, mixed: Value, past: Value
+) -> tuple[Value, Value]:
     """Depthwise causal convolution and SiLU: [B, T, C] -> [B, T, C], and the last kernel - 1 inputs."""
     channels, kernel = config.conv_dim, config.linear_conv_kernel_dim
     (weight,) = g.weight(recipe.floats(f"{name}.conv1d.weight"))
@@ -139,7 +138,7 @@ def _causal_conv(
     return g.op("Transpose", convolved, perm=[0, 2, 1]), present
 
 
-def _gates(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _gates(g: GraphBuilder, recipe: Recipe, name: str, x: Value) -> tuple[Value, Value]:
     """decay = -exp(A_log) softplus(a + dt_bias), in log space, and beta = sigmoid(b): [B, T, Hv] each."""
     in_proj = projection(
         recipe,
@@ -160,12 +159,12 @@ def _gates(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> tuple[ir.
 def _linear_attention(
     g: GraphBuilder,
     config: TextConfig,
-    mixed: ir.Value,
-    decay: ir.Value,
-    beta: ir.Value,
-    past: ir.Value,
+    mixed: Value,
+    decay: Value,
+    beta: Value,
+    past: Value,
     masks: Triangles | None,
-) -> tuple[ir.Value, ir.Value]:
+) -> tuple[Value, Value]:
     key_heads, key_size = config.linear_num_key_heads, config.linear_key_head_dim
     query_key, value = g.ops("Split", mixed, g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1)
     normed = g.reshape(_l2_norm(g, query_key, 2 * key_heads, key_size, g.dtype), 0, 0, 2 * config.key_dim)
@@ -190,12 +189,12 @@ def _linear_attention(
 def _chunk(
     g: GraphBuilder,
     config: TextConfig,
-    mixed: ir.Value,
-    decay: ir.Value,
-    beta: ir.Value,
-    past: ir.Value,
+    mixed: Value,
+    decay: Value,
+    beta: Value,
+    past: Value,
     masks: Triangles | None,
-) -> tuple[ir.Value, ir.Value]:
+) -> tuple[Value, Value]:
     """The recurrence of one run in closed form, in float32, with products of T x T matrices and no loop.
 
     With G the running sum of the decays and P_ij = exp(G_i - G_j) for j <= i, else 0:
@@ -248,7 +247,7 @@ def _chunk(
     return g.reshape(output, 0, 0, config.value_dim), present
 
 
-def _solve(g: GraphBuilder, system: ir.Value, right: ir.Value, masks: Triangles) -> ir.Value:
+def _solve(g: GraphBuilder, system: Value, right: Value, masks: Triangles) -> Value:
     """(I + A)^-1 `right`, where A is the strict lower triangle of `system` [B, Hv, T, T].
 
     Runs of 1, 2, 4, ... tokens are inverted in turn: with X the inverse of the two halves on the diagonal
@@ -256,7 +255,7 @@ def _solve(g: GraphBuilder, system: ir.Value, right: ir.Value, masks: Triangles)
     (I - A)(I + A^2)(I + A^4)... is the same in exact arithmetic, but powers of A grow like binomial
     coefficients where keys repeat, and float32 loses the answer by T = 64.
     """
-    inverse: ir.Value | None = None  # the identity, until the first corners are in
+    inverse: Value | None = None  # the identity, until the first corners are in
     for mask in masks.corners[:-1]:
         corner = g.op("Mul", system, mask)
         if inverse is None:
@@ -269,7 +268,7 @@ def _solve(g: GraphBuilder, system: ir.Value, right: ir.Value, masks: Triangles)
     return g.op("Sub", halves, rest if inverse is None else g.op("MatMul", inverse, rest))
 
 
-def _l2_norm(g: GraphBuilder, x: ir.Value, heads: int, size: int, dtype: np.dtype) -> ir.Value:
+def _l2_norm(g: GraphBuilder, x: Value, heads: int, size: int, dtype: np.dtype) -> Value:
     """x / sqrt(sum(x^2) + 1e-6) per head: [B, T, heads * size] -> [B, T, heads, size].
 
     As RMSNorm, whose mean is the sum / size: scale 1 / sqrt(size) and epsilon / size.
@@ -278,6 +277,6 @@ def _l2_norm(g: GraphBuilder, x: ir.Value, heads: int, size: int, dtype: np.dtyp
     return rms_norm(g, g.reshape(x, 0, 0, heads, size), scale, _L2_EPSILON / size)
 
 
-def _heads_first(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def _heads_first(g: GraphBuilder, x: Value) -> Value:
     """[B, T, H, d] -> [B, H, T, d]."""
     return g.op("Transpose", x, perm=[0, 2, 1, 3])

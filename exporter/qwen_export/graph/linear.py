@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import onnx_ir as ir
-
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.tokens import by_rows
 from qwen_export.graph.weights import Rows, Storage, Weight
@@ -20,7 +18,7 @@ def projection(recipe: Recipe, name: str, *rows: Rows) -> Weight:
     return Weight(name, role, rows, (in_features,), recipe.storage(role, in_features, tensors))
 
 
-def linear(g: GraphBuilder, recipe: Recipe, x: ir.Value, weight: Weight) -> ir.Value:
+def linear(g: GraphBuilder, recipe: Recipe, x: Value, weight: Weight) -> Value:
     """x [..., K] times the transpose of `weight` [N, K] -> [..., N]."""
     n, k = weight.shape
     return product(g, recipe, x, g.weight(weight), weight.storage, n, k)
@@ -29,12 +27,12 @@ def linear(g: GraphBuilder, recipe: Recipe, x: ir.Value, weight: Weight) -> ir.V
 def product(
     g: GraphBuilder,
     recipe: Recipe,
-    x: ir.Value,
-    tensors: Sequence[ir.Value],
+    x: Value,
+    tensors: Sequence[Value],
     storage: Storage,
     n: int,
     k: int,
-) -> ir.Value:
+) -> Value:
     """x [..., K] times the transpose of the [N, K] that `tensors` hold in the form `storage` -> [..., N]."""
     if not isinstance(storage, Quantization):
         return by_rows(g, "float", x, lambda rows: g.op("FusedMatMul", rows, *tensors, transB=1))
@@ -51,12 +49,12 @@ def product(
     return by_rows(g, kernel, x, lambda rows: g.op("MatMulNBits", rows, codes, *parameters, **attributes))
 
 
-def _widened(g: GraphBuilder, scales: ir.Value, form: Quantization) -> ir.Value:
+def _widened(g: GraphBuilder, scales: Value, form: Quantization) -> Value:
     """In the activations' dtype, which MatMulNBits wants; ONNX Runtime does it once, at load."""
     return scales if form.scale_dtype == g.dtype else g.cast(scales, g.dtype)
 
 
-def take_rows(g: GraphBuilder, ids: ir.Value, weight: Weight) -> ir.Value:
+def take_rows(g: GraphBuilder, ids: Value, weight: Weight) -> Value:
     """Rows of `weight` [N, K] by `ids` [batch, sequence] -> [batch, sequence, K].
 
     A quantised weight is dequantised after the gather, with operators that every target has, so that the
@@ -86,7 +84,7 @@ def take_rows(g: GraphBuilder, ids: ir.Value, weight: Weight) -> ir.Value:
     return rows
 
 
-def _unpack(g: GraphBuilder, packed: ir.Value, bits: int, count: int) -> ir.Value:
+def _unpack(g: GraphBuilder, packed: Value, bits: int, count: int) -> Value:
     """uint8 [batch, sequence, ...] -> `count` codes per row [batch, sequence, count], low nibble first."""
     codes = g.cast(packed, g.dtype)
     if bits == 8:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.recipe import Recipe
 
 
-def mlp(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
+def mlp(g: GraphBuilder, recipe: Recipe, name: str, x: Value) -> Value:
     """x [batch, sequence, hidden] -> the same shape. Source: transformers' Qwen3_5MLP."""
     gate_up = projection(
         recipe,

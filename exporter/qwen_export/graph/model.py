@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.graph.attention import attention, spans
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Shape, Value
 from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
 from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.mlp import mlp
@@ -19,8 +18,6 @@ from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
 from qwen_export.graph.weights import Weight
-
-Shape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     masks = triangles(g, run, options.max_run_tokens)
 
     residual = run if options.embeddings else take_rows(g, run, embedding)
-    update: ir.Value | None = None
+    update: Value | None = None
     for layer, layer_type in enumerate(config.layer_types):
         name = f"model.layers.{layer}"
         with g.scope(name):
@@ -145,19 +142,19 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
 
 
-def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: ir.Value, lm_head: Weight) -> ir.Value:
+def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: Value, lm_head: Weight) -> Value:
     """x [batch, sequence, hidden] -> float32 [batch, sequence, vocab]."""
     logits = linear(g, recipe, x, lm_head)
     # A cast to the same dtype would copy all of them at every token: a graph's output keeps it alive.
     return logits if g.dtype == np.float32 else g.cast(logits, np.float32)
 
 
-def last_positions(g: GraphBuilder, x: ir.Value, count: int) -> ir.Value:
+def last_positions(g: GraphBuilder, x: Value, count: int) -> Value:
     """x [batch, sequence, hidden] -> its last `count` positions, or all where there are fewer."""
     return g.op("Slice", x, g.ints(-count), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(1))
 
 
-def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
+def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: Value) -> Value:
     """A layer's second block: a mixture of experts, or one MLP."""
     with g.scope("mlp"):
         if isinstance(config, MoeTextConfig):
@@ -180,9 +177,9 @@ def _next_norm(
     config: TextConfig,
     recipe: Recipe,
     name: str,
-    update: ir.Value | None,
-    residual: ir.Value,
-) -> tuple[ir.Value, ir.Value]:
+    update: Value | None,
+    residual: Value,
+) -> tuple[Value, Value]:
     """Add a block's output to the residual and norm the sum; the first norm has nothing to add."""
     scale = norm_weight(g, recipe, name)
     if update is None:

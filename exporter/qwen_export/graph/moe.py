@@ -7,27 +7,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, product
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.tokens import joined, pieces
+from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import Storage, Weight, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization
 
 
-def mixture_of_experts(
-    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: ir.Value
-) -> ir.Value:
+def mixture_of_experts(g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: Value) -> Value:
     """x [batch, sequence, hidden] -> the same shape. Source: transformers' Qwen3_5MoeSparseMoeBlock."""
     logits = linear(g, recipe, x, recipe.floats(f"{name}.gate.weight"))
     routed_experts = _fused_experts if g.target.has("QMoE") else _portable_experts
     routed = joined(
         g,
-        [routed_experts(g, config, recipe, f"{name}.experts", *run) for run in pieces(g, x, logits)],
+        [routed_experts(g, config, recipe, f"{name}.experts", *run) for run in each_token(g, x, logits)],
     )
     with g.scope("shared_expert"):
         shared = mlp(g, recipe, f"{name}.shared_expert", x)
@@ -36,8 +33,8 @@ def mixture_of_experts(
 
 
 def _fused_experts(
-    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
-) -> ir.Value:
+    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: Value, logits: Value
+) -> Value:
     """The chosen experts' MLPs, weighted by the router's probabilities among the chosen, as one operator.
 
     logits [batch, sequence, experts].
@@ -61,7 +58,7 @@ def _fused_experts(
     rows, columns = g.weight(gate_up), g.weight(down)
     if not isinstance(storage, Quantization):
         return g.op("MoE", x, logits, *rows, None, *columns, None, **common)
-    inputs: list[ir.Value | None] = [x, logits, *rows[:2], None, *columns[:2], None]
+    inputs: list[Value | None] = [x, logits, *rows[:2], None, *columns[:2], None]
     if not storage.symmetric:
         inputs += [None, None, None, rows[2], columns[2]]
     return g.op(
@@ -81,8 +78,8 @@ def _stack(recipe: Recipe, tensor: str, storage: Storage | None = None) -> Weigh
 
 
 def _portable_experts(
-    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: ir.Value, logits: ir.Value
-) -> ir.Value:
+    g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: Value, logits: Value
+) -> Value:
     """The same without an operator for it: all experts are one wide MLP, in which a token's unchosen ones
     weigh nothing.
 
@@ -97,8 +94,8 @@ def _portable_experts(
     rows, columns = g.weight(gate_up), g.weight(down)
 
     def wide_mlp(
-        tokens: ir.Value, weights: ir.Value, rows: Sequence[ir.Value], columns: Sequence[ir.Value], count: int
-    ) -> ir.Value:
+        tokens: Value, weights: Value, rows: Sequence[Value], columns: Sequence[Value], count: int
+    ) -> Value:
         """tokens [n, hidden], weights [n, count] of `count` experts -> [n, hidden]."""
         both = product(g, recipe, tokens, rows, gate_up.storage, count * 2 * inner, hidden)
         gate, up = g.ops("Split", g.reshape(both, -1, count, 2 * inner), outputs=2, axis=-1, num_outputs=2)
@@ -126,7 +123,7 @@ def _portable_experts(
     return g.op("Reshape", g.op("Concat", first, others, axis=0), g.op("Shape", x))
 
 
-def _gather(g: GraphBuilder, tensor: ir.Value, choices: ir.Value, experts: int, axis: int) -> ir.Value:
+def _gather(g: GraphBuilder, tensor: Value, choices: Value, experts: int, axis: int) -> Value:
     """The parts of `tensor` that belong to the experts `choices` [chosen, 1], each as wide along `axis`."""
     assert tensor.shape is not None
     width = tensor.shape[axis]
@@ -136,9 +133,9 @@ def _gather(g: GraphBuilder, tensor: ir.Value, choices: ir.Value, experts: int, 
     return g.op("Gather", tensor, g.reshape(places, -1), axis=axis)
 
 
-def _first(g: GraphBuilder, value: ir.Value) -> ir.Value:
+def _first(g: GraphBuilder, value: Value) -> Value:
     return g.op("Slice", value, g.ints(0), g.ints(1), g.ints(0))
 
 
-def _others(g: GraphBuilder, value: ir.Value) -> ir.Value:
+def _others(g: GraphBuilder, value: Value) -> Value:
     return g.op("Slice", value, g.ints(1), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(0))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.attention import attention, spans
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.model import feed_forward, last_positions, states, vocabulary, vocabulary_logits
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
@@ -41,7 +40,7 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     lm_head, embedding = vocabulary(config, recipe)
     epsilon = config.rms_norm_eps
 
-    def scale(name: str) -> ir.Value:
+    def scale(name: str) -> Value:
         return norm_weight(g, recipe, name)
 
     embedded = rms_norm(g, take_rows(g, input_ids, embedding), scale("mtp.pre_fc_norm_embedding"), epsilon)

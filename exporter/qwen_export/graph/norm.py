@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.weights import Weight, one_plus
 
 
-def norm_weight(g: GraphBuilder, recipe: Recipe, name: str) -> ir.Value:
+def norm_weight(g: GraphBuilder, recipe: Recipe, name: str) -> Value:
     """1 + weight of one RMSNorm, in the activations' dtype."""
     return g.weight(recipe.floats(f"{name}.weight", transform=one_plus))[0]
 
 
-def rms_norm(g: GraphBuilder, x: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
+def rms_norm(g: GraphBuilder, x: Value, scale: Value, epsilon: float) -> Value:
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis."""
     return g.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=epsilon)
 
 
 def add_rms_norm(
-    g: GraphBuilder, x: ir.Value, residual: ir.Value, scale: ir.Value, epsilon: float
-) -> tuple[ir.Value, ir.Value]:
+    g: GraphBuilder, x: Value, residual: Value, scale: Value, epsilon: float
+) -> tuple[Value, Value]:
     """(rms_norm(x + residual), x + residual)."""
     normed, mean, deviation, total = g.ops(
         "SkipSimplifiedLayerNormalization", x, residual, scale, outputs=4, epsilon=epsilon
@@ -32,8 +31,8 @@ def add_rms_norm(
 
 
 def gated_rms_norm(
-    g: GraphBuilder, x: ir.Value, scale: Weight, gate: ir.Value, heads: int, epsilon: float
-) -> ir.Value:
+    g: GraphBuilder, x: Value, scale: Weight, gate: Value, heads: int, epsilon: float
+) -> Value:
     """rms_norm(x) * silu(gate) per head, for x and gate [batch, sequence, heads * head_dim].
 
     x has the dtype of `scale`, which may be float32 where the activations are float16; the result has theirs.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.yarn import inverse_frequencies
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 
 
 @dataclass(frozen=True)
@@ -20,12 +19,12 @@ class Rotation:
     says which row belongs to which token. Without it: [batch, sequence, 1, rotary_dim / 2].
     """
 
-    cos: ir.Value
-    sin: ir.Value
-    rows: ir.Value | None
+    cos: Value
+    sin: Value
+    rows: Value | None
 
 
-def rotation(g: GraphBuilder, config: TextConfig, position_ids: ir.Value) -> Rotation:
+def rotation(g: GraphBuilder, config: TextConfig, position_ids: Value) -> Rotation:
     """Tables for `position_ids` int64 [3, batch, sequence] (temporal, height, width).
 
     Every frequency takes its angle from one of the three positions: the temporal one, but the height's at
@@ -56,9 +55,7 @@ def rotation(g: GraphBuilder, config: TextConfig, position_ids: ir.Value) -> Rot
     return Rotation(cos, sin, rows)
 
 
-def rotate(
-    g: GraphBuilder, x: ir.Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int
-) -> ir.Value:
+def rotate(g: GraphBuilder, x: Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int) -> Value:
     """Turn the first `rotary_dim` of each head of x [batch, sequence, heads, head_dim]; the rest passes.
 
     Returns [batch, sequence, heads * head_dim].

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx_ir as ir
 
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 
 PAIR = 2
 
 
-def pieces(g: GraphBuilder, *values: ir.Value) -> list[tuple[ir.Value, ...]]:
+def each_token(g: GraphBuilder, *values: Value) -> list[tuple[Value, ...]]:
     """`values` [batch, sequence, ...] token by token in a graph of pairs, else as they are."""
     if not g.pairs:
         return [values]
@@ -26,12 +25,12 @@ def pieces(g: GraphBuilder, *values: ir.Value) -> list[tuple[ir.Value, ...]]:
     return list(zip(*cut, strict=True))
 
 
-def joined(g: GraphBuilder, parts: list[ir.Value]) -> ir.Value:
-    """The opposite of `pieces`, for one value."""
+def joined(g: GraphBuilder, parts: list[Value]) -> Value:
+    """The opposite of `each_token`, for one value."""
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
 
 
-def by_rows(g: GraphBuilder, kernel: str, x: ir.Value, multiply: Callable[[ir.Value], ir.Value]) -> ir.Value:
+def by_rows(g: GraphBuilder, kernel: str, x: Value, multiply: Callable[[Value], Value]) -> Value:
     """multiply(x) for x [batch, sequence, K].
 
     In a graph of pairs the input `rows.<kernel>` int64 [2] says how many of the rows are multiplied at once,

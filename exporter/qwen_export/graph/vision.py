@@ -10,10 +10,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from qwen_export.architecture.vision import VisionConfig
-from qwen_export.graph.builder import GraphBuilder
+from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
@@ -34,9 +33,9 @@ class Grid:
         places: float32 [P] each, the row and the column of every patch.
     """
 
-    count: ir.Value
-    sides: tuple[ir.Value, ir.Value]
-    places: tuple[ir.Value, ir.Value]
+    count: Value
+    sides: tuple[Value, Value]
+    places: tuple[Value, Value]
 
 
 def vision_tower(g: GraphBuilder, config: VisionConfig, recipe: Recipe) -> None:
@@ -63,13 +62,13 @@ def vision_tower(g: GraphBuilder, config: VisionConfig, recipe: Recipe) -> None:
     g.output(features, "image_features", g.dtype, ("features", config.out_hidden_size))
 
 
-def _grid(g: GraphBuilder, config: VisionConfig, image_grid_thw: ir.Value) -> Grid:
+def _grid(g: GraphBuilder, config: VisionConfig, image_grid_thw: Value) -> Grid:
     """Row and column of each patch: blocks row by row, and inside of each block row by row."""
     merge = config.spatial_merge_size
     first = g.op("Slice", image_grid_thw, g.ints(0), g.ints(1), g.ints(0))
     _, height, width = g.ops("Split", g.reshape(first, 3), outputs=3, axis=0, num_outputs=3)
 
-    def axis(side: ir.Value, *shape: int) -> ir.Value:
+    def axis(side: Value, *shape: int) -> Value:
         zero, one = g.constant(0, np.int64), g.constant(1, np.int64)
         numbers = g.op("Range", zero, g.op("Squeeze", side), one)
         return g.reshape(g.cast(numbers, np.float32), *shape)
@@ -86,7 +85,7 @@ def _grid(g: GraphBuilder, config: VisionConfig, image_grid_thw: ir.Value) -> Gr
     )
 
 
-def _position_embedding(g: GraphBuilder, config: VisionConfig, recipe: Recipe, grid: Grid) -> ir.Value:
+def _position_embedding(g: GraphBuilder, config: VisionConfig, recipe: Recipe, grid: Grid) -> Value:
     """The learned square of embeddings, resampled bilinearly to h x w with corners on corners: [P, H]."""
     side = config.grid_side
     one = g.constant(1, np.float32)
@@ -101,7 +100,7 @@ def _position_embedding(g: GraphBuilder, config: VisionConfig, recipe: Recipe, g
         # On the last row the share is 0, and the row after it is the last one again.
         high.append((g.op("Min", g.op("Add", floor, one), g.constant(side - 1, np.float32)), share))
     (values,) = g.weight(recipe.floats("model.visual.pos_embed.weight"))
-    total: ir.Value | None = None
+    total: Value | None = None
     for row, row_share in (low[0], high[0]):
         for column, column_share in (low[1], high[1]):
             index = g.op("Add", g.op("Mul", row, g.constant(side, np.float32)), column)
@@ -134,8 +133,8 @@ def _rotation(g: GraphBuilder, config: VisionConfig, grid: Grid) -> Rotation:
 
 
 def _block(
-    g: GraphBuilder, config: VisionConfig, recipe: Recipe, name: str, x: ir.Value, table: Rotation
-) -> ir.Value:
+    g: GraphBuilder, config: VisionConfig, recipe: Recipe, name: str, x: Value, table: Rotation
+) -> Value:
     """x [N, P, H] -> the same shape. Source: transformers' Qwen3_5VisionBlock."""
     normed = _layer_norm(g, recipe, f"{name}.norm1", x)
     projected = _biased(g, recipe, f"{name}.attn.qkv", normed)
@@ -159,7 +158,7 @@ def _block(
     return g.op("Add", x, _biased(g, recipe, f"{name}.mlp.linear_fc2", grown))
 
 
-def _merge(g: GraphBuilder, config: VisionConfig, recipe: Recipe, x: ir.Value) -> ir.Value:
+def _merge(g: GraphBuilder, config: VisionConfig, recipe: Recipe, x: Value) -> Value:
     """Each block of m x m patches becomes one feature: [N, P, H] -> [N P / m^2, out_hidden_size]."""
     name = "model.visual.merger"
     x = g.reshape(_layer_norm(g, recipe, f"{name}.norm", x), -1, config.merged_dim)
@@ -167,7 +166,7 @@ def _merge(g: GraphBuilder, config: VisionConfig, recipe: Recipe, x: ir.Value) -
     return _biased(g, recipe, f"{name}.linear_fc2", x)
 
 
-def _gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
+def _gelu_tanh(g: GraphBuilder, x: Value) -> Value:
     """GELU by its tanh formula, as x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) where FastGelu is missing."""
     if g.target.has("FastGelu"):
         return g.op("FastGelu", x)
@@ -178,14 +177,14 @@ def _gelu_tanh(g: GraphBuilder, x: ir.Value) -> ir.Value:
     return g.op("Mul", x, g.op("Sigmoid", inner))
 
 
-def _layer_norm(g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value) -> ir.Value:
+def _layer_norm(g: GraphBuilder, recipe: Recipe, name: str, x: Value) -> Value:
     (scale,), (bias,) = (g.weight(recipe.floats(f"{name}.{part}")) for part in ("weight", "bias"))
     return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=_EPSILON)
 
 
 def _biased(
-    g: GraphBuilder, recipe: Recipe, name: str, x: ir.Value, transform: Transform | None = None
-) -> ir.Value:
+    g: GraphBuilder, recipe: Recipe, name: str, x: Value, transform: Transform | None = None
+) -> Value:
     """x W^T + b."""
     tensor = f"{name}.weight"
     role, in_features = recipe.role(tensor), math.prod(recipe.specs[tensor].shape[1:])

@@ -7,8 +7,10 @@ shape, byte count and file offset is known before the first weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +30,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class ExternalTensor:
     """One tensor of the external-data file: name, element type, shape, and where its bytes lie."""
 
     name: str
@@ -38,7 +40,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,13 @@ class Weight:
         if not form.symmetric:
             tensors.append((f"{self.name}.zero_points", uint8, (*experts, *form.zero_points_shape(n, k))))
         return tensors
+
+
+class PlacedWeight(NamedTuple):
+    """A weight, and the tensors of the data file that it is stored as."""
+
+    weight: Weight
+    tensors: list[ExternalTensor]
 
 
 def one_plus(weight: np.ndarray) -> np.ndarray:

@@ -19,13 +19,13 @@ from qwen_profiles.schema import Profile, Role, WeightFormat
 
 from qwen_export.architecture.mtp import MTP
 from qwen_export.architecture.tensors import layer_of
-from qwen_export.backends.onnx.plan import Plan, plan
+from qwen_export.backends.onnx.estimate import estimate
+from qwen_export.backends.onnx.graphs import Graphs, build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.weights import Weight
-from qwen_export.planner.estimate import estimate
 from qwen_export.progress import Progress
 from qwen_export.quantize.blockwise import Quantization
-from qwen_export.quantize.calibration import pieces
+from qwen_export.quantize.calibration import calibration_samples
 from qwen_export.quantize.sensitivity import LayerRole, divergences, steps, weight_errors
 
 # Sensitivity is measured with the first.
@@ -105,11 +105,11 @@ def auto_precision(
 
 def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
     """What each form of each part costs; arguments and errors as `auto_precision`'s."""
-    planned = plan(checkpoint, _uniform(profile, *_FORMS[0]))
+    graphs = build_graphs(checkpoint, _uniform(profile, *_FORMS[0]))
     parts: dict[LayerRole, dict[str, Quantization]] = {}
-    for name, (part, form) in _quantised(planned).items():
+    for name, (part, form) in _quantised(graphs).items():
         parts.setdefault(part, {})[name] = form
-    (ids,) = pieces(checkpoint, profile, text, most=1)
+    (ids,) = calibration_samples(checkpoint, profile, text, most=1)
     progress.start(steps(checkpoint.config, list(parts)))
     found = divergences(checkpoint.config, checkpoint.tensors, parts, ids, lambda: progress.advance(1))
     return _candidates(checkpoint, profile, found)
@@ -120,8 +120,8 @@ def _candidates(
 ) -> Candidates:
     """`divergence` is what each part costs in the first form; without it, the sizes alone are right."""
     uniform = [_uniform(profile, *form) for form in _FORMS]
-    plans = [plan(checkpoint, form) for form in uniform]
-    tensors = [_quantised(planned) for planned in plans]
+    uniform_graphs = [build_graphs(checkpoint, form) for form in uniform]
+    tensors = [_quantised(graphs) for graphs in uniform_graphs]
     parts: dict[LayerRole, list[str]] = {}
     for name, (part, _) in tensors[0].items():
         parts.setdefault(part, []).append(name)
@@ -138,7 +138,7 @@ def _candidates(
         names = parts[part]
         return divergence[part] * _error(errors, names, at) / max(_error(errors, names, 0), 1e-30)
 
-    sizes = [_sizes(planned) for planned in plans]
+    sizes = [_sizes(graphs) for graphs in uniform_graphs]
     choices = {
         part: [
             Choice(form.weights[cast(Role, part.role)], sizes[at][part], cost(part, at))
@@ -147,7 +147,7 @@ def _candidates(
         for part in parts
     }
     mtp = profile.mtp and any(name.startswith(MTP) for name in checkpoint.tensors)
-    usual = plan(checkpoint, profile, mtp=mtp)
+    usual = build_graphs(checkpoint, profile, mtp=mtp)
     usual_sizes = _sizes(usual)
     chosen_for = sum(usual_sizes[part] for part in parts)
     return Candidates(
@@ -155,7 +155,7 @@ def _candidates(
         choices,
         weights=sum(int(np.prod(source.shape)) for source in checkpoint.tensors.values()),
         data_bytes=usual.data_bytes - chosen_for,
-        artifact_bytes=estimate(checkpoint, profile, usual).disk - chosen_for,
+        artifact_bytes=estimate(checkpoint, profile, mtp).disk - chosen_for,
     )
 
 
@@ -193,21 +193,21 @@ def _uniform(profile: Profile, precision: str, block_size: int) -> Profile:
     return profile.model_copy(update={"weights": {**profile.weights, **forms}, "layer_weights": {}})
 
 
-def _quantised(planned: Plan) -> dict[str, tuple[LayerRole, Quantization]]:
+def _quantised(graphs: Graphs) -> dict[str, tuple[LayerRole, Quantization]]:
     """The checkpoint's tensors that are quantised here, not already: the part and the form of each."""
     return {
         rows.tensor: (_layer_role(weight), weight.storage)
-        for weight, _ in planned.stored
+        for weight, _ in graphs.placed
         if isinstance(weight.storage, Quantization) and not weight.prequantized and weight.role in _CHOSEN_FOR
         for rows in weight.rows
         if not rows.tensor.startswith(MTP)
     }
 
 
-def _sizes(planned: Plan) -> dict[LayerRole, int]:
+def _sizes(graphs: Graphs) -> dict[LayerRole, int]:
     """Bytes in the data file."""
     sizes: Counter[LayerRole] = Counter()
-    for weight, tensors in planned.stored:
+    for weight, tensors in graphs.placed:
         sizes[_layer_role(weight)] += sum(tensor.nbytes for tensor in tensors)
     return sizes
 

@@ -12,7 +12,7 @@ Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from qwen_common.errors import UserError
@@ -20,16 +20,23 @@ from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
-from qwen_export.backends.onnx.stream import Stored, StoredWith, nearest
 from qwen_export.checkpoint.tensor import CheckpointTensor
-from qwen_export.graph.weights import Weight
+from qwen_export.graph.weights import PlacedWeight, Weight
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.reference import Weights
 
-PIECES = 64  # of calibration text, at most
+# Finds the feedback that the codes of a checkpoint's tensor are made with (`quantize`). It may take long, so
+# it is asked for only where a weight is still to be written.
+Feedback = Callable[[str], np.ndarray | None]
+
+SAMPLES = 64  # of calibration text, at most
 # What a text says about how K features go together is partly chance, the more the shorter it is: this times
 # K / tokens is added to H's diagonal, as a share of its mean. Measured in docs/quality.md.
 _DAMPING = 3.0
+
+
+def nearest(tensor: str) -> None:
+    """No feedback: every code is the nearest."""
 
 
 def feedback(gram: np.ndarray, tokens: int) -> np.ndarray:
@@ -49,28 +56,28 @@ def feedback(gram: np.ndarray, tokens: int) -> np.ndarray:
 def with_feedbacks(
     config: TextConfig,
     tensors: Mapping[str, CheckpointTensor],
-    stored: Sequence[Stored],
-    pieces: np.ndarray,
-) -> Iterator[StoredWith]:
-    """All of `stored`, in the order in which the model runs, with what finds the feedbacks of its tensors.
+    weights: Sequence[PlacedWeight],
+    samples: np.ndarray,
+) -> Iterator[tuple[PlacedWeight, Feedback]]:
+    """All of `weights`, in the order in which the model runs, with what finds the feedbacks of its tensors.
 
     The vision tower and the MTP head have none: calibration text does not go through them.
 
     Args:
-        pieces: int64 [pieces, tokens] of text.
+        samples: int64 [samples, tokens] of text.
 
     Raises:
         UserError: activations overflow.
     """
-    by_layer: dict[int, list[Stored]] = {}  # lm_head is the layer after the last
-    for weight, places in stored:
-        index = _layer(config, weight)
+    by_layer: dict[int, list[PlacedWeight]] = {}  # lm_head is the layer after the last
+    for placed in weights:
+        index = _layer(config, placed.weight)
         if index is None:
-            yield weight, places, nearest
+            yield placed, nearest
         else:
-            by_layer.setdefault(index, []).append((weight, places))
+            by_layer.setdefault(index, []).append(placed)
 
-    hidden = reference.embed(config, Weights(tensors), pieces)
+    hidden = reference.embed(config, Weights(tensors), samples)
     for index in range(max(by_layer, default=-1) + 1):
         watched = _Watched(tensors)
         with np.errstate(over="ignore", invalid="ignore"):  # reported when feedback is asked for
@@ -78,8 +85,8 @@ def with_feedbacks(
                 hidden = reference.layer(config, watched, index, hidden)
             else:
                 watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
-        for weight, places in by_layer.get(index, []):
-            yield weight, places, watched.feedback
+        for placed in by_layer.get(index, []):
+            yield placed, watched.feedback
 
 
 def _layer(config: TextConfig, weight: Weight) -> int | None:

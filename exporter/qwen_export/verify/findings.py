@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from statistics import median, median_low
 
-from qwen_common.manifest import BackendName
 from qwen_profiles.schema import Profile
 
+from qwen_export.backends.registry import export_backend
 from qwen_export.verify.measure import Measured
 
 # A role's error in one layer is its own affair when it is so many times that role's usual one.
@@ -22,16 +22,16 @@ _BETTER = {"int4": "int8", "int8": "float"}
 
 
 def passes(measured: Measured, profile: Profile) -> bool:
-    bar, loss = profile.quality, measured.run or measured.weights
+    bar, loss = profile.quality, measured.executed or measured.weights
     above = loss.kl_divergence <= bar.max_kl_divergence and loss.top1_agreement >= bar.min_top1_agreement
     return above and _apart(measured) <= bar.max_kl_divergence
 
 
 def _apart(measured: Measured) -> float:
     """Nats a token by which the path that answers does worse than the one whose logits were compared."""
-    if measured.answering is None or measured.run is None:
+    if measured.answering is None or measured.executed is None:
         return 0.0
-    return math.log(measured.answering / measured.run.perplexity)
+    return math.log(measured.answering / measured.executed.perplexity)
 
 
 def findings(measured: Measured, profile: Profile, settable: Mapping[str, str]) -> list[str]:
@@ -60,24 +60,22 @@ def _odd_layers(measured: Measured) -> list[str]:
 
 def _provider(measured: Measured, profile: Profile) -> list[str]:
     """The runtime's arithmetic, where the weights do not explain the loss."""
-    if measured.run is None:
+    if measured.executed is None:
         return []
     if _apart(measured) > profile.quality.max_kl_divergence:
         return [
             f"The pipeline that answers has a perplexity of {measured.answering:.2f}, where the same weights "
-            f"run for their logits have {measured.run.perplexity:.2f}: its kernels compute otherwise on this "
-            "device. Try another --provider, or another version of OpenVINO."
+            f"run for their logits have {measured.executed.perplexity:.2f}: its kernels compute otherwise on "
+            "this device. Try another --provider, or another version of OpenVINO."
         ]
-    beyond = measured.run.kl_divergence - measured.weights.kl_divergence
+    beyond = measured.executed.kl_divergence - measured.weights.kl_divergence
     if beyond <= _EXPLAINED * profile.quality.max_kl_divergence:
         return []
-    setting = "accuracy_level=0" if profile.accuracy_level else "activation_dtype=float32"
-    if profile.backend == BackendName.OPENVINO:
-        setting = "provider_options.INFERENCE_PRECISION_HINT=f32"
+    setting = export_backend(profile.backend).exact_setting(profile)
     return [
         f"The weights explain a KL divergence of {measured.weights.kl_divergence:.4f} of "
-        f"{measured.run.kl_divergence:.4f}: the rest is how the execution provider computes. Try another "
-        f"--provider, or export with --set {setting}."
+        f"{measured.executed.kl_divergence:.4f}: the rest is how the execution provider computes. Try "
+        f"another --provider, or export with --set {setting}."
     ]
 
 

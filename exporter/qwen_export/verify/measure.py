@@ -14,10 +14,10 @@ import numpy as np
 
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.backends.protocol import ArtifactTensor
 from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.reference import Weights, log_softmax
 from qwen_export.verify.running import Runner, Started, Timing
-from qwen_export.verify.stored import ArtifactTensor
 
 WINDOW = 256  # tokens of one text
 _PROBED = 1  # texts that roles and layers are compared on, one by one
@@ -31,18 +31,18 @@ class Loss:
     Attributes:
         divergence: KL divergence in nats of each position, a list for each text.
         agreed: whether both find the same token the likeliest, likewise.
-        surprise: -log of the probability of the token that really came next, where there is one.
+        nll: negative log-likelihood of the token that really came next, likewise.
     """
 
     divergence: list[np.ndarray] = field(default_factory=list)
     agreed: list[np.ndarray] = field(default_factory=list)
-    surprise: list[np.ndarray] = field(default_factory=list)
+    nll: list[np.ndarray] = field(default_factory=list)
 
     def add(self, expected: np.ndarray, found: np.ndarray, following: np.ndarray) -> None:
         """One text: log-probabilities [positions, vocab] of both, and the tokens that came next."""
         self.divergence.append((np.exp(expected) * (expected - found)).sum(-1))
         self.agreed.append(expected.argmax(-1) == found.argmax(-1))
-        self.surprise.append(-found[np.arange(len(following)), following])
+        self.nll.append(-found[np.arange(len(following)), following])
 
     @property
     def kl_divergence(self) -> float:
@@ -55,7 +55,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        return float(np.exp(np.mean(self.surprise)))
+        return float(np.exp(np.mean(self.nll)))
 
     @property
     def by_position(self) -> list[float]:
@@ -70,19 +70,19 @@ class Measured:
     Attributes:
         reference_perplexity: of the checkpoint.
         weights: the stored weights in the reference model.
-        run: the artifact in the runtime; None where it was not run.
+        executed: the artifact in the runtime; None where it was not run.
         by_role: KL divergence in nats of the reference model with only one role's weights as stored.
         by_layer: (layer, role) -> relative error of the layer's output with that role's weights as stored.
         growth: how many times larger each layer of the checkpoint makes its hidden states.
         started: where and how the artifact was loaded; None where it was not run.
         timings: how long the runtime took for each text.
-        answering: the perplexity that the path which answers finds, where it is not the one that was run for
-            `run`.
+        answering: the perplexity that the path which answers finds, where it is not the one that gave
+            `executed`.
     """
 
     reference_perplexity: float
     weights: Loss
-    run: Loss | None
+    executed: Loss | None
     by_role: dict[str, float]
     by_layer: dict[tuple[int, str], float]
     growth: list[float]
@@ -134,7 +134,7 @@ def measure(
     tensors: Mapping[str, CheckpointTensor],
     stored: Mapping[str, ArtifactTensor],
     ids: np.ndarray,
-    run: Callable[[], Runner | None],
+    start: Callable[[], Runner | None],
     advance: Callable[[], None],
 ) -> Measured:
     """Compare on `ids` int64 [texts, tokens].
@@ -142,7 +142,7 @@ def measure(
     Args:
         tensors: the checkpoint's.
         stored: the artifact's, of the same names.
-        run: gives the loaded artifact, or None; called once the layers are through.
+        start: gives the loaded artifact, or None; called once the layers are through.
         advance: called after each of `steps`.
     """
     prompt = prompt_of(ids.shape[1])
@@ -167,19 +167,19 @@ def measure(
     def log_probabilities(name: str, text: int) -> np.ndarray:
         return log_softmax(reference.logits(config, sets[name], streams.hidden[name][text, prompt - 1 :]))
 
-    runner = run()
+    runner = start()
     own, weights, timings = Loss(), Loss(), []
     answering: list[np.ndarray] = []
-    ran = Loss() if runner else None
+    executed = Loss() if runner else None
     by_role: dict[str, list[float]] = {role: [] for role in roles}
     for text, tokens in enumerate(ids):
         following = tokens[prompt:]
         expected = log_probabilities("", text)
         own.add(expected, expected, following)
         weights.add(expected, log_probabilities(_ALL, text), following)
-        if runner and ran:
+        if runner and executed:
             logits, timing = runner.score(tokens.tolist(), prompt)
-            ran.add(expected, log_softmax(logits), following)
+            executed.add(expected, log_softmax(logits), following)
             timings.append(timing)
             if runner.started.scores_apart:
                 answering.append(-runner.answering(tokens.tolist())[prompt - 1 :])
@@ -191,7 +191,7 @@ def measure(
     means = {role: float(np.mean(values)) for role, values in by_role.items()}
     started = runner.started if runner else None
     answered = float(np.exp(np.mean(answering))) if answering else None
-    return Measured(own.perplexity, weights, ran, means, by_layer, growth, started, timings, answered)
+    return Measured(own.perplexity, weights, executed, means, by_layer, growth, started, timings, answered)
 
 
 def _of(stored: Mapping[str, ArtifactTensor], role: str) -> dict[str, ArtifactTensor]:

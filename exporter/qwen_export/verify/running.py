@@ -6,23 +6,20 @@ export.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-import psutil
 from qwen_common.errors import UserError
 from qwen_runtime import Model
+from qwen_runtime.child import Child, ChildEnded, child
 
+P = ParamSpec("P")
 T = TypeVar("T")
-_model: Model | None = None  # the child's
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,16 @@ class Timing:
 class Runner:
     """A loaded artifact in another process; see `running`."""
 
-    def __init__(self, pool: ProcessPoolExecutor, started: Started) -> None:
-        self._pool = pool
-        self.started = started
+    def __init__(self, model: Child) -> None:
+        self._child = model
+        loaded = model.loaded
+        self.started = Started(
+            loaded.info.provider,
+            loaded.info.reason,
+            loaded.seconds,
+            loaded.resident - loaded.resident_before,
+            loaded.scores_apart,
+        )
 
     def score(self, tokens: Sequence[int], prompt: int) -> tuple[np.ndarray, Timing]:
         """float32 logits [positions, vocab]; see `Model.score`.
@@ -63,7 +67,7 @@ class Runner:
         Raises:
             UserError: the process ended.
         """
-        return self._submit(_score, list(tokens), prompt)
+        return self._call(_score, list(tokens), prompt)
 
     def answering(self, tokens: Sequence[int]) -> np.ndarray:
         """What `Model.logprobs` gives for all but the first of `tokens`.
@@ -71,12 +75,12 @@ class Runner:
         Raises:
             UserError: the process ended.
         """
-        return self._submit(_answering, list(tokens))
+        return self._call(_answering, list(tokens))
 
-    def _submit(self, task: Callable[..., T], *arguments: Any) -> T:
+    def _call(self, task: Callable[Concatenate[Model, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return self._pool.submit(task, *arguments).result()
-        except BrokenProcessPool as error:
+            return self._child.call(task, *args, **kwargs)
+        except ChildEnded as error:
             raise UserError(
                 f"{self.started.provider} ended the process while it ran the artifact: try another provider"
             ) from error
@@ -89,39 +93,27 @@ def running(artifact: Path, provider: str) -> Iterator[Runner]:
     Raises:
         UserError: the provider cannot load it.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ExitStack() as stack:
         try:
-            started = pool.submit(_load, artifact, provider).result()
-        except BrokenProcessPool as error:
+            model = stack.enter_context(child(artifact, provider))
+        except ChildEnded as error:
             raise UserError(
                 f"{artifact} ended the process that loaded it: is there enough memory? --no-verify leaves "
                 "the check out"
             ) from error
-        yield Runner(pool, started)
+        yield Runner(model)
 
 
-def _load(artifact: Path, provider: str) -> Started:
-    global _model
-    process = psutil.Process()
-    before, start = process.memory_info().rss, time.perf_counter()
-    _model = Model.load(artifact, provider)
-    seconds, after = time.perf_counter() - start, process.memory_info().rss
-    info = _model.info
-    return Started(info.provider, info.reason, seconds, after - before, _model.scores_apart)
-
-
-def _score(tokens: Sequence[int], prompt: int) -> tuple[np.ndarray, Timing]:
-    assert _model is not None
+def _score(model: Model, tokens: Sequence[int], prompt: int) -> tuple[np.ndarray, Timing]:
     logits, times = [], [time.perf_counter()]
-    for found in _model.score(tokens, prompt):
+    for found in model.score(tokens, prompt):
         logits.append(found)
         times.append(time.perf_counter())
-    if _model.scores_apart:  # it is the answers' speed that counts
-        times = [time.perf_counter(), *(time.perf_counter() for _ in _model.pace(tokens, prompt))]
+    if model.scores_apart:  # it is the answers' speed that counts
+        times = [time.perf_counter(), *(time.perf_counter() for _ in model.pace(tokens, prompt))]
     seconds = np.diff(times)
     return np.stack(logits), Timing(float(seconds[0]), seconds[1:].tolist())
 
 
-def _answering(tokens: Sequence[int]) -> np.ndarray:
-    assert _model is not None
-    return _model.logprobs(tokens)
+def _answering(model: Model, tokens: Sequence[int]) -> np.ndarray:
+    return model.logprobs(tokens)

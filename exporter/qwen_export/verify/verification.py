@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -24,34 +24,20 @@ from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 from qwen_runtime.bandwidth import read_bandwidth
 
-from qwen_export.architecture.tensors import TensorSpec
-from qwen_export.backends.onnx import package
-from qwen_export.backends.onnx.inspection import precisions
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.registry import export_backend
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.describe import model_name
+from qwen_export.inspection import precisions
 from qwen_export.model_card import README, model_card, render
-from qwen_export.planner.estimate import estimate
 from qwen_export.progress import Progress
 from qwen_export.verify.findings import findings, passes
 from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
 from qwen_export.verify.plots import plots
 from qwen_export.verify.running import Runner, running
-from qwen_export.verify.stored import StoredWeights, stored_tensors
 
 REPORT, REPORT_JSON = "REPORT.md", "report.json"
 DEFAULT_TOKENS = 4 * WINDOW
 _FORMAT_VERSION = 1
-_PACKAGES: dict[str, tuple[str, ...]] = {
-    BackendName.ONNX: ("onnxruntime", "onnxruntime-genai", "numpy"),
-    BackendName.OPENVINO: ("openvino", "openvino-genai", "openvino-tokenizers", "numpy"),
-}
-# Files of an artifact that are not compared, and what they are.
-_NOT_COMPARED = {
-    package.VISION_FILE: "the vision tower",
-    "openvino_vision_embeddings_model.xml": "the vision tower",
-    package.MTP_FILE: "the MTP head",
-}
 
 
 def verify(
@@ -79,12 +65,12 @@ def verify(
     """
     manifest = manifests.read(artifact)
     manifests.check_files(artifact, manifest)
-    profile = _profile(artifact, manifest)
+    profile, backend = _profile(artifact, manifest), export_backend(manifest["backend"])
     config = checkpoint.config.reaching(manifest["context_length"])
     checkpoint = replace(checkpoint, config=config)
     specs = config.tensors()
     checkpoint.check(specs)
-    stored = _stored(artifact, checkpoint, profile, specs)
+    stored = backend.artifact_weights(artifact, checkpoint, profile, specs)
     ids = _texts(artifact, manifest, tokens, text)
 
     not_run = _too_large(manifest["provider"], stored.needed)
@@ -92,11 +78,13 @@ def verify(
         progress.note(f"the artifact is not run, its weights are still compared: {not_run}")
     with ExitStack() as stack:
 
-        def run() -> Runner | None:
+        def start() -> Runner | None:
             return None if not_run else stack.enter_context(running(artifact, provider))
 
         progress.start(steps(config, stored.tensors, len(ids)))
-        measured = measure(config, checkpoint.tensors, stored.tensors, ids, run, lambda: progress.advance(1))
+        measured = measure(
+            config, checkpoint.tensors, stored.tensors, ids, start, lambda: progress.advance(1)
+        )
 
     passed = passes(measured, profile)
     carried = set(manifest["carried_over"])
@@ -109,7 +97,7 @@ def verify(
     report = {
         "format_version": _FORMAT_VERSION,
         "qwen_edge": own_version(),
-        "packages": _versions(manifest["backend"]),
+        "packages": _versions(backend.packages),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": manifest["model"]["name"],
         "checkpoint": model_name(checkpoint),
@@ -124,10 +112,10 @@ def verify(
             "prompt": prompt_of(ids.shape[1]),
             "positions": sum(len(part) for part in measured.weights.divergence),
         },
-        "unverified": [what for file, what in _NOT_COMPARED.items() if file in manifest["files"]],
+        "unverified": [what for file, what in backend.not_compared if file in manifest["files"]],
         "reference": {"perplexity": measured.reference_perplexity},
         "weights": _loss(measured.weights),
-        "run": _run(measured, prompt_of(ids.shape[1])),
+        "run": _executed(measured, prompt_of(ids.shape[1])),
         "not_run": not_run,
         "decode_bytes": stored.decode_bytes,
         "profile_bandwidth": profile.hardware.bandwidth_gb_s * 1e9,
@@ -147,19 +135,6 @@ def verify(
     }
     _put_into(artifact, manifest, report)
     return report
-
-
-def _stored(
-    artifact: Path, checkpoint: Checkpoint, profile: Profile, specs: Mapping[str, TensorSpec]
-) -> StoredWeights:
-    if profile.backend == BackendName.OPENVINO:
-        from qwen_export.backends.openvino.stored import stored_weights
-
-        return stored_weights(artifact, checkpoint.config, specs)
-    planned = plan(checkpoint, profile)
-    predicted = estimate(checkpoint, profile, planned)
-    tensors = stored_tensors(artifact, planned, specs)
-    return StoredWeights(tensors, predicted.decode_bytes, predicted.needed)
 
 
 def _profile(artifact: Path, manifest: Manifest) -> Profile:
@@ -226,11 +201,11 @@ def _loss(loss: Loss) -> dict[str, Any]:
     }
 
 
-def _run(measured: Measured, prompt: int) -> dict[str, Any] | None:
-    if measured.run is None or measured.started is None:
+def _executed(measured: Measured, prompt: int) -> dict[str, Any] | None:
+    if measured.executed is None or measured.started is None:
         return None
     return {
-        **_loss(measured.run),
+        **_loss(measured.executed),
         **asdict(measured.started),
         "answering_perplexity": measured.answering,
         "prefill_rate": prompt / median(timing.first_seconds for timing in measured.timings),
@@ -239,9 +214,9 @@ def _run(measured: Measured, prompt: int) -> dict[str, Any] | None:
     }
 
 
-def _versions(backend: str) -> dict[str, str]:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     found = {}
-    for name in _PACKAGES[backend]:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # a variant of it under another name

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from qwen_common.errors import UserError
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
 
@@ -89,8 +89,8 @@ def stored_weight(
     artifact: Path, checkpoint: Path, lowering: str, name: str
 ) -> tuple[Quantization, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
     """Form, codes, zero points, scales and values of one weight, from the artifact's own bytes."""
-    planned = plan(Checkpoint.open(str(checkpoint)), float_profile(lowering), all_logits=True)
-    weight, tensors = next((weight, tensors) for weight, tensors in planned.stored if weight.name == name)
+    graphs = build_graphs(Checkpoint.open(str(checkpoint)), float_profile(lowering), all_logits=True)
+    weight, tensors = next((weight, tensors) for weight, tensors in graphs.placed if weight.name == name)
     data = (artifact / "model.onnx.data").read_bytes()
     arrays = [
         np.frombuffer(data, tensor.dtype, tensor.nbytes // tensor.dtype.itemsize, tensor.offset)

@@ -15,7 +15,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from qwen_common.errors import UserError
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_profiles.schema import WeightFormat, load_profile
 from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
@@ -185,8 +185,8 @@ def test_through_onnxruntime_genai(tmp_path: Path) -> None:
 
 def test_router_and_gates_stay_float(tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", num_experts=8)
-    planned = plan(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
-    storage = {weight.name: weight.storage for weight, _ in planned.stored}
+    graphs = build_graphs(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
+    storage = {weight.name: weight.storage for weight, _ in graphs.placed}
     routers = [name for name in storage if name.endswith((".gate.weight", "shared_expert_gate.weight"))]
     assert len(routers) == 8 and all(storage[name] == np.float32 for name in routers)
 
@@ -230,7 +230,7 @@ def test_a_decode_step_touches_the_chosen_experts_alone(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), str(artifact)]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    sizes = plan(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
+    sizes = build_graphs(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
     needed = sum(sizes.values()) - sizes["experts"] + sizes["experts"] * 4 // 64
     # More than the weights, for activations and the interpreter are in memory too, but far from all experts.
     assert needed <= int(found.stdout) < sizes["experts"] / 4

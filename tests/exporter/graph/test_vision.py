@@ -13,7 +13,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from click.testing import CliRunner
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
@@ -223,11 +223,11 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
 
 def test_text_only_export_is_a_text_artifact(tmp_path: Path) -> None:
     checkpoint = write_vision_checkpoint(tmp_path / "checkpoint")
-    planned = plan(Checkpoint.open(str(checkpoint), text_only=True), load_profile("cpu"))
-    assert list(planned.models) == ["model.onnx"]
-    assert "vision" not in planned.bytes_by_role()
-    whole = plan(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
-    assert list(whole.models) == ["model.onnx", "embedding.onnx", "vision.onnx"]
+    graphs = build_graphs(Checkpoint.open(str(checkpoint), text_only=True), load_profile("cpu"))
+    assert list(graphs.by_file) == ["model.onnx"]
+    assert "vision" not in graphs.bytes_by_role()
+    whole = build_graphs(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
+    assert list(whole.by_file) == ["model.onnx", "embedding.onnx", "vision.onnx"]
     assert whole.bytes_by_role()["vision"] > 0
 
 

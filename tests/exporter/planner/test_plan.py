@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
-from qwen_export.planner.fit import configured, family, fit, shipped_profiles
+from qwen_export.planner.models import configured, family
+from qwen_export.planner.predictions import predict, shipped_profiles
 from qwen_profiles.schema import load_profile
 
 from tests.support.artifacts import make_artifact
@@ -31,7 +32,7 @@ def config_alone(checkpoint: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
 @pytest.mark.parametrize("profile", ["cpu", "strix-halo", "nvidia-rtx-8gb"])
 def test_predicted_size_is_the_size(checkpoint: Path, profile: str, tmp_path: Path) -> None:
-    predicted = fit(configured(str(checkpoint)), load_profile(profile)).estimate
+    predicted = predict(configured(str(checkpoint)), load_profile(profile)).estimate
     artifact = make_artifact(checkpoint, load_profile(profile), tmp_path / "out", all_logits=False)
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert predicted is not None
@@ -46,7 +47,7 @@ def test_predicted_size_is_the_size(checkpoint: Path, profile: str, tmp_path: Pa
 def test_predicted_memory_at_load_is_what_a_process_takes(checkpoint: Path, tmp_path: Path) -> None:
     """Of these small models nearly all is the runtime's own; benchmarks/plan.py has 0.8B and 4B."""
     profile = load_profile("cpu")
-    predicted = fit(configured(str(checkpoint)), profile).estimate
+    predicted = predict(configured(str(checkpoint)), profile).estimate
     artifact = make_artifact(checkpoint, profile, tmp_path / "out", all_logits=False)
     code = (
         "import sys; from qwen_runtime import Model; model = Model.load(sys.argv[1]);"
@@ -65,7 +66,7 @@ def test_only_config_json_is_read(tmp_path: Path) -> None:
 
 def test_a_mixture_reads_its_active_experts_only() -> None:
     model, profile = family()["Qwen3.5-35B-A3B"], load_profile("strix-halo")
-    found = fit(model, profile).estimate
+    found = predict(model, profile).estimate
     assert found is not None
     experts, active = found.by_role["experts"], model.config.num_experts_per_tok
     assert model.config.num_experts is not None
@@ -78,7 +79,7 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
     refused = run("plan", "--profile", "intel-n100", "Qwen3.5-27B")
     assert refused.exit_code == 2
     assert "memory at load" in refused.stdout
-    needed = fit(family()["Qwen3.5-27B"], load_profile("intel-n100")).estimate
+    needed = predict(family()["Qwen3.5-27B"], load_profile("intel-n100")).estimate
     assert needed is not None and not needed.fits and needed.largest_context == 0
     assert refused.stderr.startswith(
         f"error: Qwen3.5-27B needs {needed.needed / 1e9:.1f} GB and profile intel-n100 has 6.0: try Qwen3.5-"
@@ -89,7 +90,7 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
 
 
 def test_largest_context_is_the_edge_of_what_fits() -> None:
-    found = fit(family()["Qwen3.5-9B"], load_profile("cpu-avx2")).estimate
+    found = predict(family()["Qwen3.5-9B"], load_profile("cpu-avx2")).estimate
     assert found is not None and found.context < found.largest_context < 262144
     used = found.load + found.working + found.largest_context * found.cache_per_token
     assert used <= found.budget < used + found.cache_per_token
@@ -104,7 +105,7 @@ def test_export_checks_memory_first(tmp_path: Path) -> None:
 
 
 def test_a_context_that_does_not_fit_is_said(tmp_path: Path) -> None:
-    found = fit(configured(str(TINY)), load_profile("cpu")).estimate
+    found = predict(configured(str(TINY)), load_profile("cpu")).estimate
     assert found is not None
     budget = (found.load + found.working + 4000 * found.cache_per_token) / 1e9
     arguments = [
@@ -150,5 +151,5 @@ def test_family_and_checkpoint_plan_alike(tmp_path: Path) -> None:
     """A checkpoint opened with its weights is predicted as its configuration alone."""
     opened, alone = Checkpoint.open(str(TINY_VL)), configured(str(config_alone(TINY_VL, tmp_path / "c")))
     profile = load_profile("cpu")
-    first, second = fit(opened, profile).estimate, fit(alone, profile).estimate
+    first, second = predict(opened, profile).estimate, predict(alone, profile).estimate
     assert first and second and first.by_role == second.by_role and first.load == second.load

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from qwen_common.errors import UserError
-from qwen_export.backends.onnx.plan import plan
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_export.quantize import gptq
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
-from qwen_export.quantize.calibration import pieces
-from qwen_export.quantize.gptq import PIECES, feedback, with_feedbacks
+from qwen_export.quantize.calibration import calibration_samples
+from qwen_export.quantize.gptq import SAMPLES, feedback, with_feedbacks
 from qwen_profiles.schema import load_profile
 from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,7 @@ def test_inputs_are_what_transformers_projections_are_given(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(str(folder))
-    text = pieces(checkpoint, load_profile("cpu"), None, most=3)
+    text = calibration_samples(checkpoint, load_profile("cpu"), None, most=3)
     grams: dict[str, tuple[np.ndarray, int]] = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -132,7 +132,7 @@ def test_inputs_are_what_transformers_projections_are_given(
     # What is handed on as the feedback is then the products themselves.
     monkeypatch.setattr(gptq, "feedback", lambda gram, tokens: (gram, tokens))
     profile = load_profile("cpu-int4")
-    stored = plan(checkpoint, profile, mtp=False).stored
+    stored = build_graphs(checkpoint, profile, mtp=False).placed
     found = list(with_feedbacks(checkpoint.config, checkpoint.tensors, stored, text))
     assert {weight.name for weight, *_ in found} == {weight.name for weight, _ in stored}
     compared = 0
@@ -220,13 +220,13 @@ def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> No
     found = {}
     for compression in ("data-free", "gptq"):
         profile = load_profile("cpu-int4", [f"compression={compression}"])
-        planned = plan(checkpoint, profile)
+        graphs = build_graphs(checkpoint, profile)
         artifact = tmp_path / compression
         export(checkpoint, profile, artifact, Quiet())
         data = (artifact / "model.onnx.data").read_bytes()
         found[compression] = {
             tensor.name: data[tensor.offset : tensor.offset + tensor.nbytes]
-            for weight, tensors in planned.stored
+            for weight, tensors in graphs.placed
             if weight.prequantized
             for tensor in tensors
         }
@@ -254,4 +254,4 @@ def test_activations_that_overflow(tmp_path: Path) -> None:
 
 def test_at_most_so_much_text_is_read() -> None:
     checkpoint = Checkpoint.open(str(TINY))
-    assert pieces(checkpoint, load_profile("cpu"), None, PIECES).shape == (PIECES, 128)
+    assert calibration_samples(checkpoint, load_profile("cpu"), None, SAMPLES).shape == (SAMPLES, 128)

@@ -108,11 +108,11 @@ def test_inspect_says_what_is_stored(checkpoint: Path, tmp_path: Path) -> None:
     assert found["devices"]["cpu"]["runs"] and not found["devices"]["npu"]["runs"]
     assert "one scale a row" in CliRunner().invoke(main, ["inspect", str(artifact)]).stdout
 
-    from qwen_export.backends.openvino.stored import stored_weights
+    from qwen_export.backends.openvino.stored import artifact_weights
 
     source = Checkpoint.open(str(checkpoint))
     specs = source.config.tensors()
-    tensors = stored_weights(artifact, source.config, specs).tensors
+    tensors = artifact_weights(artifact, source.config, specs).tensors
     named = {name for name, spec in specs.items() if len(spec.shape) > 1 and "conv1d" not in name}
     assert named - tensors.keys() <= {
         name for name in named if name.endswith("gate.weight")

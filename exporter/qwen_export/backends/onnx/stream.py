@@ -1,13 +1,12 @@
 """Weights from the checkpoint to the external-data file: read, transform, quantise, write, drop.
 
 Every tensor's place in the file is known beforehand, so pieces are independent: a few worker threads each
-carry one piece from the checkpoint to its place, and memory holds no more than those pieces, whatever the
+take one piece from the checkpoint to its place, and memory holds no more than those pieces, whatever the
 model's size. A journal names the weights that are safely on disk; a later run skips them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,16 +18,15 @@ from typing import BinaryIO
 import numpy as np
 from qwen_common.errors import UserError
 
+from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensor import PrequantizedTensor
-from qwen_export.graph.weights import Rows, StoredTensor, Weight
+from qwen_export.graph.weights import ExternalTensor, PlacedWeight, Rows, Weight
 from qwen_export.quantize.blockwise import Quantization, quantize
+from qwen_export.quantize.gptq import Feedback
 
-Stored = tuple[Weight, list[StoredTensor]]
-# Finds the feedback that the codes of a checkpoint's tensor are made with (`quantize`). It may take long, so
-# it is asked for only where a weight is still to be written.
-Feedback = Callable[[str], np.ndarray | None]
-StoredWith = tuple[Weight, list[StoredTensor], Feedback]
+# A weight, its place, and what finds the feedbacks of its codes.
+WithFeedback = tuple[PlacedWeight, Feedback]
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
 _SYNC_BYTES = 32 * 1024 * 1024
@@ -40,14 +38,10 @@ class _Piece:
     """Rows of one checkpoint tensor, and the row of the stored weight where they begin."""
 
     weight: Weight
-    tensors: Sequence[StoredTensor]
+    tensors: Sequence[ExternalTensor]
     rows: Rows
     first_row: int
     feedback: np.ndarray | None
-
-
-def nearest(tensor: str) -> None:
-    """No feedback: every code is the nearest."""
 
 
 def source_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
@@ -60,29 +54,9 @@ def _bytes(checkpoint: Checkpoint, rows: Rows) -> int:
     return (rows.stop - rows.start) * source.nbytes // source.shape[0]
 
 
-class Journal:
-    """Names of the weights that are safely in the data file, one JSON line each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.done: set[str] = set()
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # a killed process may leave half a line
-                    self.done.add(json.loads(line))
-
-    def add(self, names: Sequence[str]) -> None:
-        """Record `names`; call only once their bytes have been synced."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(name) + "\n" for name in names)
-            file.flush()
-            os.fsync(file.fileno())
-        self.done.update(names)
-
-
 def write_weights(
     checkpoint: Checkpoint,
-    stored: Iterable[StoredWith],
+    weights: Iterable[WithFeedback],
     path: Path,
     size: int,
     journal: Journal,
@@ -102,7 +76,7 @@ def write_weights(
         file.truncate(size)
         unsynced: list[str] = []
         unsynced_bytes = 0
-        for weight in _finished(checkpoint, _remaining(stored, journal, checkpoint, advance), file, advance):
+        for weight in _finished(checkpoint, _remaining(weights, journal, checkpoint, advance), file, advance):
             unsynced.append(weight.name)
             unsynced_bytes += source_bytes(checkpoint, weight)
             if unsynced_bytes >= _SYNC_BYTES:
@@ -119,18 +93,20 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _remaining(
-    stored: Iterable[StoredWith], journal: Journal, checkpoint: Checkpoint, advance: Callable[[int], None]
-) -> Iterator[StoredWith]:
-    for entry in stored:
-        weight, *_ = entry
-        if weight.name in journal.done:
-            advance(source_bytes(checkpoint, weight))
+    weights: Iterable[WithFeedback],
+    journal: Journal,
+    checkpoint: Checkpoint,
+    advance: Callable[[int], None],
+) -> Iterator[WithFeedback]:
+    for placed, feedback in weights:
+        if placed.weight.name in journal.done:
+            advance(source_bytes(checkpoint, placed.weight))
         else:
-            yield entry
+            yield placed, feedback
 
 
 def _finished(
-    checkpoint: Checkpoint, stored: Iterator[StoredWith], file: BinaryIO, advance: Callable[[int], None]
+    checkpoint: Checkpoint, weights: Iterator[WithFeedback], file: BinaryIO, advance: Callable[[int], None]
 ) -> Iterator[Weight]:
     """Convert pieces in worker threads, a bounded number at a time; yield each weight once it is whole."""
     lock = threading.Lock()
@@ -149,7 +125,7 @@ def _finished(
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for weight, tensors, feedback in stored:
+            for (weight, tensors), feedback in weights:
                 pieces = list(_pieces(weight, tensors, feedback))
                 open_pieces[weight.name] = len(pieces)
                 for piece in pieces:
@@ -160,7 +136,7 @@ def _finished(
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(weight: Weight, tensors: Sequence[StoredTensor], feedback: Feedback) -> Iterator[_Piece]:
+def _pieces(weight: Weight, tensors: Sequence[ExternalTensor], feedback: Feedback) -> Iterator[_Piece]:
     row = int(np.prod(weight.row_shape, dtype=np.int64))
     step = max(1, _PIECE_ELEMENTS // row)
     first_row = 0
@@ -173,7 +149,7 @@ def _pieces(weight: Weight, tensors: Sequence[StoredTensor], feedback: Feedback)
 
 
 def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: threading.Lock) -> int:
-    """Carry one piece to its place; returns the checkpoint bytes read."""
+    """Take one piece to its place; returns the checkpoint bytes read."""
     count = piece.rows.stop - piece.rows.start
     for tensor, part in zip(piece.tensors, _stored_form(checkpoint, piece), strict=True):
         row_bytes = tensor.nbytes // piece.weight.row_count

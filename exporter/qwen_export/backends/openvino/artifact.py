@@ -8,24 +8,28 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_common.errors import UserError
-from qwen_common.manifest import Manifest
+from qwen_common.files import as_json
 from qwen_profiles.schema import Profile, Role, WeightFormat
 
-from qwen_export.backends.onnx import package
-from qwen_export.backends.openvino.calibration import Calibration
+from qwen_export.backends.copied_files import copy_files
+from qwen_export.backends.onnx.genai_config import genai_config, generation_config
+from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.openvino.compress import check, compress
 from qwen_export.backends.openvino.convert import convert
+from qwen_export.backends.openvino.dataset import CalibrationSamples
 from qwen_export.backends.openvino.fill import Filler
 from qwen_export.backends.openvino.load import load_model
 from qwen_export.backends.openvino.repair import repair
+from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.describe import describe
+from qwen_export.output import STAGED
 
 if TYPE_CHECKING:
     from qwen_export.progress import Progress
@@ -40,10 +44,16 @@ _VISION_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id")
 _IMAGES = "image_processor.json"
 
 
-def write_artifact(
+def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions) -> Write:
+    """See `ExportBackend.prepare`."""
+    _require_libraries()
+    return partial(_write, checkpoint, profile, options.calibration)
+
+
+def _write(
     checkpoint: Checkpoint, profile: Profile, calibration: Path | None, work: Path, progress: Progress
-) -> Manifest:
-    """Write every file of the artifact to `work`/artifact; returns the manifest.
+) -> Written:
+    """Write every file of the artifact to `work`/artifact.
 
     Args:
         calibration: text for a `compression` that needs one; None takes the shipped one.
@@ -51,7 +61,7 @@ def write_artifact(
     Raises:
         UserError: a weight holds NaN or Inf, or was not stored as the recipe says.
     """
-    staged, scratch = work / package.STAGED, work / "weights"
+    staged, scratch = work / STAGED, work / "weights"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     recipe = profile.weights
@@ -66,7 +76,7 @@ def write_artifact(
             model, placeholders = load_model(checkpoint, left_out)
             filler = Filler(placeholders, recipe, scratch)
             if not data_free:
-                text = Calibration(checkpoint.root, model.get_input_embeddings().weight, calibration)
+                text = CalibrationSamples(checkpoint.root, model.get_input_embeddings().weight, calibration)
 
             def finish(traced: Any, name: str) -> Any:
                 progress.note(f"compressing {name}")
@@ -86,7 +96,7 @@ def write_artifact(
             generation = checkpoint.root / _GENERATION_CONFIG
             if generation.is_file():
                 shutil.copyfile(generation, staged / generation.name)
-            package.copy_files(checkpoint.root, staged)
+            copy_files(checkpoint.root, staged)
             _write_tokenizers(checkpoint.root, staged)
     finally:
         scratch.unlink(missing_ok=True)
@@ -94,7 +104,7 @@ def write_artifact(
 
 
 def _calibrated(
-    model: Any, name: str, recipe: Mapping[Role, WeightFormat], compression: str, text: Calibration
+    model: Any, name: str, recipe: Mapping[Role, WeightFormat], compression: str, text: CalibrationSamples
 ) -> Any:
     """The whole model through NNCF, 4-bit weights of the language model with what `compression` names."""
     options: dict[str, Any] = {}
@@ -103,25 +113,21 @@ def _calibrated(
     return compress(model, recipe, name, **options)
 
 
-def _describe(checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: dict[Role, int]) -> Manifest:
-    config = package.genai_config(checkpoint, profile, package.generation_config(checkpoint.root))
+def _describe(checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: Mapping[Role, int]) -> Written:
+    config = genai_config(checkpoint, profile, generation_config(checkpoint.root))
     model = {name: config["model"][name] for name in _MODEL_FIELDS}
     if checkpoint.vision:
         model |= {name: config["model"][name] for name in _VISION_FIELDS}
         model["vision"] = {"config_filename": _IMAGES}
-        package.write_json(staged / _IMAGES, package.processor_config(checkpoint.vision))
+        (staged / _IMAGES).write_bytes(as_json(processor_config(checkpoint.vision)))
     model["decoder"] = {"session_options": config["model"]["decoder"]["session_options"]}
-    return describe(
-        checkpoint,
-        profile,
-        staged,
+    context = model["context_length"]
+    return Written(
         runs_on={"device": profile.device, "openvino": version("openvino"), "nncf": version("nncf")},
-        context_length=model["context_length"],
-        files=sorted(staged.iterdir()),
-        bytes_by_role={role: size for role, size in sizes.items()},
-        carried_over=[],
+        context_length=context,
+        bytes_by_role={str(role): size for role, size in sizes.items()},
         all_logits=True,
-        image_prompt_tokens=model["context_length"],
+        image_prompt_tokens=context if checkpoint.vision else None,
         runtime={"model": model, "search": config["search"]},
     )
 
@@ -144,7 +150,7 @@ def _write_tokenizers(source: Path, staged: Path) -> None:
         openvino.save_model(model, staged / f"{name}.xml")
 
 
-def require_libraries() -> None:
+def _require_libraries() -> None:
     """Raise a UserError that says what to install, if something is missing."""
     for name in _LIBRARIES:
         try:

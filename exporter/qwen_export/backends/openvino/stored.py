@@ -16,7 +16,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.openvino.compress import Weight, weights
-from qwen_export.verify.stored import StoredWeights
+from qwen_export.backends.protocol import ArtifactWeights
 
 _BITS = {"u4": 4, "i4": 4}  # element types of several values a byte, the first one in the low bits
 _SIGNED = {"i4", "i8"}
@@ -132,7 +132,7 @@ def read_model(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: copy the artifact again") from error
 
 
-def stored_weights(artifact: Path, config: TextConfig, specs: Mapping[str, TensorSpec]) -> StoredWeights:
+def artifact_weights(artifact: Path, config: TextConfig, specs: Mapping[str, TensorSpec]) -> ArtifactWeights:
     """The matrices of `artifact` by their names in the checkpoint, and what reading them takes.
 
     Args:
@@ -173,4 +173,4 @@ def stored_weights(artifact: Path, config: TextConfig, specs: Mapping[str, Tenso
             )
         tensors[name] = tensor
     size = sum(path.stat().st_size for path in artifact.glob("*.bin"))
-    return StoredWeights(tensors, int(sum(decoded.values())), _COPIES * size + _RUNTIME_BYTES)
+    return ArtifactWeights(tensors, int(sum(decoded.values())), _COPIES * size + _RUNTIME_BYTES)

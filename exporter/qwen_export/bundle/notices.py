@@ -1,4 +1,4 @@
-"""What comes with other people's software: their licences, and a bill of materials."""
+"""Notices of other people's software: its licences, and a bill of materials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen_export.bundle.wheels import Wheel
 _LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "AUTHORS", "THIRDPARTYNOTICES")
 
 
-def notices(wheels: Iterable[Wheel]) -> str:
+def licence_texts(wheels: Iterable[Wheel]) -> str:
     """Name, version, licence and the licence files' text of every wheel."""
     parts = []
     for wheel in wheels:
@@ -72,6 +72,6 @@ def bill_of_materials(name: str, version: str, wheels: Iterable[Wheel], hashes: 
     return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"
 
 
-def write(folder: Path, name: str, version: str, wheels: list[Wheel], hashes: dict[str, str]) -> None:
-    (folder / "THIRD-PARTY-NOTICES.txt").write_text(notices(wheels), encoding="utf-8")
+def write_notices(folder: Path, name: str, version: str, wheels: list[Wheel], hashes: dict[str, str]) -> None:
+    (folder / "THIRD-PARTY-NOTICES.txt").write_text(licence_texts(wheels), encoding="utf-8")
     (folder / "sbom.cdx.json").write_text(bill_of_materials(name, version, wheels, hashes), encoding="utf-8")

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from qwen_export.quantize.calibration import in_pieces, read_text
+from qwen_export.quantize.calibration import read_text, samples_of
 
-_PIECES = 16  # at most
+_SAMPLES = 16  # at most
 
 
-class Calibration:
-    """Pieces of a text by a checkpoint's tokenizer.
+class CalibrationSamples:
+    """Samples of a text by a checkpoint's tokenizer.
 
     Args:
         source: folder of the tokenizer.
@@ -21,21 +21,21 @@ class Calibration:
         text: UTF-8; None takes the shipped one.
 
     Raises:
-        UserError: the text cannot be read, or has less than one piece.
+        UserError: the text cannot be read, or has less than one sample.
     """
 
     def __init__(self, source: Path, embedding: Any, text: Path | None) -> None:
         from transformers import AutoTokenizer
 
         ids = AutoTokenizer.from_pretrained(source)(read_text(text))["input_ids"]
-        self._pieces = in_pieces(ids, _PIECES, text)
+        self._samples = samples_of(ids, _SAMPLES, text)
         self._embedding = embedding
 
     def dataset(self, model: Any) -> Any:
         """nncf.Dataset for a language model, an openvino.Model."""
         import nncf
 
-        return nncf.Dataset([self._inputs(model, piece) for piece in self._pieces])
+        return nncf.Dataset([self._inputs(model, sample) for sample in self._samples])
 
     def _inputs(self, model: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
         import torch

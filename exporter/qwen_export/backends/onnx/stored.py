@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnx
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.tensors import TensorSpec
-from qwen_export.backends.onnx.plan import Plan
+from qwen_export.backends.onnx.graphs import Graphs
 from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.graph.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
@@ -23,33 +21,6 @@ _UNDONE: dict[Transform | None, Transform] = {
     None: lambda rows: rows,
     interleave_gate_up: deinterleave_gate_up,
 }
-
-
-class ArtifactTensor(CheckpointTensor, Protocol):
-    """A tensor of the checkpoint, read from an artifact: its shape is the checkpoint's."""
-
-    @property
-    def role(self) -> str:
-        """Of the recipe."""
-
-    @property
-    def quantised(self) -> bool:
-        """Whether any part of it is held in codes and scales."""
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """What an artifact holds, and what it takes to run it.
-
-    Attributes:
-        tensors: the matrices by their names in the checkpoint; vectors are not among them.
-        decode_bytes: of weights that are read for one token.
-        needed: bytes of memory with a short context.
-    """
-
-    tensors: Mapping[str, ArtifactTensor]
-    decode_bytes: int
-    needed: int
 
 
 @dataclass(frozen=True)
@@ -131,19 +102,19 @@ class OnnxTensor:
         return np.concatenate(found)
 
 
-def stored_tensors(artifact: Path, planned: Plan, specs: Mapping[str, TensorSpec]) -> dict[str, OnnxTensor]:
+def stored_tensors(artifact: Path, graphs: Graphs, specs: Mapping[str, TensorSpec]) -> dict[str, OnnxTensor]:
     """The matrices of `artifact` by their names in the checkpoint; vectors are not among them.
 
     Args:
-        planned: the plan that the artifact was exported by.
+        graphs: those that the artifact was exported with.
         specs: the checkpoint's tensors.
 
     Raises:
-        UserError: the artifact is not of that plan.
+        UserError: the artifact has other graphs.
     """
-    places = dict(_places(artifact, planned))
+    places = dict(_places(artifact, graphs))
     segments: dict[str, list[_Segment]] = {}
-    for weight, _ in planned.stored:
+    for weight, _ in graphs.placed:
         if len(weight.row_shape) == 0 or weight.transform not in _UNDONE or weight.role == "vision":
             continue
         parts = []
@@ -168,9 +139,9 @@ def stored_tensors(artifact: Path, planned: Plan, specs: Mapping[str, TensorSpec
     }
 
 
-def _places(artifact: Path, planned: Plan) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
+def _places(artifact: Path, graphs: Graphs) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
     """(name, (offset in the data file, shape)) of every tensor that the artifact's graphs take from it."""
-    for file in planned.models:
+    for file in graphs.by_file:
         for tensor in onnx.load(artifact / file, load_external_data=False).graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if entries.get("location") == DATA_FILE:

@@ -1,45 +1,23 @@
-"""The files beside the graph: ONNX Runtime GenAI's configuration, tokenizer files."""
+"""ONNX Runtime GenAI's genai_config.json."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from qwen_common.errors import UserError
-from qwen_common.files import as_json
 from qwen_common.providers import CPU, PROVIDERS
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.vision import VisionConfig
+from qwen_export.backends.onnx.files import EMBEDDING_FILE, MODEL_FILE, PROCESSOR_CONFIG, VISION_FILE
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import states
 
-STAGED = "artifact"  # in the hidden folder of an export, what becomes the output
-GENAI_CONFIG = "genai_config.json"
-MODEL_FILE = "model.onnx"
-EMBEDDING_FILE = "embedding.onnx"
-VISION_FILE = "vision.onnx"
-PROCESSOR_CONFIG = "processor_config.json"
-SPECULATIVE_FILE = "speculative.onnx"
-MTP_FILE = "mtp.onnx"
-
 _NO_TOKEN = -1
-# The tokenizer, and the terms that the weights come under.
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "LICENSE",
-    "NOTICE",
-)
 # Called the same in generation_config.json and in GenAI.
 _SAMPLING = ("temperature", "top_k", "top_p", "do_sample")
 
@@ -136,45 +114,3 @@ def _multimodal(vision: VisionConfig) -> dict[str, Any]:
             "outputs": {"image_features": "image_features"},
         },
     }
-
-
-def processor_config(vision: VisionConfig) -> dict[str, Any]:
-    """What happens to an image, as steps of ONNX Runtime Extensions' image processor.
-
-    `width` and `height` of Resize are required and unused: `smart_resize` goes by the pixels.
-    """
-    processor = vision.processor
-    patches = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    steps: list[tuple[str, dict[str, Any]]] = [
-        ("DecodeImage", {"color_space": "RGB"}),
-        ("ConvertRGB", {}),
-        (
-            "Resize",
-            {
-                "width": 960,
-                "height": 672,
-                "smart_resize": 1,
-                "min_pixels": processor.size.shortest_edge,
-                "max_pixels": processor.size.longest_edge,
-                **patches,
-            },
-        ),
-        ("Rescale", {"rescale_factor": processor.rescale_factor}),
-        ("Normalize", {"mean": processor.image_mean, "std": processor.image_std, "qwen3_vl": 1}),
-        ("PatchImage", {**patches, "temporal_patch_size": vision.temporal_patch_size}),
-    ]
-    transforms = [
-        {"operation": {"name": kind.lower(), "type": kind, "attrs": attributes}} for kind, attributes in steps
-    ]
-    return {"processor": {"name": "qwen3_vl_image_processor", "transforms": transforms}}
-
-
-def copy_files(source: Path, destination: Path) -> None:
-    """Copy the tokenizer's files, chat template and licence as they are."""
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_bytes(as_json(content))

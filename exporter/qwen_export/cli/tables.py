@@ -1,15 +1,27 @@
-"""What `profiles`, `plan`, `inspect` and `verify` print."""
+"""What `export`, `profiles`, `plan`, `inspect` and `verify` print."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qwen_common.manifest import BackendName
+from qwen_common.manifest import Manifest
 from qwen_profiles.schema import Profile
 from rich.table import Table
 
-from qwen_export.planner.fit import Fit
+from qwen_export.backends.registry import export_backend
+from qwen_export.inspection import precisions
+from qwen_export.planner.predictions import Prediction
+
+
+def manifest_table(title: str, manifest: Manifest) -> Table:
+    """Precision and size by role, of an artifact that was just made."""
+    table = Table("role", "precision", "MB", title=title)
+    for role, precision in precisions(manifest).items():
+        table.add_row(role, precision, f"{manifest['bytes_by_role'][role] / 1e6:.1f}")
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    table.add_row("all files", "", f"{total / 1e6:.1f}", end_section=True)
+    return table
 
 
 def profiles_table(profiles: Iterable[Profile]) -> Table:
@@ -27,7 +39,7 @@ def profiles_table(profiles: Iterable[Profile]) -> Table:
     return table
 
 
-def fit_table(found: Fit) -> Table:
+def prediction_table(found: Prediction) -> Table:
     """One model on one profile, in full."""
     predicted, profile = found.estimate, found.profile
     table = Table("what", "predicted", title=f"{found.model} for {profile.name}")
@@ -49,7 +61,7 @@ def fit_table(found: Fit) -> Table:
     return table
 
 
-def compare_table(found: list[Fit]) -> Table:
+def compare_table(found: list[Prediction]) -> Table:
     """One model on many profiles, or many models on one; sizes in GB, of 1024 tokens in MB."""
     one_model = len({row.model for row in found}) == 1
     title = found[0].model if one_model else f"profile {found[0].profile.name}"
@@ -73,7 +85,7 @@ def compare_table(found: list[Fit]) -> Table:
     return table
 
 
-def matrix_table(found: list[Fit]) -> Table:
+def matrix_table(found: list[Prediction]) -> Table:
     """Many models on many profiles: decode rates where they fit."""
     models = list(dict.fromkeys(row.model for row in found))
     table = Table("tokens/s, at most", *(model.removeprefix("Qwen3.5-") for model in models), title="Qwen3.5")
@@ -88,15 +100,14 @@ def matrix_table(found: list[Fit]) -> Table:
 
 def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     """Sizes by role, and which providers have kernels for the graphs, or which devices are here."""
-    ir = found["backend"] == BackendName.OPENVINO
-    made = f"{'OpenVINO' if ir else found['lowering']}, context {found['context_length']}"
-    title = f"{found['model']['name']} for {found['profile']}: {made}"
+    made = found.get("lowering", export_backend(found["backend"]).title)
+    title = f"{found['model']['name']} for {found['profile']}: {made}, context {found['context_length']}"
     roles = Table("role", "precision", "size", title=title)
     for role, entry in sorted(found["roles"].items(), key=lambda item: -item[1]["bytes"]):
         stored = ", ".join(f"{count} {kind}" for kind, count in found.get("stored", {}).get(role, {}).items())
         roles.add_row(role, entry["precision"] + (f" ({stored})" if stored else ""), _gb(entry["bytes"]))
     roles.add_row("all files", "", _gb(found["bytes"]))
-    return roles, _devices_table(found) if ir else _providers_table(found)
+    return roles, _providers_table(found) if "providers" in found else _devices_table(found)
 
 
 def _devices_table(found: Mapping[str, Any]) -> Table:

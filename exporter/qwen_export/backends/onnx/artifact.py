@@ -1,0 +1,115 @@
+"""An artifact for ONNX Runtime GenAI: graphs built, weights streamed, configuration written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+from qwen_common.errors import UserError
+from qwen_common.files import as_json
+from qwen_common.manifest import GENAI_CONFIG
+from qwen_profiles.schema import Profile
+
+from qwen_export.architecture.mtp import MTP, declares_mtp, mtp_tensors
+from qwen_export.backends.copied_files import copy_files
+from qwen_export.backends.onnx.files import PROCESSOR_CONFIG
+from qwen_export.backends.onnx.genai_config import genai_config, generation_config
+from qwen_export.backends.onnx.graphs import Graphs, build_graphs
+from qwen_export.backends.onnx.processor_config import processor_config
+from qwen_export.backends.onnx.proto import model_proto
+from qwen_export.backends.onnx.resume import fingerprint, open_journal
+from qwen_export.backends.onnx.stream import WithFeedback, source_bytes, write_weights
+from qwen_export.backends.protocol import ExportOptions, Write, Written
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.graph.builder import DATA_FILE
+from qwen_export.output import STAGED
+from qwen_export.progress import Progress
+from qwen_export.quantize.calibration import calibration_samples
+from qwen_export.quantize.gptq import SAMPLES, nearest, with_feedbacks
+
+_SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
+
+
+def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress) -> Write:
+    """See `ExportBackend.prepare`."""
+    graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
+    text = None
+    if profile.compression == "gptq":
+        text = calibration_samples(checkpoint, profile, options.calibration, SAMPLES)
+    return partial(_write, checkpoint, profile, graphs, options.all_logits, text)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    graphs: Graphs,
+    all_logits: bool,
+    text: np.ndarray | None,
+    work: Path,
+    progress: Progress,
+) -> Written:
+    staged = work / STAGED
+    journal = open_journal(work, fingerprint(checkpoint, profile, graphs, text), progress)
+    data = staged / DATA_FILE
+    _check_space(data, graphs.data_bytes)
+
+    progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in graphs.placed))
+    weights: Iterable[WithFeedback] = ((placed, nearest) for placed in graphs.placed)
+    if text is not None:
+        progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
+        weights = with_feedbacks(checkpoint.config, checkpoint.tensors, graphs.placed, text)
+    write_weights(checkpoint, weights, data, graphs.data_bytes, journal, progress.advance)
+
+    copy_files(checkpoint.root, staged)
+    for name, graph in graphs.by_file.items():
+        onnx.save(model_proto(graph), staged / name)
+    if checkpoint.vision:
+        (staged / PROCESSOR_CONFIG).write_bytes(as_json(processor_config(checkpoint.vision)))
+    config = genai_config(checkpoint, profile, generation_config(checkpoint.root))
+    (staged / GENAI_CONFIG).write_bytes(as_json(config))
+    context = config["model"]["context_length"]
+    return Written(
+        runs_on={"lowering": graphs.target.name, "onnxruntime": graphs.target.onnxruntime},
+        context_length=context,
+        bytes_by_role=graphs.bytes_by_role(),
+        all_logits=all_logits,
+        image_prompt_tokens=min(graphs.max_run_tokens or context, context) if checkpoint.vision else None,
+        carried_over=graphs.prequantized_roles(),
+    )
+
+
+def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:
+    """Whether the MTP head is exported; where the checkpoint's is not, a line says why."""
+    reason = checkpoint.mtp_problem
+    if reason is None and not any(name.startswith(MTP) for name in checkpoint.tensors):
+        return False
+    config = checkpoint.config
+    if not profile.mtp:
+        reason = f"profile {profile.name}'s runtime cannot use it"
+    elif reason is None and not declares_mtp(config):
+        reason = "it is not one layer that shares the model's embedding"
+    elif reason is None:
+        try:
+            checkpoint.check(mtp_tensors(config))
+            return True
+        except UserError as error:
+            reason = str(error)
+    progress.note(f"no MTP head, so no speculative decoding: {reason}")
+    return False
+
+
+def _check_space(data: Path, data_bytes: int) -> None:
+    """Refuse before the work, not after it. The data file is sparse until it is written."""
+    present = data.stat().st_blocks * 512 if data.exists() and hasattr(os.stat_result, "st_blocks") else 0
+    needed = data_bytes - present + _SPARE_BYTES
+    free = shutil.disk_usage(data.parent).free
+    if free < needed:
+        raise UserError(
+            f"the artifact needs {needed / 1e9:.1f} GB more and {data.parent.parent.parent} has "
+            f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
+        )

@@ -1,0 +1,216 @@
+"""An ONNX artifact's estimate, from its graphs alone.
+
+They are the ones that are exported, so sizes are sums over their tensors. Only how ONNX Runtime holds them is
+a model; `python -m benchmarks.plan` compares it with what a process really takes (docs/profiles.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from qwen_profiles.schema import Profile
+
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
+from qwen_export.backends.copied_files import COPIED_FILES
+from qwen_export.backends.onnx.files import MODEL_FILE, MTP_FILE, SPECULATIVE_FILE
+from qwen_export.backends.onnx.graphs import Graphs, build_graphs
+from qwen_export.backends.onnx.proto import model_size
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.graph.builder import Node
+from qwen_export.graph.model import cache_bytes_per_token, states
+from qwen_export.graph.targets import target_for
+from qwen_export.graph.weights import ExternalTensor, Weight
+from qwen_export.planner.estimate import Estimate
+
+# Python, ONNX Runtime, GenAI and a session of a few small layers, before any weight (measured, Linux x86-64).
+_RUNTIME_BYTES = 72_000_000
+# genai_config.json, manifest.json, processor_config.json, README.md; within a few hundred bytes.
+_DESCRIPTION_BYTES = 8_000
+# Tensors of one layer, each as wide as its widest, that are alive at once in a run (measured, generously).
+_LIVE_TENSORS = 6
+# Graphs that a runtime loads only for speculative decoding.
+_ON_DEMAND = {SPECULATIVE_FILE, MTP_FILE}
+# Fields of a profile that no graph depends on; of `provider` it depends on the target.
+_NOT_IN_GRAPHS = {
+    *("name", "description", "backend", "provider", "device", "provider_options", "compression"),
+    *("context_length", "hardware", "quality"),
+}
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What of an estimate only the graphs decide; bytes.
+
+    Attributes:
+        files: graphs and data file.
+        data: the data file.
+        cpu: weights in memory on the CPU.
+        decoded: weights that are read for one token.
+    """
+
+    files: int
+    data: int
+    cpu: int
+    decoded: int
+    by_role: dict[str, int]
+    precision: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A checkpoint and a profile; two are equal where their graphs are."""
+
+    graphs_depend_on: str
+    checkpoint: Checkpoint = field(compare=False)
+    profile: Profile = field(compare=False)
+    mtp: bool
+
+
+def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Estimate:
+    """Predictions for `checkpoint` with `profile`; reads no weight.
+
+    Args:
+        mtp: the MTP head is exported.
+    """
+    config, dtype = checkpoint.config, np.dtype(profile.activation_dtype)
+    sizes = _sizes(_Asked(_graphs_depend_on(checkpoint, profile), checkpoint, profile, mtp))
+    budget = int(profile.hardware.memory_budget_gb * 1e9)
+    per_token = cache_bytes_per_token(config, dtype)
+    load = _RUNTIME_BYTES + (sizes.cpu if profile.provider == "cpu" else sizes.data)
+    widest = max(
+        2 * config.gate_up_dim if isinstance(config, MoeTextConfig) else 2 * config.intermediate_size,
+        config.conv_dim + config.value_dim,
+        2 * config.num_attention_heads * config.head_dim,
+    )
+    fixed = sum(_state_bytes(checkpoint, dtype))
+    working = fixed + _LIVE_TENSORS * profile.prefill_chunk * widest * dtype.itemsize
+    working += config.vocab_size * np.dtype(np.float32).itemsize
+    room = max(0, budget - load - working) // per_token if per_token else config.positions
+    return Estimate(
+        disk=sizes.files + _DESCRIPTION_BYTES + _tokenizer_bytes(checkpoint.root),
+        load=load,
+        working=working,
+        cache_per_token=per_token,
+        decode_bytes=sizes.decoded,
+        decode_rate=profile.hardware.bandwidth_gb_s * 1e9 / sizes.decoded,
+        by_role=sizes.by_role,
+        precision=sizes.precision,
+        context=min(profile.context_length, config.positions),
+        largest_context=min(room, config.positions),
+        budget=budget,
+    )
+
+
+def _graphs_depend_on(checkpoint: Checkpoint, profile: Profile) -> str:
+    """All that graphs depend on, as text."""
+    schemes = {
+        name: tensor.scheme
+        for name, tensor in checkpoint.tensors.items()
+        if isinstance(tensor, PrequantizedTensor)
+    }
+    return repr(
+        (
+            checkpoint.config,
+            checkpoint.vision,
+            schemes,
+            target_for(profile.lowering, profile.provider),
+            profile.model_dump(exclude=_NOT_IN_GRAPHS),
+        )
+    )
+
+
+@lru_cache(maxsize=256)
+def _sizes(asked: _Asked) -> _Sizes:
+    """Profiles that differ only in their hardware share the graphs."""
+    graphs = build_graphs(asked.checkpoint, asked.profile, mtp=asked.mtp)
+    return _Sizes(
+        files=graphs.data_bytes + sum(map(model_size, graphs.by_file.values())),
+        data=graphs.data_bytes,
+        cpu=_cpu_bytes(graphs),
+        decoded=_decode_bytes(asked.checkpoint, graphs),
+        by_role=graphs.bytes_by_role(),
+        precision=_precisions(graphs),
+    )
+
+
+def _uses(graphs: Graphs) -> Iterator[tuple[str, Node, ExternalTensor]]:
+    """(graph file, node, tensor of the data file that it takes) of everything that is loaded at once."""
+    for file, graph in graphs.by_file.items():
+        if file in _ON_DEMAND:
+            continue
+        for node in graph.nodes:
+            for value in node.inputs:
+                if value is not None and isinstance(value.tensor, ExternalTensor):
+                    yield file, node, value.tensor
+
+
+def _cpu_bytes(graphs: Graphs) -> int:
+    """Weights in memory on the CPU, as onnxruntime 1.32 holds them.
+
+    MatMulNBits repacks its codes, with a float scale and a float sum for each block, and lets go of the
+    mapped codes but not of the scales: mapped, or the widened copy of float16 ones. Float products repack
+    too. What others take, such as a gather, stays mapped: counted in full, as it will be in memory once it
+    was used. So is QMoE's, which repacks its codes on CPUs with AVX2 and lets go of the mapped ones: the
+    same bytes.
+    """
+    mapped: dict[str, int] = {}
+    copied = 0
+    for _, node, tensor in _uses(graphs):
+        size = tensor.nbytes
+        if tensor.name.endswith(".scales") and node.op_type in ("MatMulNBits", "Cast"):
+            floats = 4 * size // tensor.dtype.itemsize
+            copied += 2 * floats
+            if node.op_type == "Cast":
+                copied += floats
+            else:
+                mapped[tensor.name] = size
+        elif node.op_type in ("MatMulNBits", "FusedMatMul"):
+            copied += size
+        else:
+            mapped[tensor.name] = size
+    return copied + sum(mapped.values())
+
+
+def _decode_bytes(checkpoint: Checkpoint, graphs: Graphs) -> int:
+    """Weights that the decoder reads for one token. A looked-up embedding row is nothing beside them."""
+    weights: dict[str, Weight] = {tensor.name: weight for weight, found in graphs.placed for tensor in found}
+    config, total = checkpoint.config, 0
+    touched = {
+        tensor.name: tensor
+        for file, node, tensor in _uses(graphs)
+        if file == MODEL_FILE and (node.op_type != "Gather" or weights[tensor.name].role == "experts")
+    }
+    for tensor in touched.values():
+        if weights[tensor.name].role == "experts" and isinstance(config, MoeTextConfig):
+            total += tensor.nbytes * config.num_experts_per_tok // config.num_experts
+        else:
+            total += tensor.nbytes
+    return total
+
+
+def _precisions(graphs: Graphs) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for weight, _ in graphs.placed:
+        storage = weight.storage
+        form = "float" if isinstance(storage, np.dtype) else f"int{storage.bits}/{storage.block_size}"
+        found.setdefault(weight.role, set()).add(form)
+    return {role: ", ".join(sorted(forms)) for role, forms in found.items()}
+
+
+def _state_bytes(checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[int]:
+    """Conv and recurrent states, past and present, of one sequence."""
+    config = checkpoint.config
+    for layer, layer_type in enumerate(config.layer_types):
+        if layer_type == "linear_attention":
+            for state in states(config, layer, dtype):
+                sizes = [size for size in state.past_shape if isinstance(size, int)]
+                yield 2 * int(np.prod(sizes)) * state.dtype.itemsize
+
+
+def _tokenizer_bytes(root: Path) -> int:
+    return sum(path.stat().st_size for name in COPIED_FILES if (path := root / name).is_file())

@@ -1,0 +1,61 @@
+"""`qwen-export bundle`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from qwen_export.bundle.platforms import PLATFORMS
+from qwen_export.cli.shared import debug_option, reporting
+
+_EPILOG = """\b
+Examples:
+  qwen-export keygen kiosk.key
+  qwen-export bundle artifacts/Qwen3.5-0.8B-cpu --key kiosk.key --platform win_amd64 -o kiosk.zip
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--platform", required=True, type=click.Choice(PLATFORMS), help="The device's platform.")
+@click.option(
+    "--python",
+    default=f"{sys.version_info.major}.{sys.version_info.minor}",
+    show_default=True,
+    metavar="X.Y",
+    help="Version of CPython on the device.",
+)
+@click.option("--key", required=True, type=click.Path(path_type=Path), help="Private key that signs it.")
+@click.option("--version", help="Numbers with dots.  [default: the date and time]")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder, or file ending in .zip."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the list of contents as JSON on stdout.")
+@debug_option
+def bundle(
+    artifact: Path,
+    platform: str,
+    python: str,
+    key: Path,
+    version: str | None,
+    output: Path,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Pack ARTIFACT with everything that a device without a network needs. Needs: 'qwen-edge[bundle]'."""
+    with reporting(debug, extra="bundle"):
+        from rich.console import Console
+
+        from qwen_export.bundle.assemble import bundle as assemble
+
+        version = version or datetime.now(UTC).strftime("%Y.%m.%d.%H%M%S")
+        console = Console(stderr=True)
+        contents = assemble(artifact, output, platform, python, version, key, console.print)
+        if as_json:
+            click.echo(json.dumps({"output": str(output), **contents}, indent=2))
+        else:
+            click.echo(f"{output}: version {version}, {len(contents['files'])} files")

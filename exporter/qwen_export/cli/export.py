@@ -1,0 +1,201 @@
+"""`qwen-export export`, which is also meant where no command is named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from qwen_common.errors import UserError
+
+from qwen_export.cli.report import end_with, show_report, verified
+from qwen_export.cli.shared import debug_option, overrides_option, progress_option, reporting
+
+if TYPE_CHECKING:
+    from qwen_common.manifest import Manifest
+    from qwen_profiles.schema import Profile
+
+    from qwen_export.checkpoint.checkpoint import Checkpoint
+    from qwen_export.planner.predictions import Prediction
+
+EPILOG = """\b
+Examples:
+  qwen-export --profile cpu Qwen/Qwen3.5-0.8B
+  qwen-export --profile strix-halo ~/models/Qwen3.5-4B -o D:/kiosk/model
+  qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
+  qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
+  qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
+  qwen-export --profile cpu Qwen/Qwen3.5-4B --auto-precision --size 3GB
+  qwen-export plan --profile cpu Qwen/Qwen3.5-4B
+  qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
+  qwen-export --profile cpu ~/models/Qwen3.5-0.8B --set weights.body=int8 --set context_length=65536
+"""
+
+
+@click.command("export", epilog=EPILOG)
+@click.argument("checkpoint")
+@click.option(
+    "--profile",
+    "profile_name",
+    required=True,
+    metavar="NAME",
+    help="Hardware class to export for, one of `qwen-export profiles`, or the path of your own .toml.",
+)
+@overrides_option
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write.  [default: artifacts/<model>-<profile>]",
+)
+@click.option(
+    "--max-context",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Tokens of prompt and answer together, instead of the profile's limit; YaRN where that is more "
+    "than the checkpoint was trained for.",
+)
+@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@click.option("--force", is_flag=True, help="Replace the output folder if it is an artifact.")
+@click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
+@click.option(
+    "--auto-precision",
+    is_flag=True,
+    help="Choose INT4 or INT8 for each layer and role by what INT4 costs there; give --size or --bits.",
+)
+@click.option("--size", metavar="SIZE", help="With --auto-precision: size of the artifact, such as 18GB.")
+@click.option("--bits", type=float, help="With --auto-precision: bits per weight, all included, such as 4.8.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --auto-precision or --set compression=gptq: UTF-8 text of the kind that the model will read; "
+    "else a shipped one.",
+)
+@click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Compare the artifact with the checkpoint afterwards.",
+)
+@click.option("--all-logits", is_flag=True, help="Logits for every position: slower, for evaluation.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON on stdout.")
+@progress_option
+@debug_option
+def export(
+    checkpoint: str,
+    profile_name: str,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    max_context: int | None,
+    revision: str | None,
+    force: bool,
+    text_only: bool,
+    auto_precision: bool,
+    size: str | None,
+    bits: float | None,
+    calibration: Path | None,
+    ignore_memory: bool,
+    verify: bool,
+    all_logits: bool,
+    as_json: bool,
+    progress: bool,
+    debug: bool,
+) -> None:
+    """Turn a Qwen3.5 CHECKPOINT (a local folder or a hub id) into an artifact for one class of hardware.
+
+    An export that was stopped goes on where it was when the same command is run again.
+    """
+    with reporting(debug):
+        from qwen_profiles.schema import load_profile
+
+        from qwen_export.checkpoint.checkpoint import Checkpoint
+        from qwen_export.cli.progress import BYTES, progress_bar
+        from qwen_export.export import default_output
+        from qwen_export.export import export as write
+        from qwen_export.output import check_output
+        from qwen_export.planner.predictions import require_memory
+
+        profile = load_profile(profile_name, overrides)
+        source = Checkpoint.open(checkpoint, revision, text_only)
+        folder = output or default_output(source, profile)
+        check_output(folder, source.root, force)
+        if auto_precision:
+            profile = _chosen(source, profile, size, bits, calibration, progress and not as_json)
+        elif size or bits:
+            raise UserError("--size and --bits are for --auto-precision: add it")
+        elif calibration and profile.compression == "data-free":
+            raise UserError(
+                "--calibration is for --auto-precision and --set compression=gptq (for OpenVINO "
+                "scale-estimation and awq too): add one"
+            )
+        if not ignore_memory:
+            _note_short_context(require_memory(source, profile), max_context)
+        with progress_bar(progress and not as_json, "weights", BYTES) as shown:
+            manifest = write(
+                source,
+                profile,
+                folder,
+                shown,
+                force=force,
+                all_logits=all_logits,
+                max_context=max_context,
+                calibration=calibration,
+            )
+        report = verified(folder, source, progress and not as_json) if verify else None
+        if as_json:
+            click.echo(json.dumps({"output": str(folder), **manifest, "verification": report}, indent=2))
+        else:
+            _summary(folder, manifest)
+            if report:
+                show_report(folder, report)
+            click.echo(f'next: qwen-run {folder} "Hello"')
+        end_with(report)
+
+
+def _chosen(
+    checkpoint: Checkpoint,
+    profile: Profile,
+    size: str | None,
+    bits: float | None,
+    calibration: Path | None,
+    progress: bool,
+) -> Profile:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from qwen_export.backends.registry import export_backend
+    from qwen_export.cli.progress import STEPS, progress_bar
+    from qwen_export.quantize.auto_precision import auto_precision
+
+    if not export_backend(profile.backend).formats_by_layer:
+        raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")
+    if (size is None) == (bits is None):
+        raise UserError("--auto-precision needs a size to spend: give --size 18GB or --bits 4.8")
+    try:
+        limit = None if size is None else int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError as error:
+        raise UserError(f"'{size}' is no size: write 18GB, or 900MB") from error
+    checkpoint.check(checkpoint.config.tensors())
+    with progress_bar(progress, "sensitivity", STEPS) as shown:
+        return auto_precision(checkpoint, profile, calibration, shown, size=limit, bits=bits)
+
+
+def _note_short_context(found: Prediction, max_context: int | None) -> None:
+    predicted = found.estimate
+    asked = max_context or (predicted.context if predicted else 0)
+    if predicted and predicted.largest_context < asked:
+        click.echo(
+            f"note: a context of {asked} tokens does not fit {found.profile.name}'s memory, "
+            f"{predicted.largest_context} do: consider --max-context {predicted.largest_context}",
+            err=True,
+        )
+
+
+def _summary(folder: Path, manifest: Manifest) -> None:
+    from rich.console import Console
+
+    from qwen_export.cli.tables import manifest_table
+
+    Console(file=sys.stdout).print(manifest_table(f"{folder}", manifest))

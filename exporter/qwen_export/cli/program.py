@@ -1,0 +1,31 @@
+"""The group of commands."""
+
+from __future__ import annotations
+
+import click
+from click_default_group import DefaultGroup
+from qwen_common.version import DISTRIBUTION
+
+from qwen_export.cli.bundle import bundle
+from qwen_export.cli.export import EPILOG, export
+from qwen_export.cli.inspect import inspect
+from qwen_export.cli.keygen import keygen
+from qwen_export.cli.plan import plan
+from qwen_export.cli.profiles import profiles
+from qwen_export.cli.verify import verify
+
+
+@click.group(cls=DefaultGroup, default="export", epilog=EPILOG)
+@click.version_option(package_name=DISTRIBUTION)
+def main() -> None:
+    """Turn a Qwen3.5 checkpoint into an artifact for one class of hardware.
+
+    Without the name of a command: export.
+
+    Exit codes: 0 done, 2 a mistake that you can mend, 3 an artifact below its profile's quality bar, 1 a
+    mistake of ours, 130 interrupted.
+    """
+
+
+for command in (export, verify, profiles, plan, inspect, bundle, keygen):
+    main.add_command(command)

@@ -1,0 +1,31 @@
+"""What several commands have: options, and how their errors are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from qwen_common.errors import UserError, reported
+
+overrides_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Change a field of the profile, such as weights.body=int8; may be repeated.",
+)
+progress_option = click.option(
+    "--progress/--no-progress", default=True, help="Show a progress bar on stderr."
+)
+debug_option = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+
+
+@contextmanager
+def reporting(debug: bool, extra: str = "export") -> Iterator[None]:
+    """`reported`, and for a library that is missing the name of the `extra` that installs it."""
+    with reported(debug):
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'qwen-edge[{extra}]'") from error

@@ -1,0 +1,68 @@
+"""`qwen-export verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from qwen_common.providers import PROVIDERS
+
+from qwen_export.cli.report import end_with, show_report, verified
+from qwen_export.cli.shared import debug_option, progress_option, reporting
+
+*_OTHERS, _LAST = sorted(PROVIDERS)
+_EPILOG = """\b
+Examples:
+  qwen-export verify artifacts/Qwen3.5-0.8B-cpu --against Qwen/Qwen3.5-0.8B
+  qwen-export verify D:/kiosk/model --against ~/models/Qwen3.5-4B --tokens 4096 --text manuals.txt
+"""
+
+
+@click.command("verify", epilog=_EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--against", required=True, metavar="CHECKPOINT", help="What it was made from: folder or hub id."
+)
+@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@click.option(
+    "--provider",
+    default="auto",
+    show_default=True,
+    help=f"Execution provider: auto, {', '.join(_OTHERS)} or {_LAST}; with OpenVINO the device.",
+)
+@click.option("--tokens", type=click.IntRange(min=1), help="How many to compare on.  [default: 1024]")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Text to compare on, UTF-8; else a shipped one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout.")
+@progress_option
+@debug_option
+def verify(
+    artifact: Path,
+    against: str,
+    revision: str | None,
+    provider: str,
+    tokens: int | None,
+    text: Path | None,
+    as_json: bool,
+    progress: bool,
+    debug: bool,
+) -> None:
+    """Compare ARTIFACT with the checkpoint that it was made from, and write the report into it.
+
+    The artifact runs on this machine's provider, the checkpoint layer by layer in float32, in little memory.
+    Exit code 3 if the artifact is below its profile's quality bar.
+    """
+    with reporting(debug):
+        from qwen_export.checkpoint.checkpoint import Checkpoint
+
+        checkpoint = Checkpoint.open(against, revision)
+        report = verified(artifact, checkpoint, progress and not as_json, provider, tokens, text)
+        if as_json:
+            click.echo(json.dumps(report, indent=2))
+        else:
+            show_report(artifact, report)
+        end_with(report)

@@ -1,0 +1,64 @@
+"""What an artifact holds and where it can run, from its own files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+from qwen_common import manifest as manifests
+from qwen_common.manifest import Manifest, StoredAs
+
+from qwen_export.backends.registry import export_backend
+
+_FACTS = (
+    *("model", "source", "profile", "backend", "provider", "device", "lowering"),
+    *("onnxruntime", "openvino", "nncf", "activation_dtype", "context_length"),
+)
+
+
+def inspect(artifact: Path) -> dict[str, Any]:
+    """What `artifact` is: the manifest's facts, sizes and precisions by role, and what its backend finds.
+
+    Raises:
+        UserError: not an artifact, or its files are not those that its manifest lists.
+    """
+    manifest = manifests.read(artifact)
+    manifests.check_files(artifact, manifest)
+    found = {
+        "artifact": artifact.name,
+        **{fact: value for fact, value in manifest.items() if fact in _FACTS},
+        "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+        "roles": {
+            role: {"bytes": manifest["bytes_by_role"][role], "precision": precision}
+            for role, precision in precisions(manifest).items()
+        },
+    }
+    return found | export_backend(manifest["backend"]).inspect(artifact, manifest)
+
+
+def precisions(manifest: Manifest) -> dict[str, str]:
+    """How each role of `bytes_by_role` is stored, in words."""
+    recipe, carried = manifest["recipe"], set(manifest["carried_over"])
+    by_rows = export_backend(manifest["backend"]).precision_of_rows
+    layers = manifest["settings"].get("layer_weights", {}).values()
+    found = {}
+    for role in manifest["bytes_by_role"]:
+        forms = Counter(
+            _precision(layer[role], role in carried, by_rows) for layer in layers if role in layer
+        )
+        several = "; ".join(f"{form} in {count} layers" for form, count in forms.most_common())
+        found[role] = several if len(forms) > 1 else next(iter(forms), "")
+        found[role] = found[role] or _precision(recipe.get(role), role in carried, by_rows)
+    return found
+
+
+def _precision(form: StoredAs | None, carried: bool, by_rows: Set[str]) -> str:
+    if carried:
+        return "int4, as in the checkpoint"
+    if form is None or form["precision"] == "float":
+        return "float"
+    fitted = "" if form["symmetric"] else ", zero points"
+    block = "one scale a row" if form["precision"] in by_rows else f"block {form['block_size']}"
+    return f"{form['precision']}, {block}{fitted}"

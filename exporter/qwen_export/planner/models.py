@@ -1,0 +1,37 @@
+"""Models by their config.json alone: the published family, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from qwen_export.architecture.registry import config_class
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.config import load_config, load_vision_config
+from qwen_export.checkpoint.hub import download
+
+
+def family() -> dict[str, Checkpoint]:
+    """The published text models by name, smallest first; they have a configuration and no weights."""
+    models = json.loads((files("qwen_export.planner") / "family.json").read_text(encoding="utf-8"))["models"]
+    return {
+        name: Checkpoint(Path(name), name, None, config_class(config["model_type"])(**config), {})
+        for name, config in models.items()
+    }
+
+
+def configured(source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
+    """A checkpoint as its config.json alone tells: a folder, a hub id, or a name of `family`.
+
+    Raises:
+        UserError: none of these, or not a supported model.
+    """
+    if (known := family().get(source)) and not Path(source).exists():
+        return known
+    if Path(source).is_dir():
+        root = Path(source).resolve()
+    else:
+        root = download(source, revision, "config.json", family())
+    config = load_config(root)
+    return Checkpoint(root, source, revision, config, {}, None if text_only else load_vision_config(root))
