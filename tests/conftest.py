@@ -10,8 +10,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY
 
 
 @pytest.fixture(scope="session")

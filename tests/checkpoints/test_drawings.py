@@ -12,9 +12,9 @@ from qwen_runtime import Model, Sampling
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import Drawing, drawing
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY_VL
 
 FIRST_HELD_OUT = 1_000_000_000  # checkpoints/train.py draws from 0 on
 COUNT = 100

@@ -15,8 +15,8 @@ import pytest
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")

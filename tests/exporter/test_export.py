@@ -26,8 +26,9 @@ from qwen_profiles.schema import load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
 
 from benchmarks.geometry import write_checkpoint
-from tests.support.artifacts import Quiet, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, load_tensors, save_shards, write_random_checkpoint
+from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY
+from tests.support.random_checkpoints import load_tensors, save_shards, write_random_checkpoint
 
 MEDIUM = {
     "vocab_size": 60_000,

@@ -16,8 +16,9 @@ from qwen_export.output import check_output, put_in_place, work_folder
 from qwen_profiles.schema import load_profile
 from qwen_runtime.artifact import Artifact
 
-from tests.support.artifacts import Quiet, make_artifact
-from tests.support.random_checkpoints import TINY, write_random_checkpoint
+from benchmarks.support.artifacts import Quiet, make_artifact
+from benchmarks.support.checkpoints import TINY
+from tests.support.random_checkpoints import write_random_checkpoint
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -27,8 +27,9 @@ from qwen_profiles.reading import profile_names
 from qwen_profiles.schema import Profile, WeightFormat, load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
 
-from tests.support.artifacts import Quiet, greedy, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.artifacts import Quiet, make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.generate_tokens import greedy
 
 PROFILES = {name: load_profile(name) for name in profile_names()}
 # Those whose artifacts differ in more than names and limits, so that each kind is exported and run once.

@@ -13,8 +13,8 @@ from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling
 from qwen_runtime.prefix import State, StateCache, common_prefix
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY
 
 GREEDY = Sampling(temperature=0)
 LONG = {"role": "user", "content": "The statement is a word. " * 60 + "What is assert?"}

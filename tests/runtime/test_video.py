@@ -19,9 +19,9 @@ from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 from qwen_runtime.video import sample_frames, with_frames
 
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import COLOURS
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY_VL
 
 FRAMES_A_SECOND = 10
 FORMATS = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx-vp9", "mkv": "libx264", "avi": "mpeg4"}

@@ -14,8 +14,8 @@ from qwen_export.cli import main
 from qwen_export.planner.fit import configured, family, fit, shipped_profiles
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 
 
 def run(*arguments: str | Path) -> Result:

@@ -22,17 +22,11 @@ from qwen_profiles.schema import load_profile
 from transformers import AutoModelForCausalLM
 
 from benchmarks.quality import log_softmax, measure, windows
-from tests.support.artifacts import Quiet
+from benchmarks.support.artifacts import Quiet
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL, copy_tokenizer
 from tests.support.quantized_checkpoints import gptq as gptq_checkpoint
 from tests.support.quantized_checkpoints import write_quantized_checkpoint
-from tests.support.random_checkpoints import (
-    TINY,
-    TINY_MOE,
-    TINY_VL,
-    copy_tokenizer,
-    load_tensors,
-    save_shards,
-)
+from tests.support.random_checkpoints import load_tensors, save_shards
 
 FORMS = [
     Quantization(4, block, symmetric, np.dtype(np.float32))

@@ -15,9 +15,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import drawing
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY_VL
 from tests.support.servers import Server, serving
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

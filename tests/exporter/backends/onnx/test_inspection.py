@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 
 
 def inspect(*arguments: str | Path) -> Result:

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from qwen_profiles.schema import load_profile
 
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY
 from tests.exporter.graph.test_vision import prompt_of
-from tests.support.artifacts import float_profile, greedy, make_artifact
-from tests.support.random_checkpoints import TINY, write_random_checkpoint, write_vision_checkpoint
+from tests.support.generate_tokens import greedy
+from tests.support.random_checkpoints import write_random_checkpoint, write_vision_checkpoint
 
 OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
 pytestmark = [
