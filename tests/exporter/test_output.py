@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from qwen_runtime.artifact import Artifact
 from benchmarks.support.artifacts import Quiet, make_artifact
 from benchmarks.support.checkpoints import TINY
 from tests.support.files import hashes
-from tests.support.random_checkpoints import write_random_checkpoint
 
 
 def forced(checkpoint: Path, output: Path) -> None:
@@ -31,7 +31,7 @@ def test_the_checkpoint_is_never_replaced(place: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "letter.txt").write_text("mine")
-    checkpoint = write_random_checkpoint(home / "checkpoint")
+    checkpoint = Path(shutil.copytree(TINY, home / "checkpoint"))
     before = hashes(tmp_path)
     output = checkpoint / place.format(name=checkpoint.name)
     with pytest.raises(UserError, match="the same folder, or one lies in the other: choose another folder"):
@@ -44,7 +44,7 @@ def test_the_checkpoint_is_never_replaced(place: str, tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_behind_a_link_is_never_replaced(tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "checkpoint")
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
     (tmp_path / "link").symlink_to(checkpoint)
     before = hashes(checkpoint)
     for source, output in [(checkpoint, tmp_path / "link"), (tmp_path / "link", checkpoint)]:
