@@ -37,8 +37,9 @@ from benchmarks.builder import wrap
 from benchmarks.decode import Peer, bytes_read, file_bytes, onnx_peer, spread
 from benchmarks.export import watched
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.support.artifacts import Quiet, Session, cosine, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, copy_tokenizer
+from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
+from benchmarks.support.session import Session, cosine
 
 CUDA = "CUDAExecutionProvider"
 PROFILE = "nvidia-rtx-24gb"

@@ -51,8 +51,8 @@ from rich.table import Table
 from benchmarks.builder import build, wrap
 from benchmarks.export import peak_bytes
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.support.artifacts import Quiet
-from tests.support.random_checkpoints import TINY, copy_tokenizer
+from benchmarks.support.artifacts import Quiet
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
 PROMPT = 512
 LLAMA = "llama.cpp Q4_0"

@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.builder import command as builder_command
 from benchmarks.builder import wrap
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.support.random_checkpoints import TINY, copy_tokenizer
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
 _POLL = 0.02  # seconds
 

@@ -28,7 +28,7 @@ from qwen_export.backends.openvino.load import load_model
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
+from benchmarks.support.artifacts import make_artifact
 
 OURS = {
     "profile intel-lunar-lake": [],

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,20 +21,13 @@ from qwen_export.planner.predictions import predict
 from qwen_profiles.schema import load_profile
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
+from benchmarks.support.artifacts import Quiet
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
-_TINY = Path(__file__).parents[1] / "tests" / "checkpoints" / "tiny-dense"
 _LOAD = (
     "import sys; from qwen_runtime import Model; model = Model.load(sys.argv[1]);"
     "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
 )
-
-
-class _Quiet:
-    def note(self, message: str) -> None: ...
-
-    def start(self, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
 
 
 def main() -> None:
@@ -54,15 +46,14 @@ def main() -> None:
 
 
 def _row(size: str, folder: Path, runs: int) -> str:
-    checkpoint, profile = _TINY, load_profile("cpu")
+    checkpoint, profile = TINY, load_profile("cpu")
     if size != "tiny":
         checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[size])
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(_TINY / name, checkpoint)
+        copy_tokenizer(TINY, checkpoint)
     predicted = predict(configured(str(checkpoint)), profile).estimate
     assert predicted is not None
     artifact = folder / "artifact"
-    export(Checkpoint.open(str(checkpoint)), profile, artifact, _Quiet())
+    export(Checkpoint.open(str(checkpoint)), profile, artifact, Quiet())
     disk = sum(path.stat().st_size for path in artifact.iterdir())
     peaks = []
     for _ in range(runs):

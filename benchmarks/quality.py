@@ -36,11 +36,11 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.builder import build, wrap
-from tests.support.artifacts import Quiet, Session, float_profile
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.artifacts import Quiet, float_profile
+from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE, TINY_VL
+from benchmarks.support.session import Session
 
 CHECKPOINTS = {"dense": TINY, "moe": TINY_MOE, "vl": TINY_VL}
-EVALUATION = TINY.parent / "eval.txt"
 PARTS = ("recipes", "auto", "builder", "nncf")
 WINDOW = 512
 AUTO_BITS = (4.2, 4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 7.0, 8.0)

@@ -28,17 +28,12 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.support.mtp import with_head
-from tests.support.random_checkpoints import TINY, copy_tokenizer
+from benchmarks.support.artifacts import Quiet
+from benchmarks.support.checkpoints import TINY, TRAINED_HEAD, copy_tokenizer
+from benchmarks.support.mtp import with_head
 
 PROMPT_TOKENS, TOKENS = 128, 16
 RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
-
-
-class Quiet:
-    def note(self, message: str) -> None: ...
-    def start(self, total: int) -> None: ...
-    def advance(self, count: int) -> None: ...
 
 
 def artifact(checkpoint: Path, output: Path) -> Path:
@@ -48,7 +43,7 @@ def artifact(checkpoint: Path, output: Path) -> Path:
 
 def trained(folder: Path, console: Console) -> None:
     """Acceptance, and how many answers are the same as without."""
-    head = load_file(TINY.parent / "tiny-dense-mtp" / "mtp.safetensors")
+    head = load_file(TRAINED_HEAD)
     whole = with_head(TINY, head, folder / "tiny")
     drafted = accepted = same = 0
     prompts = [text.strip()[:200] for text in list(topics.values())[:60]]

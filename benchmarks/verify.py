@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,23 +18,14 @@ from pathlib import Path
 
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
+from qwen_export.verify.verification import verify
 from qwen_profiles.schema import load_profile
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.support.artifacts import Quiet
+from benchmarks.support.artifacts import Quiet
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
-_TINY = Path(__file__).parents[1] / "tests" / "checkpoints" / "tiny-dense"
-# __name__ is not __main__ in the process that runs the artifact.
-_VERIFY = """
-import sys
-from pathlib import Path
-from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.verify.verification import verify
-from tests.support.artifacts import Quiet
-if __name__ == "__main__":
-    verify(Path(sys.argv[1]), Checkpoint.open(sys.argv[2]), Quiet())
-    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
+_VERIFY = (sys.executable, "-m", "benchmarks.verify", "--verify")
 
 
 def main() -> None:
@@ -44,7 +34,13 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", default=["tiny", "0.8B"])
     parser.add_argument("--folder", type=Path, help="Where to put the checkpoints, one at a time.")
+    parser.add_argument("--verify", nargs=2, metavar=("ARTIFACT", "CHECKPOINT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.verify:  # in a process of its own, so that its peak memory is its own
+        artifact, checkpoint = asked.verify
+        verify(Path(artifact), Checkpoint.open(checkpoint), Quiet())
+        print(Path("/proc/self/status").read_text())
+        return
     print("| model | seconds | peak, MB | artifact's process, MB |")
     print("| --- | --- | --- | --- |")
     for size in asked.sizes:
@@ -53,17 +49,14 @@ def main() -> None:
 
 
 def _row(size: str, folder: Path) -> str:
-    checkpoint = _TINY
+    checkpoint = TINY
     if size != "tiny":
         checkpoint = write_checkpoint(folder / "checkpoint", GEOMETRIES[size])
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(_TINY / name, checkpoint)
+        copy_tokenizer(TINY, checkpoint)
     artifact = folder / "artifact"
     export(Checkpoint.open(str(checkpoint)), load_profile("cpu"), artifact, Quiet())
-    script = folder / "verify_one.py"
-    script.write_text(_VERIFY)
     start = time.perf_counter()
-    output = subprocess.check_output([sys.executable, script, artifact, checkpoint], text=True)
+    output = subprocess.check_output([*_VERIFY, artifact, checkpoint], text=True)
     seconds = time.perf_counter() - start
     peak = int(output.split("VmHWM:")[1].split()[0]) * 1024
     loaded = json.loads((artifact / "report.json").read_text())["run"]["load_bytes"]

@@ -1,22 +1,37 @@
-"""Fixtures for every test."""
+"""Fixtures for every test.
+
+What takes long to import is imported where it is used, so that a test of a parser starts at once.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # No hub is asked for anything, and transformers' fallbacks to plain PyTorch are what is wanted here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# PyTorch's threads and NumPy's (OpenBLAS) wait for each other in busy loops: on models this small that takes
+# more time than it saves, and ten times as much where something else runs too. ONNX Runtime has its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.checkpoints import TINY
+from tests.support.exported import Exported
 
 
 @pytest.fixture(scope="session")
-def cpu_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained checkpoint, exported as it ships. Tests that change it work on a copy."""
-    return make_artifact(
-        TINY, load_profile("cpu"), tmp_path_factory.mktemp("artifact") / "cpu", all_logits=False
-    )
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+    artifacts = Exported(tmp_path_factory.mktemp("exported"))
+    yield artifacts
+    artifacts.check()
+
+
+@pytest.fixture(scope="session")
+def cpu_artifact(exported: Exported) -> Path:
+    """The trained dense checkpoint, exported as it ships for the CPU."""
+    from qwen_profiles.schema import load_profile
+
+    return exported(TINY, load_profile("cpu"))

@@ -11,7 +11,7 @@ import torch
 from qwen_profiles.schema import Profile, load_profile
 
 from benchmarks import cuda
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.checkpoints import TINY
 
 
 def on_the_cpu(name: str) -> Profile:

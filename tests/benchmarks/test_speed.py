@@ -20,8 +20,9 @@ from onnx import TensorProto, helper
 from qwen_profiles.schema import load_profile
 
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
-from tests.support.artifacts import Session, make_artifact
-from tests.support.random_checkpoints import TINY, copy_tokenizer
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
+from benchmarks.support.session import Session
 
 TURNS = 200
 # Of the time of a decode step, the share that the matrix products alone need (docs/performance.md).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,9 @@ from qwen_runtime import Model, Sampling
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import Drawing, drawing
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY_VL
+from tests.support.exported import Exported
 
 FIRST_HELD_OUT = 1_000_000_000  # checkpoints/train.py draws from 0 on
 COUNT = 100
@@ -66,12 +64,11 @@ def test_it_sees(drawings: list[Drawing], reference: list[str]) -> None:
 
 @pytest.mark.parametrize("profile", ["cpu", "strix-halo"])
 def test_the_artifact_sees_the_same(
-    profile: str, drawings: list[Drawing], reference: list[str], tmp_path: Path
+    profile: str, drawings: list[Drawing], reference: list[str], exported: Exported
 ) -> None:
     """As shipped: INT4 in the MLP, and the tower in INT8 or float16."""
-    artifact = make_artifact(TINY_VL, load_profile(profile), tmp_path / "artifact", all_logits=False)
     options = {"max_tokens": LONGEST_ANSWER, "sampling": Sampling(temperature=0)}
-    with Model.load(artifact, provider="cpu") as model:
+    with Model.load(exported(TINY_VL, load_profile(profile)), provider="cpu") as model:
         answers = ["".join(model.generate(asking(item), **options)) for item in drawings]
     right = [found == item.answer for found, item in zip(reference, drawings, strict=True)]
     kept = sum(found == item.answer for found, item, was in zip(answers, drawings, right, strict=True) if was)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.checkpoints.corpus import HELD_OUT
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL, load_tensors
+from tests.support.random_checkpoints import load_tensors
 
 CLASSES = {
     TINY: "Qwen3_5ForCausalLM",

@@ -15,8 +15,8 @@ import pytest
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.checkpoints import TINY
+from tests.support.exported import Exported
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
@@ -29,9 +29,8 @@ NATIVE = ("msvcp140", "msvcp140_1", "msvcp140_2", "msvcp140_atomic_wait", "vcrun
 
 
 @pytest.fixture(scope="module", params=["cpu", "strix-halo"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifact") / request.param
-    return make_artifact(TINY, load_profile(request.param), folder, all_logits=False)
+def artifact(request: pytest.FixtureRequest, exported: Exported) -> Path:
+    return exported(TINY, load_profile(request.param))
 
 
 def expected(artifact: Path) -> str:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +22,10 @@ from qwen_profiles.schema import load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
 
 from benchmarks.geometry import write_checkpoint
-from tests.support.artifacts import Quiet, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, load_tensors, save_shards, write_random_checkpoint
+from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY
+from tests.support.files import hashes
+from tests.support.random_checkpoints import load_tensors, save_shards, write_random_checkpoint
 
 MEDIUM = {
     "vocab_size": 60_000,
@@ -39,10 +37,6 @@ MEDIUM = {
     "linear_num_value_heads": 16,
     "tie_word_embeddings": False,
 }
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 def command(checkpoint: Path, output: Path) -> list[str]:
@@ -136,61 +130,6 @@ def test_two_exports_to_one_place(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     with FileLock(tmp_path / ".out.partial" / "lock"), pytest.raises(UserError, match="another export"):
         make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
-
-
-def test_unfinished_export_of_something_else(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", MEDIUM)
-    process = subprocess.Popen(command(checkpoint, tmp_path / "out"))
-    while not (tmp_path / ".out.partial" / "artifact" / "model.onnx.data").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    progress = Quiet()
-    export(Checkpoint.open(str(TINY)), load_profile("cpu"), tmp_path / "out", progress)
-    assert progress.notes == ["an earlier export of something else did not finish: starting over"]
-    assert hashes(tmp_path / "out") == hashes(
-        make_artifact(TINY, load_profile("cpu"), tmp_path / "again", False)
-    )
-
-
-def kill_after(arguments: list[str], seconds: float) -> bool:
-    """Start a process and kill it; whether it was still running."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(seconds)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return running
-
-
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Twenty exports killed with SIGKILL, each carried on by one that ends with the same bytes."""
-    import onnxruntime_genai as og
-
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", MEDIUM)
-    started = time.perf_counter()
-    subprocess.run(command(checkpoint, tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
-    duration = time.perf_counter() - started
-    expected = hashes(tmp_path / "whole")
-    generator = random.Random(0)
-    killed = resumed = 0
-    for attempt in range(20):
-        output, work = tmp_path / f"out{attempt}", tmp_path / f".out{attempt}.partial"
-        killed += kill_after(command(checkpoint, output), generator.uniform(0.2, 1.0) * duration)
-        if not output.exists():
-            for folder in (output, work, work / "artifact"):
-                with pytest.raises(UserError):
-                    Artifact.open(folder)
-                with pytest.raises(Exception):  # noqa: B017 - whatever ONNX Runtime GenAI raises
-                    og.Model(str(folder))
-            progress = Quiet()
-            export(Checkpoint.open(str(checkpoint)), load_profile("cpu"), output, progress)
-            resumed += any("going on after" in note and " 0 weights" not in note for note in progress.notes)
-        assert hashes(output) == expected
-        shutil.rmtree(output)
-    assert killed >= 10
-    assert resumed >= 1, "no kill came after the first journal entry: make the checkpoint larger"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,9 @@ from qwen_export.output import check_output, put_in_place, work_folder
 from qwen_profiles.schema import load_profile
 from qwen_runtime.artifact import Artifact
 
-from tests.support.artifacts import Quiet, make_artifact
-from tests.support.random_checkpoints import TINY, write_random_checkpoint
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from benchmarks.support.artifacts import Quiet, make_artifact
+from benchmarks.support.checkpoints import TINY
+from tests.support.files import hashes
 
 
 def forced(checkpoint: Path, output: Path) -> None:
@@ -34,26 +31,26 @@ def test_the_checkpoint_is_never_replaced(place: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "letter.txt").write_text("mine")
-    checkpoint = write_random_checkpoint(home / "checkpoint")
-    before = content(tmp_path)
+    checkpoint = Path(shutil.copytree(TINY, home / "checkpoint"))
+    before = hashes(tmp_path)
     output = checkpoint / place.format(name=checkpoint.name)
     with pytest.raises(UserError, match="the same folder, or one lies in the other: choose another folder"):
         forced(checkpoint, output)
-    assert content(tmp_path) == before
+    assert hashes(tmp_path) == before
     arguments = ["--profile", "cpu", str(checkpoint), "-o", str(output), "--force", "--no-verify"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2 and "one lies in the other" in done.stderr
-    assert content(tmp_path) == before
+    assert hashes(tmp_path) == before
 
 
 def test_the_checkpoint_behind_a_link_is_never_replaced(tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "checkpoint")
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
     (tmp_path / "link").symlink_to(checkpoint)
-    before = content(checkpoint)
+    before = hashes(checkpoint)
     for source, output in [(checkpoint, tmp_path / "link"), (tmp_path / "link", checkpoint)]:
         with pytest.raises(UserError, match="one lies in the other"):
             forced(source, output)
-    assert content(checkpoint) == before
+    assert hashes(checkpoint) == before
 
 
 @pytest.mark.parametrize(
@@ -73,10 +70,10 @@ def test_a_folder_that_is_no_artifact_is_never_replaced(files: dict[str, str], t
     for name, text in files.items():
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(text)
-    before = content(tmp_path)
+    before = hashes(tmp_path)
     with pytest.raises(UserError, match="is not an artifact of qwen-export, and is not replaced"):
         forced(TINY, output)
-    assert content(tmp_path) == before
+    assert hashes(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["documents"]
 
 
@@ -85,10 +82,10 @@ def test_what_somebody_put_into_an_artifact_is_not_lost(name: str, tmp_path: Pat
     output = make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
     (output / name).parent.mkdir(exist_ok=True)
     (output / name).write_text("mine")
-    before = content(tmp_path)
+    before = hashes(tmp_path)
     with pytest.raises(UserError, match=rf"out has {name.partition('/')[0]}, which no export made"):
         forced(TINY, output)
-    assert content(tmp_path) == before
+    assert hashes(tmp_path) == before
 
 
 def test_artifacts_and_empty_folders_are_replaced(tmp_path: Path) -> None:
@@ -131,7 +128,7 @@ def test_the_older_artifact_comes_back_where_the_last_step_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
-    before = content(output)
+    before = hashes(output)
     staged = tmp_path / "work" / "artifact"
     staged.mkdir(parents=True)
     replace = os.replace
@@ -144,7 +141,7 @@ def test_the_older_artifact_comes_back_where_the_last_step_fails(
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         put_in_place(staged, output)
-    assert content(output) == before
+    assert hashes(output) == before
 
 
 def test_what_came_while_the_export_ran_is_not_lost(tmp_path: Path) -> None:

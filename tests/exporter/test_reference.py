@@ -12,8 +12,9 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.reference import Weights, forward, logits
 from transformers import AutoModelForCausalLM
 
-from tests.support.artifacts import cosine
-from tests.support.random_checkpoints import TINY, TINY_MOE, random_model, write_random_checkpoint
+from benchmarks.support.checkpoints import TINY, TINY_MOE
+from benchmarks.support.session import cosine
+from tests.support.random_checkpoints import random_model, write_random_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
     "more value heads": {"linear_num_value_heads": 6},

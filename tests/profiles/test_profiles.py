@@ -28,8 +28,10 @@ from qwen_profiles.reading import profile_names
 from qwen_profiles.schema import Profile, WeightFormat, load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
 
-from tests.support.artifacts import Quiet, greedy, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.artifacts import Quiet, make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.exported import Exported
+from tests.support.generate_tokens import greedy
 
 PROFILES = {name: load_profile(name) for name in profile_names()}
 # Those whose artifacts differ in more than names and limits, so that each kind is exported and run once.
@@ -48,7 +50,7 @@ def test_all_classes_of_the_plan_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_profile_exports_or_says_what_to_install(name: str, tmp_path: Path) -> None:
+def test_every_profile_exports_or_says_what_to_install(name: str, exported: Exported, tmp_path: Path) -> None:
     """Each on the dense checkpoint; the kinds on the others too, below."""
     profile = PROFILES[name]
     if name in OPENVINO:
@@ -58,7 +60,7 @@ def test_every_profile_exports_or_says_what_to_install(name: str, tmp_path: Path
             make_artifact(TINY, profile, tmp_path / "out")
         assert not any(tmp_path.iterdir())
         return
-    artifact = Artifact.open(make_artifact(TINY, profile, tmp_path / "out", all_logits=False))
+    artifact = Artifact.open(exported(TINY, profile))
     assert artifact.manifest["provider"] == profile.provider
     assert artifact.provider_options(profile.provider) == PROVIDERS[profile.provider].options
     assert artifact.context_length <= profile.context_length
@@ -68,9 +70,9 @@ def test_every_profile_exports_or_says_what_to_install(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("checkpoint", [TINY_MOE, TINY_VL], ids=["experts", "vision"])
 @pytest.mark.parametrize("name", [name for name in PROFILES if name not in OPENVINO])
-def test_every_profile_exports_experts_and_vision(name: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_every_profile_exports_experts_and_vision(name: str, checkpoint: Path, exported: Exported) -> None:
     """Every graph loads on the generations that its profile's provider ships with; each kind runs too."""
-    artifact = make_artifact(checkpoint, PROFILES[name], tmp_path / "out", all_logits=False)
+    artifact = exported(checkpoint, PROFILES[name])
     for python in generations(PROFILES[name]):
         graphs = loaded(python, artifact)
         assert graphs == sorted(path.name for path in artifact.glob("*.onnx"))

@@ -18,12 +18,6 @@ QUESTIONS = ("What is assert?", "Explain numbers.", "Tell me about yield.")
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def model(cpu_artifact: Path) -> Iterator[Model]:
-    with Model.load(cpu_artifact) as loaded:
-        yield loaded
-
-
 def ask(model: Model, question: str, **options: Any) -> Generation:
     options = {"max_tokens": 40, "sampling": GREEDY, **options}
     return model.generate([{"role": "user", "content": question}], **options)

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.support.artifacts import float_profile, make_artifact
+from benchmarks.support.artifacts import float_profile, make_artifact
 from tests.support.random_checkpoints import VISION_TOKENS, random_vision_model, write_vision_checkpoint
 
 GREEDY = Sampling(temperature=0)

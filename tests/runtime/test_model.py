@@ -34,9 +34,9 @@ from qwen_runtime.stop import StopFilter
 from qwen_runtime.template import render
 from transformers import AutoTokenizer, Qwen3_5ForCausalLM
 
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_VL
 from tests.checkpoints.drawings import drawing
-from tests.support.artifacts import float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_VL
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)

@@ -13,8 +13,8 @@ from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling
 from qwen_runtime.prefix import State, StateCache, common_prefix
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.checkpoints import TINY
+from tests.support.exported import Exported
 
 GREEDY = Sampling(temperature=0)
 LONG = {"role": "user", "content": "The statement is a word. " * 60 + "What is assert?"}
@@ -180,9 +180,8 @@ def test_reading_ahead_leaves_only_the_question(kept: Model, fresh: Model) -> No
     kept.read_ahead([{"role": "user", "content": "Never seen."}])  # nothing to go on from
 
 
-def test_portable_artifacts_read_everything(tmp_path: Path) -> None:
-    artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
-    with Model.load(artifact, keep=2) as model:
+def test_portable_artifacts_read_everything(exported: Exported) -> None:
+    with Model.load(exported(TINY, load_profile("strix-halo")), keep=2) as model:
         first, second = answer(model, [LONG]), answer(model, [LONG])
         assert second.cached_tokens == 0 and first.tokens == second.tokens
 

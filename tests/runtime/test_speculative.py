@@ -25,16 +25,13 @@ from qwen_runtime import Generation, Model, Sampling
 from qwen_runtime.speculative import StatefulRun, exact_rows, zeros
 from safetensors.torch import load_file, save_file
 
-from tests.support.artifacts import Quiet, cosine, float_profile, make_artifact
-from tests.support.mtp import MtpHead, with_head
-from tests.support.random_checkpoints import (
-    TINY,
-    random_model,
-    write_random_checkpoint,
-    write_vision_checkpoint,
-)
+from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY, TRAINED_HEAD
+from benchmarks.support.mtp import with_head
+from benchmarks.support.session import cosine
+from tests.support.mtp import MtpHead
+from tests.support.random_checkpoints import random_model, write_random_checkpoint, write_vision_checkpoint
 
-TRAINED_HEAD = TINY.parent / "tiny-dense-mtp" / "mtp.safetensors"
 GREEDY = Sampling(temperature=0)
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"vocab_size": 2048},

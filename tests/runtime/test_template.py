@@ -10,7 +10,7 @@ import onnxruntime_genai as og
 import pytest
 from transformers import AutoTokenizer
 
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.checkpoints import TINY
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 from qwen_runtime.video import sample_frames, with_frames
 
+from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import COLOURS
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY_VL
+from tests.support.exported import Exported
 
 FRAMES_A_SECOND = 10
 FORMATS = {"mp4": "libx264", "mov": "mpeg4", "webm": "libvpx-vp9", "mkv": "libx264", "avi": "mpeg4"}
@@ -146,9 +146,8 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("video") / "cpu"
-    return make_artifact(TINY_VL, load_profile("cpu"), folder, all_logits=False)
+def artifact(exported: Exported) -> Path:
+    return exported(TINY_VL, load_profile("cpu"))
 
 
 def shape(name: str) -> Image.Image:

@@ -8,13 +8,8 @@ t + 2. Embedding and lm_head are the decoder's.
 from __future__ import annotations
 
 import copy
-import json
-import shutil
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
@@ -47,22 +42,3 @@ class MtpHead(nn.Module):
         positions = torch.arange(next_ids.shape[1]).expand(3, len(next_ids), -1)
         x = self.layers[0](x, position_embeddings=model.model.rotary_emb(x, positions))
         return model.lm_head(self.norm(x))
-
-
-def with_head(source: Path, tensors: dict[str, torch.Tensor], folder: Path) -> Path:
-    """A copy of the one-file checkpoint `source` with `tensors`, named `mtp.*`, in a shard of their own."""
-    shutil.copytree(source, folder)
-    body, head = folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors"
-    (folder / "model.safetensors").rename(body)
-    save_file(tensors, head, metadata={"format": "pt"})
-    weight_map = {}
-    for shard in (body, head):
-        with safe_open(shard, "pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), shard.name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
-    text |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder

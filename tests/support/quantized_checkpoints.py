@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.support.random_checkpoints import TINY, copy_tokenizer, random_model, save_shards
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
+from tests.support.random_checkpoints import random_model, save_shards
 
 # Rows that groups of 128 divide, one of them into an odd number; key and value heads fill half an FP8 block.
 GEOMETRY: dict[str, Any] = {

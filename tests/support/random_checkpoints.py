@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-_CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-TINY, TINY_MOE, TINY_VL = (_CHECKPOINTS / f"tiny-{name}" for name in ("dense", "moe", "vl"))
+from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
 GEOMETRY: dict[str, Any] = {
     "vocab_size": 512,
@@ -194,11 +192,6 @@ def write_vision_checkpoint(folder: Path, **overrides: Any) -> Path:
     copy_tokenizer(TINY, folder)
     (folder / "chat_template.jinja").write_text(VISION_TEMPLATE)
     return folder
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(source / name, folder / name)
 
 
 def save_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:

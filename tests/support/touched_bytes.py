@@ -29,7 +29,7 @@ def touched(data: Path) -> int:
 
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    from tests.support.artifacts import Session
+    from benchmarks.support.session import Session
 
     artifact = Path(sys.argv[1]).resolve()
     session = Session(artifact)

@@ -22,7 +22,7 @@ from qwen_runtime.cli import main
 from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE, Bundle, check_signature
 from qwen_runtime.kiosk.self_test import make_self_test, run_self_test
 
-from tests.support.artifacts import float_profile, make_artifact
+from benchmarks.support.artifacts import float_profile, make_artifact
 from tests.support.random_checkpoints import write_random_checkpoint
 
 FACTS = {

@@ -20,13 +20,8 @@ from qwen_profiles.schema import load_profile
 from transformers import Qwen3_5ForCausalLM
 
 from benchmarks import geometry
-from tests.support.artifacts import Quiet
-from tests.support.random_checkpoints import (
-    GEOMETRY,
-    load_tensors,
-    save_shards,
-    write_random_checkpoint,
-)
+from benchmarks.support.artifacts import Quiet
+from tests.support.random_checkpoints import GEOMETRY, load_tensors, save_shards, write_random_checkpoint
 
 NORM = "model.layers.2.input_layernorm.weight"
 

@@ -12,11 +12,7 @@ from qwen_export.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import load_config, load_vision_config
 from transformers import Qwen3_5TextConfig
 
-from tests.support.random_checkpoints import (
-    GEOMETRY,
-    write_random_checkpoint,
-    write_vision_checkpoint,
-)
+from tests.support.random_checkpoints import GEOMETRY, write_random_checkpoint, write_vision_checkpoint
 
 
 def write_config(folder: Path, **values: Any) -> Path:

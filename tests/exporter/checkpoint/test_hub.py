@@ -13,9 +13,7 @@ from qwen_common.errors import UserError
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.checkpoint.hub import download
 
-from tests.support.random_checkpoints import (
-    write_random_checkpoint,
-)
+from tests.support.random_checkpoints import write_random_checkpoint
 
 NORM = "model.layers.2.input_layernorm.weight"
 

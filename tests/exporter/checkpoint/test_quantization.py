@@ -16,7 +16,8 @@ from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
 
-from tests.support.artifacts import Session, cosine, float_profile, make_artifact
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.session import Session, cosine
 from tests.support.quantized_checkpoints import (
     FP8,
     GEOMETRY,

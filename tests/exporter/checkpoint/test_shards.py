@@ -13,9 +13,7 @@ from qwen_common.errors import UserError
 from qwen_export.checkpoint import Checkpoint
 from safetensors.torch import save_file
 
-from tests.support.random_checkpoints import (
-    GEOMETRY,
-)
+from tests.support.random_checkpoints import GEOMETRY
 
 NORM = "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"

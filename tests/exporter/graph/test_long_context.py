@@ -21,7 +21,8 @@ from transformers import Qwen3_5TextConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
-from tests.support.artifacts import Session, cosine, float_profile, make_artifact
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.session import Session, cosine
 from tests.support.random_checkpoints import GEOMETRY, random_model, write_random_checkpoint
 
 LOWERINGS = ("fused", "portable")

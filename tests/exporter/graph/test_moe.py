@@ -20,8 +20,10 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_profiles.schema import WeightFormat, load_profile
 from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM
 
-from tests.support.artifacts import Session, cosine, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY_MOE, random_model, save_tensors, write_random_checkpoint
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY_MOE
+from benchmarks.support.session import Session, cosine
+from tests.support.random_checkpoints import random_model, save_tensors, write_random_checkpoint
 
 LOWERINGS = ("fused", "portable")
 SHAPES: dict[str, dict[str, Any]] = {

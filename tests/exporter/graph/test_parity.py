@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from tests.support.artifacts import Session, cosine, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, random_model, write_random_checkpoint
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE
+from benchmarks.support.session import Session, cosine
+from tests.support.random_checkpoints import random_model, write_random_checkpoint
 
 LOWERINGS = ("fused", "portable")
 SHAPES: dict[str, dict[str, Any]] = {

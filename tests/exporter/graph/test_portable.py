@@ -10,8 +10,9 @@ import pytest
 from qwen_export.backends.onnx.kernels import ANY, DIRECTML
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY, write_random_checkpoint, write_vision_checkpoint
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY
+from tests.support.random_checkpoints import write_random_checkpoint, write_vision_checkpoint
 
 
 @pytest.fixture(scope="module", params=["trained", "random", "experts", "model", "embedding", "vision"])

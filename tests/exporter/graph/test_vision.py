@@ -18,12 +18,9 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import cosine, float_profile, make_artifact
-from tests.support.random_checkpoints import (
-    VISION_TOKENS,
-    random_vision_model,
-    write_vision_checkpoint,
-)
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.session import cosine
+from tests.support.random_checkpoints import VISION_TOKENS, random_vision_model, write_vision_checkpoint
 
 LOWERINGS = ("fused", "portable")
 SHAPES: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from qwen_export.planner.models import configured, family
 from qwen_export.planner.predictions import predict, shipped_profiles
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.exported import Exported
 
 
 def run(*arguments: str | Path) -> Result:
@@ -31,9 +31,9 @@ def config_alone(checkpoint: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
 @pytest.mark.parametrize("profile", ["cpu", "strix-halo", "nvidia-rtx-8gb"])
-def test_predicted_size_is_the_size(checkpoint: Path, profile: str, tmp_path: Path) -> None:
+def test_predicted_size_is_the_size(checkpoint: Path, profile: str, exported: Exported) -> None:
     predicted = predict(configured(str(checkpoint)), load_profile(profile)).estimate
-    artifact = make_artifact(checkpoint, load_profile(profile), tmp_path / "out", all_logits=False)
+    artifact = exported(checkpoint, load_profile(profile))
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert predicted is not None
     assert predicted.disk == pytest.approx(sum(f.stat().st_size for f in artifact.iterdir()), rel=0.01)
@@ -44,11 +44,11 @@ def test_predicted_size_is_the_size(checkpoint: Path, profile: str, tmp_path: Pa
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
-def test_predicted_memory_at_load_is_what_a_process_takes(checkpoint: Path, tmp_path: Path) -> None:
+def test_predicted_memory_at_load_is_what_a_process_takes(checkpoint: Path, exported: Exported) -> None:
     """Of these small models nearly all is the runtime's own; benchmarks/plan.py has 0.8B and 4B."""
     profile = load_profile("cpu")
     predicted = predict(configured(str(checkpoint)), profile).estimate
-    artifact = make_artifact(checkpoint, profile, tmp_path / "out", all_logits=False)
+    artifact = exported(checkpoint, profile)
     code = (
         "import sys; from qwen_runtime import Model; model = Model.load(sys.argv[1]);"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"

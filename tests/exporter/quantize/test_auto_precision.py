@@ -19,10 +19,9 @@ from qwen_export.verify.verification import verify
 from qwen_profiles.schema import WeightFormat, load_profile
 from qwen_runtime import Model
 
-from tests.support.artifacts import Quiet, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE
+from benchmarks.support.artifacts import Quiet, make_artifact
+from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE
 
-EVALUATION = TINY.parent / "eval.txt"
 INT4, INT8 = WeightFormat(precision="int4"), WeightFormat(precision="int8")
 
 

@@ -22,17 +22,12 @@ from qwen_profiles.schema import load_profile
 from transformers import AutoModelForCausalLM
 
 from benchmarks.quality import log_softmax, measure, windows
-from tests.support.artifacts import Quiet
+from benchmarks.support.artifacts import Quiet
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL, copy_tokenizer
+from tests.support.exported import Exported
 from tests.support.quantized_checkpoints import gptq as gptq_checkpoint
 from tests.support.quantized_checkpoints import write_quantized_checkpoint
-from tests.support.random_checkpoints import (
-    TINY,
-    TINY_MOE,
-    TINY_VL,
-    copy_tokenizer,
-    load_tensors,
-    save_shards,
-)
+from tests.support.random_checkpoints import load_tensors, save_shards
 
 FORMS = [
     Quantization(4, block, symmetric, np.dtype(np.float32))
@@ -189,19 +184,20 @@ def digest(artifact: Path) -> str:
     return hashlib.sha256((artifact / "model.onnx.data").read_bytes()).hexdigest()
 
 
-def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(
+    exported: Exported, tmp_path: Path
+) -> None:
     checkpoint, profile = Checkpoint.open(str(TINY_VL)), load_profile("cpu-int4")
-    export(checkpoint, profile, tmp_path / "whole", Quiet())
     size = sum(source.nbytes for source in checkpoint.tensors.values())
     for done in (0.2, 0.6, 0.9):
         with pytest.raises(KeyboardInterrupt):
             export(checkpoint, profile, tmp_path / "parts", Interrupted(int(done * size)))
         assert not (tmp_path / "parts").exists()
     export(checkpoint, profile, tmp_path / "parts", Quiet())
-    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    assert digest(tmp_path / "parts") == digest(exported(TINY_VL, profile))
 
 
-def test_another_text_gives_other_codes_and_starts_over(tmp_path: Path) -> None:
+def test_another_text_gives_other_codes_and_starts_over(exported: Exported, tmp_path: Path) -> None:
     checkpoint, profile = Checkpoint.open(str(TINY)), load_profile("cpu-int4")
     text = tmp_path / "text.txt"
     text.write_text("The committee met on Tuesday to discuss the new timetable for the harbour ferry. " * 40)
@@ -210,8 +206,7 @@ def test_another_text_gives_other_codes_and_starts_over(tmp_path: Path) -> None:
     progress = Quiet()
     export(checkpoint, profile, tmp_path / "a", progress, calibration=text)
     assert any("starting over" in note for note in progress.notes)
-    export(checkpoint, profile, tmp_path / "b", Quiet())
-    assert digest(tmp_path / "a") != digest(tmp_path / "b")
+    assert digest(tmp_path / "a") != digest(exported(TINY, profile))
 
 
 def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> None:

@@ -21,10 +21,8 @@ from qwen_runtime import Model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.artifacts import Quiet, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE
-
-EVALUATION = TINY.parent / "eval.txt"
+from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
+from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE
 
 
 def exported(checkpoint: Path, profile: Profile, folder: Path) -> Path:

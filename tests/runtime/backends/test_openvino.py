@@ -25,9 +25,9 @@ from qwen_runtime.serve.parser import AnswerParser
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.support.artifacts import FLOAT, make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.checkpoints.drawings import Drawing, drawing
-from tests.support.artifacts import FLOAT, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
 
 pytestmark = pytest.mark.openvino
 pytest.importorskip("openvino_genai")

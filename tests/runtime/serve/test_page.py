@@ -15,21 +15,15 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import drawing
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY_VL
+from tests.support.exported import Exported
 from tests.support.servers import Server, serving
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
 )
-
-
-@pytest.fixture(scope="module")
-def server(cpu_artifact: Path) -> Iterator[Server]:
-    with serving(cpu_artifact) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +139,12 @@ def test_it_asks_no_other_host_and_breaks_no_rule(browser: Chrome, server: Serve
     assert browser.get_log("browser") == []
 
 
-def test_pictures(browser: Chrome, tmp_path: Path) -> None:
+def test_pictures(browser: Chrome, exported: Exported, tmp_path: Path) -> None:
     """The button is there for a model that sees, and the answer is right."""
     item = drawing(1_000_000_003)
     item.image.save(tmp_path / "drawing.png")
     (tmp_path / "none.png").write_bytes(b"not an image")
-    artifact = make_artifact(TINY_VL, load_profile("cpu"), tmp_path / "artifact", all_logits=False)
-    with serving(artifact) as server:
+    with serving(exported(TINY_VL, load_profile("cpu"))) as server:
         open_page(browser, server.url)
         assert by_id(browser, "attach").is_displayed()
         by_id(browser, "file").send_keys(str(tmp_path / "none.png"))

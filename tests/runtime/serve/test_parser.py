@@ -11,7 +11,7 @@ import pytest
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.template import render
 
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.checkpoints import TINY
 
 TOOLS = [
     {

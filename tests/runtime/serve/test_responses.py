@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -15,7 +13,7 @@ from pydantic import TypeAdapter
 from qwen_runtime import Model, Sampling
 from qwen_runtime.serve.schema import ResponseRequest, parse
 
-from tests.support.servers import serving
+from tests.support.servers import Server
 
 GREEDY = Sampling(temperature=0)
 MESSAGES = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is assert?"}]
@@ -33,15 +31,8 @@ TOOL = {
 
 
 @pytest.fixture(scope="module")
-def model(cpu_artifact: Path) -> Iterator[Model]:
-    with Model.load(cpu_artifact) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def client(cpu_artifact: Path) -> Iterator[OpenAI]:
-    with serving(cpu_artifact) as server:
-        yield server.client()
+def client(server: Server) -> OpenAI:
+    return server.client()
 
 
 def ask(client: OpenAI, model: Model, asked: Any = "What is assert?", **options: Any) -> Any:

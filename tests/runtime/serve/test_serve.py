@@ -29,7 +29,7 @@ from qwen_runtime import Model, Sampling
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.worker import Source
 
-from tests.support.artifacts import float_profile, make_artifact
+from benchmarks.support.artifacts import float_profile, make_artifact
 from tests.support.random_checkpoints import write_vision_checkpoint
 from tests.support.servers import RUN, Server, serving
 

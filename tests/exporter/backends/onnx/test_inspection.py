@@ -11,8 +11,9 @@ from click.testing import CliRunner, Result
 from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.exported import Exported
 
 
 def inspect(*arguments: str | Path) -> Result:
@@ -20,8 +21,8 @@ def inspect(*arguments: str | Path) -> Result:
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
-def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, tmp_path: Path) -> None:
-    artifact = make_artifact(checkpoint, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
+def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, exported: Exported) -> None:
+    artifact = exported(checkpoint, load_profile("strix-halo"))
     found = json.loads(inspect(artifact, "--json").stdout)
     runs = {name: entry["runs"] for name, entry in found["providers"].items()}
     assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": None, "openvino": None}
@@ -34,8 +35,8 @@ def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, tmp
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
-def test_a_fused_artifact_says_what_others_lack(checkpoint: Path, tmp_path: Path) -> None:
-    artifact = make_artifact(checkpoint, load_profile("cpu"), tmp_path / "out", all_logits=False)
+def test_a_fused_artifact_says_what_others_lack(checkpoint: Path, exported: Exported) -> None:
+    artifact = exported(checkpoint, load_profile("cpu"))
     found = json.loads(inspect(artifact, "--json").stdout)
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert {role: entry["bytes"] for role, entry in found["roles"].items()} == manifest["bytes_by_role"]

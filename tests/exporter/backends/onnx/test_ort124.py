@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from qwen_profiles.schema import load_profile
 
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY
 from tests.exporter.graph.test_vision import prompt_of
-from tests.support.artifacts import float_profile, greedy, make_artifact
-from tests.support.random_checkpoints import TINY, write_random_checkpoint, write_vision_checkpoint
+from tests.support.generate_tokens import greedy
+from tests.support.random_checkpoints import write_random_checkpoint, write_vision_checkpoint
 
 OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
 pytestmark = [
@@ -59,9 +61,8 @@ def test_same_tokens_after_images_on_1_24(kind: str, tmp_path: Path) -> None:
     assert old["tokens"] == new["tokens"]
 
 
-def test_fused_artifact_does_not_load_there(tmp_path: Path) -> None:
+def test_fused_artifact_does_not_load_there(cpu_artifact: Path) -> None:
     """The reason for the portable lowering; when this fails, it may have become unnecessary."""
-    artifact = make_artifact(TINY, load_profile("cpu"), tmp_path / "artifact", all_logits=False)
     assert OLD_PYTHON is not None
     with pytest.raises(subprocess.CalledProcessError):
-        greedy(OLD_PYTHON, artifact, [1, 2, 3], 1)
+        greedy(OLD_PYTHON, cpu_artifact, [1, 2, 3], 1)

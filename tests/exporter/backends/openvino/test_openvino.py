@@ -27,8 +27,10 @@ from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Guidance, Model, Sampling
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
 
-from tests.support.artifacts import FLOAT, Quiet, cosine, float_profile, make_artifact
-from tests.support.random_checkpoints import TINY, TINY_VL, write_random_checkpoint
+from benchmarks.support.artifacts import FLOAT, Quiet, float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY, TINY_VL
+from benchmarks.support.session import cosine
+from tests.support.random_checkpoints import write_random_checkpoint
 
 pytestmark = pytest.mark.openvino
 ov = pytest.importorskip("openvino")

@@ -1,50 +1,13 @@
-"""Artifacts made for tests, and the bare ONNX Runtime session that runs their graph."""
+"""The bare ONNX Runtime session that runs an artifact's graph."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.export import export
-from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
-
-FLOAT = {role: WeightFormat(precision="float") for role in ROLES}
-
-
-class Quiet:
-    """No progress, but the notes are kept."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def start(self, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-
-def float_profile(lowering: str, dtype: str = "float32", prefill_chunk: int = 64) -> Profile:
-    """A profile that quantises nothing, for one lowering."""
-    base = load_profile({"fused": "cpu", "portable": "strix-halo"}[lowering])
-    update = {
-        "weights": FLOAT,
-        "activation_dtype": dtype,
-        "accuracy_level": 0,
-        "prefill_chunk": prefill_chunk,
-    }
-    return base.model_copy(update=update)
-
-
-def make_artifact(checkpoint: Path, profile: Profile, output: Path, all_logits: bool = True) -> Path:
-    export(Checkpoint.open(str(checkpoint)), profile, output, Quiet(), all_logits=all_logits)
-    return output
 
 
 class Session:
@@ -104,16 +67,3 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosine of the angle between the last axes."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
-
-
-def greedy(python: str, artifact: Path, prompt: list[int], count: int = 64, *inputs: Path) -> dict:
-    """What `generate_tokens.py` prints in another interpreter."""
-    script = Path(__file__).parent / "generate_tokens.py"
-    result = subprocess.run(
-        [python, script, artifact, str(count), *inputs],
-        input=json.dumps(prompt),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
