@@ -24,7 +24,7 @@ from qwen_runtime.tool_calls.qwen3_5 import (
 
 _BEGIN, _END = f"{CALL}\n", f"{FUNCTION_END}\n{CALL_END}"
 _VALUE_END = f"\n{PARAMETER_END}\n"
-_OTHER_NAME = "[A-Za-z_][A-Za-z0-9_.-]*"  # where the schema leaves names free
+_OTHER_NAME = "[A-Za-z_][A-Za-z0-9_.-]{0,63}"  # where the schema leaves names free
 _MOST_OTHERS = 16  # such arguments, which small models would write without end
 # One line, spaced as models write it. With white space left free, small models write little else.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
