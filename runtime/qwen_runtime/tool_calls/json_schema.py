@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import islice, product
 from typing import Any
 from urllib.parse import unquote
 
@@ -35,7 +36,7 @@ _KEYWORDS = {
     "string": ("pattern", "minLength", "maxLength"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }  # fmt: skip
-_MOST_FORMS = 32  # of one function's arguments; each multiplies the grammar
+_MOST_FORMS = 100  # of one function's arguments; each multiplies the grammar
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,19 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), "object" if isinstance(value, Mapping) else "array")
 
 
-def allowed(schema: Any, root: Any, seen: frozenset[str] = frozenset()) -> Allowed:
+def allowed(schema: Any, root: Any) -> Allowed:
     """What `schema` allows.
 
     Args:
         root: the schema that `$ref` refers into.
-        seen: references that are being followed.
+    """
+    found = _allowed(schema, root, {})
+    return found if found.kinds or found.values else ANYTHING
+
+
+def _allowed(schema: Any, root: Any, known: dict[str, Allowed]) -> Allowed:
+    """Args:
+    known: what references allow; nothing by themselves where they lead in a circle.
     """
     if not isinstance(schema, Mapping):
         return ANYTHING
@@ -142,11 +150,15 @@ def allowed(schema: Any, root: Any, seen: frozenset[str] = frozenset()) -> Allow
         parts.append(Allowed(frozenset(), tuple(schema["enum"])))
     else:
         parts.append(Allowed(_types(schema.get("type"))))
-    for target, path in _referred(schema, root, seen):
-        parts.append(allowed(target, root, path))
-    parts += [allowed(each, root, seen) for each in _list(schema.get("allOf"))]
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference not in known:
+            known[reference] = Allowed(frozenset())
+            known[reference] = _allowed(_target(reference, root), root, known)
+        parts.append(known[reference])
+    parts += [_allowed(each, root, known) for each in _list(schema.get("allOf"))]
     for keyword in ("anyOf", "oneOf"):
-        if branches := [allowed(each, root, seen) for each in _list(schema.get(keyword))]:
+        if branches := [_allowed(each, root, known) for each in _list(schema.get(keyword))]:
             parts.append(reduce(Allowed.__or__, branches))
     found = reduce(Allowed.__and__, parts)
     if found == ANYTHING:
@@ -154,39 +166,44 @@ def allowed(schema: Any, root: Any, seen: frozenset[str] = frozenset()) -> Allow
         found = Allowed(_types(hints))
     if schema.get("nullable") is True:
         found |= Allowed(_TYPES["null"])
-    return found if found.kinds or found.values else ANYTHING
+    return found
 
 
-def forms(schema: Any, root: Any, seen: frozenset[str] = frozenset()) -> list[Arguments]:
+def forms(schema: Any, root: Any, known: dict[str, list[Arguments]] | None = None) -> list[Arguments]:
     """The forms that an object of this schema may have; at least one.
 
     Args:
-        root, seen: as for `allowed`.
+        root: as for `allowed`.
+        known: forms of references; none of those that are being followed, which may lead in a circle.
     """
+    known = {} if known is None else known
     if not isinstance(schema, Mapping):
         return [Arguments()]
     found = [_own(schema)]
-    for target, path in _referred(schema, root, seen):
-        found = _product(found, forms(target, root, path))
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference not in known:
+            known[reference] = []
+            known[reference] = forms(_target(reference, root), root, known)
+        found = _product(found, known[reference] or [Arguments()])
     for each in _list(schema.get("allOf")):
-        found = _product(found, forms(each, root, seen))
+        found = _product(found, forms(each, root, known))
     for keyword in ("anyOf", "oneOf"):
         branches = [
             form
             for each in _list(schema.get(keyword))
-            if not allowed(each, root, seen).kinds.isdisjoint(("any", "object"))
-            for form in forms(each, root, seen)
+            if _may_be_object(each, root)
+            for form in forms(each, root, known)
         ]
         if branches:
             found = _product(found, branches)
     return found
 
 
-def argument_schema(parameters: Any, name: str) -> Any:
-    """The schema of one of a function's arguments, whichever form they have; {} where there is none."""
-    found = forms(parameters, parameters)
-    schemas = [form.properties[name] for form in found if name in form.properties]
-    schemas = schemas or [form.others for form in found if form.others is not None]
+def argument_schema(forms: Sequence[Arguments], name: str) -> Any:
+    """The schema of the argument `name`, whichever form there is; {} where none says anything of it."""
+    schemas = [form.properties[name] for form in forms if name in form.properties]
+    schemas = schemas or [form.others for form in forms if form.others is not None]
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas} if schemas else {}
 
 
@@ -223,8 +240,17 @@ def _others(schema: Mapping[str, Any]) -> Any:
     return {} if asked and not schema.get("properties") else None
 
 
+def _may_be_object(schema: Any, root: Any) -> bool:
+    """As far as a look can tell."""
+    for _ in range(10):
+        if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+            schema = _target(schema["$ref"], root)
+    kinds = _types(schema.get("type")) if isinstance(schema, Mapping) else _ANY
+    return not kinds.isdisjoint(("any", "object"))
+
+
 def _product(some: Sequence[Arguments], others: Sequence[Arguments]) -> list[Arguments]:
-    return [one & other for one in some for other in others][:_MOST_FORMS]
+    return [one & other for one, other in islice(product(some, others), _MOST_FORMS)]
 
 
 def _types(named: Any) -> frozenset[str]:
@@ -237,11 +263,10 @@ def _list(found: Any) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _referred(schema: Mapping[str, Any], root: Any, seen: frozenset[str]) -> list[tuple[Any, frozenset[str]]]:
-    """What `$ref` refers to, with the references followed; [] where it leads nowhere or in a circle."""
-    reference = schema.get("$ref")
-    if not isinstance(reference, str) or not reference.startswith("#") or reference in seen:
-        return []
+def _target(reference: str, root: Any) -> Any:
+    """What a reference refers to; {} where that is nothing, or no part of `root`."""
+    if not reference.startswith("#"):
+        return {}
     found = root
     for step in reference[1:].split("/")[1:]:
         step = unquote(step).replace("~1", "/").replace("~0", "~")
@@ -250,8 +275,8 @@ def _referred(schema: Mapping[str, Any], root: Any, seen: frozenset[str]) -> lis
         elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
             found = found[int(step)]
         else:
-            return []
-    return [(found, seen | {reference})]
+            return {}
+    return found
 
 
 def _moved(schema: Any) -> Any:

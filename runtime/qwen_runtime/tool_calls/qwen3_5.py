@@ -41,7 +41,8 @@ _MARK = re.compile(
     rf"|{PARAMETER}(?P<parameter>[^<>\n]+)>|{PARAMETER_END}"
 )
 _UNFINISHED = re.compile(rf"(?:{FUNCTION}|{PARAMETER})[^<>\n]*")
-_OPENING = re.compile(rf"(?:{CALL}\s*)*{FUNCTION}(?P<function>[^<>\n]+)>|(?:{CALL}\s*)+")
+# Some write the first mark twice; more often is a model that has lost its way.
+_OPENING = re.compile(rf"(?:{CALL}\s*){{0,2}}{FUNCTION}(?P<function>[^<>\n]+)>|(?:{CALL}\s*){{1,2}}")
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[^\s{}<>\"']+")
 # What comes after a mark that ends something, where that is no part of a value.
@@ -128,7 +129,8 @@ class CallReader:
         self.ended = False
         self.rest = ""
         self._parameters = parameters
-        self._known = {name for form in forms(parameters, parameters) for name in form.properties}
+        self._forms = forms(parameters, parameters)
+        self._known = {name for form in self._forms for name in form.properties}
         self._given: set[str] = set()
         self._value: _Value | None = None
 
@@ -168,7 +170,7 @@ class CallReader:
 
     def _argument(self, name: str) -> _Value:
         begin = f"{', ' if self._given else '{'}{json.dumps(name, ensure_ascii=False)}: "
-        schema = argument_schema(self._parameters, name)
+        schema = argument_schema(self._forms, name)
         if name in self._given:
             begin = ""
         self._given.add(name)
@@ -224,10 +226,10 @@ class _Value:
     def _part(self, value: str, final: bool) -> str:
         """What is certain of a value whose end has not come, or never comes."""
         if values.grows(self._allowed) and (self._sent or not values.undecided(value, self._allowed)):
-            begin = "" if self._sent else f'{self._begin}"'
-            begin += values.escaped(value[self._sent :])
+            added = values.escaped(value[self._sent :])
+            added = added if self._sent else f'{self._begin}"{added}'
             self._sent = len(value)
-            return begin
+            return added
         begun = values.begun(value, self._allowed) if final else ""
         return self._begin + begun if begun else ""
 
@@ -241,9 +243,10 @@ class _Value:
             self._at = found.end()
             if not expected and not self._on_a_line(found.start()):
                 continue
+            doubt = found.start() if self._doubt is None else self._doubt
             beginning = _BEGINNING.get(found[0])
             if beginning is None:
-                self._doubt = found.start() if self._doubt is None else self._doubt
+                self._doubt = doubt
                 self._open.append(_kind(found))
             elif beginning in self._open:
                 while self._open.pop() != beginning:
@@ -251,9 +254,9 @@ class _Value:
             elif expected and beginning == PARAMETER:
                 return found.span()
             else:
-                self._doubt = found.start() if self._doubt is None else self._doubt
                 if expected:  # of the call itself, which has ended before its value has
-                    return self._doubt, self._doubt
+                    return doubt, doubt
+                self._doubt = doubt
             self._last = found.end()
         self._at = max(self._at, _complete(self._text))
         return (self._doubt, self._doubt) if final and self._doubt is not None else None

@@ -180,3 +180,14 @@ def test_value(schema: Any, written: str, value: Any, size: int) -> None:
     found.encode()  # nothing that UTF-8 does not have
     read = json.loads(found, parse_constant=pytest.fail)["value"]
     assert (read, type(read)) == (value, type(value))
+
+
+def test_schemas_that_lead_in_circles() -> None:
+    """Definitions that all refer to one another have more ways through them than anybody can follow."""
+    names = [f"D{at}" for at in range(40)]
+    all_of_them = [{"$ref": f"#/$defs/{name}"} for name in names]
+    definitions = {name: {"anyOf": [*all_of_them, {"type": "integer"}]} for name in names}
+    parameters = {"$defs": definitions, "properties": {"value": {"$ref": "#/$defs/D0"}}, "anyOf": all_of_them}
+    tool = {"function": {"name": "f", "parameters": parameters}}
+    message = read_answer([call("f", argument("value", "5"))], tools=[tool])
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"value": 5}'
