@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.serve.schema import (
     ChatRequest,
     Content,
-    FunctionCall,
     ImagePart,
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -31,6 +29,7 @@ from qwen_runtime.serve.schema import (
     NamedTool,
     parse,
 )
+from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 
 
 async def chat_completions(request: Request) -> Response:
@@ -65,8 +64,9 @@ async def answer_for(
         "guidance": guidance,
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
     }
-    messages = [_for_template(message, at) for at, message in enumerate(asked.messages)]
-    return await engine.submit(messages, options), AnswerParser(thinking, tools)
+    ordered = in_order_of_calls(asked.messages)
+    messages = [_for_template(message, at) for at, message in enumerate(ordered)]
+    return await engine.submit(messages, options), AnswerParser(thinking, tools, _several(asked))
 
 
 async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) -> Response:
@@ -152,14 +152,20 @@ def _tools(asked: ChatRequest, thinking: bool) -> tuple[list[dict[str, Any]], Gu
         thinking=thinking,
         schema=None if forced else schema,
         tools=callable_,
-        several=asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
+        several=_several(asked),
     )
     return tools, guidance
 
 
+def _several(asked: ChatRequest) -> bool:
+    """Whether the answer may be more than one call."""
+    return asked.parallel_tool_calls is not False and not isinstance(asked.tool_choice, NamedTool)
+
+
 def _finish_reason(answer: Answer, parser: AnswerParser) -> str:
     """ "tool_calls" promises arguments that can be read, which a stop string may have cut off."""
-    called = answer.finish_reason == "stop" and "tool_calls" in parser.message and not parser.in_call
+    whole = answer.finish_reason == "stop" or parser.ended
+    called = whole and "tool_calls" in parser.message and not parser.in_call
     return "tool_calls" if called else answer.finish_reason
 
 
@@ -178,21 +184,17 @@ def _for_template(message: Message, at: int) -> dict[str, Any]:
     if message.reasoning_content is not None:
         found["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        found["tool_calls"] = [_call(call.function, at) for call in message.tool_calls]
+        found["tool_calls"] = [
+            {
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": arguments_of(call.function.arguments, at),
+                },
+            }
+            for call in message.tool_calls
+        ]
     return found
-
-
-def _call(call: FunctionCall, at: int) -> dict[str, Any]:
-    """The template wants arguments as an object, where OpenAI has them as text."""
-    try:
-        arguments = json.loads(call.arguments or "{}")
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ApiError(
-            400, f"messages.{at}.tool_calls: arguments are not a JSON object", parameter="messages"
-        )
-    return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _content(content: Content | None) -> str | list[dict[str, Any]]:

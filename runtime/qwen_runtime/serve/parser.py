@@ -1,66 +1,48 @@
 """What the model writes, taken apart: thoughts, text for the user, calls of tools.
 
-Qwen3.5 writes a call as
-
-    <tool_call>
-    <function=NAME>
-    <parameter=ARGUMENT>
-    VALUE, over one or more lines
-    </parameter>
-    </function>
-    </tool_call>
-
-(source: the published chat template). The parser takes text in any pieces, and passes on each thing as soon
-as it is certain what it is.
+The parser takes text in any pieces, and passes on each thing as soon as it is certain what it is. What it
+finds depends on the text alone, not on the pieces.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen_runtime.grammar import takes_text
+from qwen_runtime.tool_calls.qwen3_5 import CallReader, Opening, after_call, find_call
 
 Delta = dict[str, Any]
 
 _THOUGHT_END = "</think>"
-_CALL = "<tool_call>"
-_CALL_END = "</tool_call>"
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
-_PARAMETER = re.compile(
-    r"\s*<parameter=([^>\n]+)>(?:\n?</parameter>|\n(.*?)\n</parameter>|([^\n]*?)</parameter>)", re.DOTALL
-)
-# Of a whole call that is not written as it should be: the value's last line has the mark, or there is none.
-_LOOSE_PARAMETER = re.compile(
-    r"\s*<parameter=([^>\n]+)>\n?(.*?)()(?:\n?</parameter>|(?=\n?</function>|\n?</tool_call>))", re.DOTALL
-)
-_FUNCTION_END = re.compile(r"\s*</function>\s*</tool_call>")
-_ARGUMENTS_END = re.compile(r"\s*</function>")
-_PYTHON = {"True": True, "False": False, "None": None}  # how the chat template writes them
 
 
 class AnswerParser:
     """Turns an answer's text into the deltas of OpenAI's chat completion chunks.
 
+    A call inside a thought is one if its function is known: models forget to end their thoughts. The thought
+    goes on after it.
+
     Args:
         thinking: the prompt ended inside a thought.
         tools: the functions that may be called; without any, calls are taken as the text that they are.
+        several: more than one call is allowed; otherwise the answer ends after the first.
 
     Attributes:
         message: what the deltas add up to.
     """
 
-    def __init__(self, thinking: bool, tools: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, thinking: bool, tools: Sequence[Mapping[str, Any]] = (), several: bool = True) -> None:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+        self._several = several
+        self._thinking = thinking
         self._rest = ""
-        self._parameter = _PARAMETER
+        self._final = False
         self._blank = thinking  # nothing but white space since the last mark, and none of it is passed on
+        self._reader: CallReader | None = None
         # Each takes what it can from `_rest`, and returns False when it needs more text.
-        self._state: Callable[[list[Delta]], bool] = self._thought if thinking else self._text
+        self._state: Callable[[list[Delta]], bool] = self._prose
 
     def feed(self, text: str) -> list[Delta]:
         """The deltas that `text` adds."""
@@ -75,85 +57,76 @@ class AnswerParser:
 
         One that lacks no more than its last mark is whole.
         """
-        deltas: list[Delta] = []
-        if self.in_call and _CALL_END in self._rest:
-            self._parameter = _LOOSE_PARAMETER
-            deltas += self.feed("")
-        if self.in_call and _ARGUMENTS_END.match(self._rest):
-            deltas.append(self._end_call())
-            self._rest = ""
-        rest, self._rest = self._rest, ""
-        if self._state == self._thought:
-            deltas += self._say("reasoning_content", rest.rstrip())
-        elif not self.in_call:
-            deltas += self._say("content", _CALL + rest if self._state == self._call else rest)
-        return deltas
+        self._final = True
+        return self.feed("")
 
     @property
     def in_call(self) -> bool:
         """Whether the last call's arguments have no end yet."""
-        return self._state == self._arguments
+        return self._reader is not None and not self._reader.ended
 
-    def _thought(self, deltas: list[Delta]) -> bool:
-        text, ended = self._until(_THOUGHT_END)
-        deltas += self._say("reasoning_content", text)
-        if ended:
-            self._state, self._blank = self._text, True
-        return ended
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is taken from the answer."""
+        return self._state == self._nothing
 
-    def _text(self, deltas: list[Delta]) -> bool:
+    def _prose(self, deltas: list[Delta]) -> bool:
+        """A thought, or text for the user."""
+        text, kind = self._rest, "reasoning_content" if self._thinking else "content"
+        call = Opening(len(text), len(text), None)
         if self._functions:
-            text, ended = self._until(_CALL)
-        else:
-            text, self._rest, ended = self._rest, "", False
-        deltas += self._say("content", text)
-        if ended:
-            self._state = self._call
-        return ended
-
-    def _call(self, deltas: list[Delta]) -> bool:
-        if found := _FUNCTION.match(self._rest):
-            self._rest = self._rest[found.end() :]
-            calls = self.message.setdefault("tool_calls", [])
-            function = {"name": found[1].strip(), "arguments": ""}
-            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-            deltas.append({"tool_calls": [{"index": len(calls) - 1, **calls[-1], "function": {**function}}]})
-            self._state = self._arguments
+            call = find_call(text, self._functions, self._final, strict=self._thinking)
+        end = text.find(_THOUGHT_END) if self._thinking else -1
+        if end >= 0 and (call.name is None or end < call.start):
+            deltas += self._say(kind, text[:end].rstrip())
+            self._rest = text[end + len(_THOUGHT_END) :]
+            self._thinking, self._blank = False, True
             return True
-        if _CALL_END in self._rest:  # not a call after all
-            text, _, self._rest = self._rest.partition(_CALL_END)
-            deltas += self._say("content", _CALL + text + _CALL_END)
-            self._state = self._text
+        if call.name is not None:
+            deltas += self._say(kind, text[: call.start].rstrip())
+            self._rest = text[call.end :]
+            deltas.append(self._begin_call(call.name))
             return True
+        if not self._final:
+            text = text[: call.start]
+            text = (text[: _unfinished(text, _THOUGHT_END)] if self._thinking else text).rstrip()
+        deltas += self._say(kind, text.rstrip() if self._thinking else text)
+        self._rest = "" if self._final else self._rest[len(text) :]
         return False
 
     def _arguments(self, deltas: list[Delta]) -> bool:
-        function = self.message["tool_calls"][-1]["function"]
-        if found := self._parameter.match(self._rest):
-            name = found[1].strip()
-            value = _value(found[2] or found[3] or "", self._schema(function["name"], name))
-            fragment = f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
-            deltas.append(self._argue((", " if function["arguments"] else "{") + fragment))
-            self._rest = self._rest[found.end() :]
-            return True
-        found = _FUNCTION_END.match(self._rest)
-        if found or ("<parameter=" not in self._rest and _CALL_END in self._rest):
-            deltas.append(self._end_call())
-            end = found.end() if found else self._rest.index(_CALL_END) + len(_CALL_END)
-            self._rest = self._rest[end:]
-            return True
+        assert self._reader is not None
+        fragment = self._reader.feed(self._rest, self._final)
+        self._rest = self._reader.rest if self._reader.ended else ""
+        if fragment:
+            calls = self.message["tool_calls"]
+            calls[-1]["function"]["arguments"] += fragment
+            deltas.append({"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": fragment}}]})
+        if self._reader.ended:
+            self._state = self._after_call if self._several else self._nothing
+        return self._reader.ended
+
+    def _after_call(self, deltas: list[Delta]) -> bool:
+        found = after_call(self._rest, self._final)
+        if found is None:
+            return False
+        self._rest = self._rest[found[0] :]
+        self._state, self._blank = self._prose, True
+        if found[1] is not None:
+            deltas.append(self._begin_call(found[1]))
+        return True
+
+    def _nothing(self, deltas: list[Delta]) -> bool:
+        self._rest = ""
         return False
 
-    def _until(self, mark: str) -> tuple[str, bool]:
-        """Take the text before `mark`, without white space at its end, and whether the mark was there."""
-        text, found, after = self._rest.partition(mark)
-        if found:
-            self._rest = after
-            return text.rstrip(), True
-        held = next((size for size in range(len(mark) - 1, 0, -1) if text.endswith(mark[:size])), 0)
-        text = text[: len(text) - held].rstrip()
-        self._rest = self._rest[len(text) :]
-        return text, False
+    def _begin_call(self, name: str) -> Delta:
+        self._reader = CallReader(self._functions.get(name, {}).get("parameters"))
+        self._state = self._arguments
+        calls = self.message.setdefault("tool_calls", [])
+        function = {"name": name, "arguments": ""}
+        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        return {"tool_calls": [{"index": len(calls) - 1, **calls[-1], "function": {**function}}]}
 
     def _say(self, kind: str, text: str) -> Iterator[Delta]:
         if self._blank:
@@ -163,29 +136,8 @@ class AnswerParser:
             self.message[kind] = (self.message.get(kind) or "") + text
             yield {kind: text}
 
-    def _end_call(self) -> Delta:
-        self._state, self._blank = self._text, True
-        return self._argue("}" if self.message["tool_calls"][-1]["function"]["arguments"] else "{}")
 
-    def _argue(self, fragment: str) -> Delta:
-        calls = self.message["tool_calls"]
-        calls[-1]["function"]["arguments"] += fragment
-        return {"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": fragment}}]}
-
-    def _schema(self, function: str, parameter: str) -> Mapping[str, Any]:
-        parameters = self._functions.get(function, {}).get("parameters") or {}
-        found: Mapping[str, Any] = parameters.get("properties", {}).get(parameter, {})
-        return found
-
-
-def _value(text: str, schema: Mapping[str, Any]) -> Any:
-    """The argument that `text` stands for: itself where the schema takes text, else JSON."""
-    choices = schema.get("enum")
-    if takes_text(schema) or (isinstance(choices, list) and text in choices):
-        return text
-    if text in _PYTHON:
-        return _PYTHON[text]
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+def _unfinished(text: str, mark: str) -> int:
+    """Where `mark` may begin at the end of `text`; its length where it does not."""
+    at = text.rfind("<")
+    return at if at >= 0 and mark.startswith(text[at:]) else len(text)

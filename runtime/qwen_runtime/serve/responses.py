@@ -86,7 +86,7 @@ async def _events(answer: Answer, parser: AnswerParser, head: Mapping[str, Any])
     except ApiError as error:  # too late for a status code
         yield state("failed", "failed", error={"code": "server_error", "message": str(error)})
         return
-    cut = answer.finish_reason == "length"
+    cut = answer.finish_reason == "length" and not parser.ended
     for delta in parser.finish():
         for event in items.add(delta):
             yield numbered(event)

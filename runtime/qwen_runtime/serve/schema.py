@@ -7,11 +7,13 @@ answer, but cannot be obeyed, are refused.
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.tool_calls.json_schema import forms
 
 
 class _Part(BaseModel):
@@ -55,17 +57,19 @@ class Message(_Part):
     content: Content | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """What the server itself reads of a function's JSON schema."""
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     if not isinstance(properties, dict) or not all(
-        isinstance(schema, dict) for schema in properties.values()
+        isinstance(schema, dict | bool) for schema in properties.values()
     ):
         raise ValueError("properties are not an object of schemas")
-    if any("\n" in name or ">" in name for name in properties):
-        raise ValueError("names of properties must have no line breaks and no '>'")
+    names = {name for form in forms(parameters, parameters) for name, _ in form.named()}
+    if any(re.search("[<>\n]", name) for name in names):
+        raise ValueError("names of properties must have no line breaks, no '<' and no '>'")
     if not isinstance(required, list):
         raise ValueError("required is not a list")
     return parameters
@@ -228,10 +232,11 @@ class InputCall(_Part):
 
 class InputCallOutput(_Part):
     type: Literal["function_call_output"]
+    call_id: str
     output: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
 
     def as_chat(self) -> dict[str, Any]:
-        return {"role": "tool", "content": _parts(self.output)}
+        return {"role": "tool", "tool_call_id": self.call_id, "content": _parts(self.output)}
 
 
 class InputReasoning(_Part):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.template import render
 
 from benchmarks.support.checkpoints import TINY
+from tests.support.answers import argument, call, calls_of, pieces, read_answer
 
 TOOLS = [
     {
@@ -37,38 +37,7 @@ TOOLS = [
 
 
 def parse(text: str, size: int, thinking: bool = False, tools: Any = TOOLS) -> dict[str, Any]:
-    """The message, after a check that the deltas add up to it."""
-    parser = AnswerParser(thinking, tools)
-    deltas = [delta for at in range(0, len(text), size) for delta in parser.feed(text[at : at + size])]
-    deltas += parser.finish()
-    total: dict[str, Any] = {"role": "assistant", "content": None}
-    for delta in deltas:
-        for key in delta.keys() - {"tool_calls"}:
-            total[key] = (total.get(key) or "") + delta[key]
-        for call in delta.get("tool_calls", ()):
-            calls = total.setdefault("tool_calls", [])
-            if call["index"] == len(calls):
-                calls.append({**call, "function": {**call["function"]}})
-                del calls[-1]["index"]
-            else:
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    assert total == parser.message
-    return total
-
-
-def call(name: str, body: str) -> str:
-    return f"<tool_call>\n<function={name}>\n{body}</function>\n</tool_call>"
-
-
-def argument(name: str, value: str) -> str:
-    return f"<parameter={name}>\n{value}\n</parameter>\n"
-
-
-def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [
-        (found["function"]["name"], json.loads(found["function"]["arguments"]))
-        for found in message.get("tool_calls", ())
-    ]
+    return read_answer(pieces(text, size), thinking, tools)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -120,7 +89,7 @@ def test_looser_forms(size: int) -> None:
     [
         ("a <tool and </think> <tool_call", "a <tool and </think> <tool_call"),
         ('<tool_call>\n{"name": "look"}\n</tool_call>', '<tool_call>\n{"name": "look"}\n</tool_call>'),
-        ("I see.\n\n<tool_call>\n<func", "I see.<tool_call>\n<func"),
+        ("I see.\n\n<tool_call>\n<func", "I see.\n\n<tool_call>\n<func"),
         ("  indented\n ", "  indented\n "),
     ],
 )

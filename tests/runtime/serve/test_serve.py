@@ -303,7 +303,7 @@ def test_tools_that_need_not_be_called(ask: Callable[..., Any], model: Model) ->
         ({"tools": [function("a b")]}, "tools.0.function.name"),
         ({"tools": [function("a", parameters={"properties": 5})]}, "properties"),
         (
-            {"messages": [*QUESTION, {"role": "assistant", "tool_calls": [function("a", arguments="{")]}]},
+            {"messages": [*QUESTION, {"role": "assistant", "tool_calls": [function("a", arguments="[]")]}]},
             "not a JSON object",
         ),
     ],
@@ -517,7 +517,8 @@ def test_request_that_is_nested_too_deeply(server: Server, ask: Callable[..., An
     for depth in (100, 300, 400, 500, 700, 900):
         arguments = '{"a":' * depth + "1" + "}" * depth
         call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        messages = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+        result = {"role": "tool", "tool_call_id": "c", "content": "x"}
+        messages = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, result]
         body = json.dumps({"messages": messages, "max_tokens": 1}).encode()
         status = request(server, "POST", "/v1/chat/completions", body)[0]
         assert status == (200 if depth == 100 else 400) or (depth < 500 and status == 200)

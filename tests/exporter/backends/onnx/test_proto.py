@@ -14,7 +14,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.builder import DATA_TYPES
 from qwen_profiles.schema import load_profile
 
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)

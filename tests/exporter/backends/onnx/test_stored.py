@@ -13,7 +13,7 @@ from qwen_export.reference import float32
 from qwen_profiles.schema import load_profile
 from tests.support.artifacts import make_artifact
 
-from tests.support.random_checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)

@@ -1,0 +1,301 @@
+"""What a JSON schema allows, as far as a dialect without JSON's quotes has to know it.
+
+Schemas come from clients, and anything may stand anywhere in them: what is not understood allows anything.
+Source: JSON Schema 2020-12, and OpenAPI 3.0's `nullable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import islice, product
+from typing import Any
+from urllib.parse import unquote
+
+_NUMBER = frozenset({"number", "integer"})
+_TYPES = {
+    **{kind: frozenset({kind}) for kind in ("string", "integer", "boolean", "null", "array", "object")},
+    "number": _NUMBER,
+    # Not of JSON Schema, but of tools that people write by hand.
+    **dict.fromkeys(("str", "text"), frozenset({"string"})),
+    **dict.fromkeys(("int", "long"), frozenset({"integer"})),
+    **dict.fromkeys(("float", "double"), _NUMBER),
+    "bool": frozenset({"boolean"}),
+    **dict.fromkeys(("list", "tuple"), frozenset({"array"})),
+    "dict": frozenset({"object"}),
+}
+_ANY = frozenset({"any"})
+# Keywords that say of what type a value is where `type` does not.
+_KEYWORDS = {
+    "array": ("items", "prefixItems", "contains", "minItems", "maxItems", "uniqueItems"),
+    "object": (
+        "properties", "required", "additionalProperties", "patternProperties", "propertyNames",
+        "minProperties", "maxProperties",
+    ),
+    "string": ("pattern", "minLength", "maxLength"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+}  # fmt: skip
+_MOST_FORMS = 100  # of one function's arguments; each multiplies the grammar
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a value may be: of one of `kinds`, or one of `values`.
+
+    Attributes:
+        kinds: types of JSON Schema, with "integer" wherever there is "number"; "any" where nothing is said.
+        values: those of `enum` and `const`.
+    """
+
+    kinds: frozenset[str]
+    values: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> bool:
+        """Any text will do."""
+        return not self.kinds.isdisjoint(("any", "string"))
+
+    @property
+    def containers(self) -> frozenset[str]:
+        return self.kinds & {"array", "object"}
+
+    @property
+    def null(self) -> bool:
+        return "null" in self.kinds or any(value is None for value in self.values)
+
+    def has(self, value: Any) -> bool:
+        return "any" in self.kinds or kind_of(value) in self.kinds or _among(value, self.values)
+
+    def __or__(self, other: Allowed) -> Allowed:
+        return Allowed(self.kinds | other.kinds, self.values + other.values)
+
+    def __and__(self, other: Allowed) -> Allowed:
+        kinds = self.kinds & other.kinds
+        if "any" in self.kinds:
+            kinds = other.kinds
+        elif "any" in other.kinds:
+            kinds = self.kinds
+        values = tuple(value for value in self.values if other.has(value))
+        values += tuple(value for value in other.values if self.has(value) and not _among(value, values))
+        return Allowed(kinds, values)
+
+
+ANYTHING = Allowed(_ANY)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """One form that a function's arguments may have.
+
+    Attributes:
+        properties: schemas of the arguments by name, in their order.
+        others: schema of arguments with other names; None where there are none.
+        fewest, most: how many of those there may be.
+    """
+
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    others: Any = None
+    fewest: int = 0
+    most: int | None = None
+
+    def named(self) -> list[tuple[str, Any]]:
+        """The names with their schemas; nothing may be said of one that is required."""
+        missing = sorted(self.required - self.properties.keys())
+        return [*self.properties.items(), *((name, self.others or {}) for name in missing)]
+
+    def __and__(self, other: Arguments) -> Arguments:
+        both = {
+            name: {"allOf": [schema, other.properties[name]]}
+            for name, schema in self.properties.items()
+            if name in other.properties
+        }
+        limits = [limit for limit in (self.most, other.most) if limit is not None]
+        return Arguments(
+            {**self.properties, **other.properties, **both},
+            self.required | other.required,
+            other.others if self.others is None else self.others,
+            max(self.fewest, other.fewest),
+            min(limits) if limits else None,
+        )
+
+
+def kind_of(value: Any) -> str:
+    """The type of JSON Schema of a value that was read from JSON."""
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+    return kinds.get(type(value), "object" if isinstance(value, Mapping) else "array")
+
+
+def allowed(schema: Any, root: Any) -> Allowed:
+    """What `schema` allows.
+
+    Args:
+        root: the schema that `$ref` refers into.
+    """
+    found = _allowed(schema, root, {})
+    return found if found.kinds or found.values else ANYTHING
+
+
+def _allowed(schema: Any, root: Any, known: dict[str, Allowed]) -> Allowed:
+    """Args:
+    known: what references allow; nothing by themselves where they lead in a circle.
+    """
+    if not isinstance(schema, Mapping):
+        return ANYTHING
+    parts = []
+    if "const" in schema:
+        parts.append(Allowed(frozenset(), (schema["const"],)))
+    elif isinstance(schema.get("enum"), list) and schema["enum"]:
+        parts.append(Allowed(frozenset(), tuple(schema["enum"])))
+    else:
+        parts.append(Allowed(_types(schema.get("type"))))
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference not in known:
+            known[reference] = Allowed(frozenset())
+            known[reference] = _allowed(_target(reference, root), root, known)
+        parts.append(known[reference])
+    parts += [_allowed(each, root, known) for each in _list(schema.get("allOf"))]
+    for keyword in ("anyOf", "oneOf"):
+        if branches := [_allowed(each, root, known) for each in _list(schema.get(keyword))]:
+            parts.append(reduce(Allowed.__or__, branches))
+    found = reduce(Allowed.__and__, parts)
+    if found == ANYTHING:
+        hints = [kind for kind, keywords in _KEYWORDS.items() if not schema.keys().isdisjoint(keywords)]
+        found = Allowed(_types(hints))
+    if schema.get("nullable") is True:
+        found |= Allowed(_TYPES["null"])
+    return found
+
+
+def forms(schema: Any, root: Any, known: dict[str, list[Arguments]] | None = None) -> list[Arguments]:
+    """The forms that an object of this schema may have; at least one.
+
+    Args:
+        root: as for `allowed`.
+        known: forms of references; none of those that are being followed, which may lead in a circle.
+    """
+    known = {} if known is None else known
+    if not isinstance(schema, Mapping):
+        return [Arguments()]
+    found = [_own(schema)]
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference not in known:
+            known[reference] = []
+            known[reference] = forms(_target(reference, root), root, known)
+        found = _product(found, known[reference] or [Arguments()])
+    for each in _list(schema.get("allOf")):
+        found = _product(found, forms(each, root, known))
+    for keyword in ("anyOf", "oneOf"):
+        branches = [
+            form
+            for each in _list(schema.get(keyword))
+            if _may_be_object(each, root)
+            for form in forms(each, root, known)
+        ]
+        if branches:
+            found = _product(found, branches)
+    return found
+
+
+def argument_schema(forms: Sequence[Arguments], name: str) -> Any:
+    """The schema of the argument `name`, whichever form there is; {} where none says anything of it."""
+    schemas = [form.properties[name] for form in forms if name in form.properties]
+    schemas = schemas or [form.others for form in forms if form.others is not None]
+    return schemas[0] if len(schemas) == 1 else {"anyOf": schemas} if schemas else {}
+
+
+def standalone(schema: Any, root: Any) -> Any:
+    """`schema` as a schema of its own, with the one that its references lead into."""
+    moved = _moved(schema)
+    if not isinstance(moved, Mapping) or moved == schema:
+        return schema
+    return {**moved, "$defs": {**moved.get("$defs", {}), "parameters": _moved(root)}}
+
+
+def _own(schema: Mapping[str, Any]) -> Arguments:
+    """What `schema` says of an object by itself."""
+    properties, required = schema.get("properties"), schema.get("required")
+    fewest, most = schema.get("minProperties"), schema.get("maxProperties")
+    return Arguments(
+        properties if isinstance(properties, Mapping) else {},
+        frozenset(name for name in _list(required) if isinstance(name, str)),
+        _others(schema),
+        fewest if isinstance(fewest, int) else 0,
+        most if isinstance(most, int) else None,
+    )
+
+
+def _others(schema: Mapping[str, Any]) -> Any:
+    patterns = schema.get("patternProperties")
+    if isinstance(patterns, Mapping) and patterns:
+        return {"anyOf": list(patterns.values())}
+    others = schema.get("additionalProperties")
+    if isinstance(others, Mapping):
+        return others
+    # Beside named ones, `true` is but the default, which nobody means as an invitation.
+    asked = others is True or (others is None and schema.get("minProperties"))
+    return {} if asked and not schema.get("properties") else None
+
+
+def _may_be_object(schema: Any, root: Any) -> bool:
+    """As far as a look can tell."""
+    for _ in range(10):
+        if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
+            schema = _target(schema["$ref"], root)
+    kinds = _types(schema.get("type")) if isinstance(schema, Mapping) else _ANY
+    return not kinds.isdisjoint(("any", "object"))
+
+
+def _product(some: Sequence[Arguments], others: Sequence[Arguments]) -> list[Arguments]:
+    return [one & other for one, other in islice(product(some, others), _MOST_FORMS)]
+
+
+def _types(named: Any) -> frozenset[str]:
+    names = named if isinstance(named, list) else [named]
+    found = [_TYPES.get(name.lower(), _ANY) for name in names if isinstance(name, str)]
+    return frozenset().union(*found) or _ANY
+
+
+def _list(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else []
+
+
+def _target(reference: str, root: Any) -> Any:
+    """What a reference refers to; {} where that is nothing, or no part of `root`."""
+    if not reference.startswith("#"):
+        return {}
+    found = root
+    for step in reference[1:].split("/")[1:]:
+        step = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and step in found:
+            found = found[step]
+        elif isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        else:
+            return {}
+    return found
+
+
+def _moved(schema: Any) -> Any:
+    """`schema` with references to where `standalone` puts what they refer to."""
+    if isinstance(schema, list):
+        return [_moved(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {key: _moved(value) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = f"#/$defs/parameters{reference[1:]}"
+    return moved
+
+
+def _among(value: Any, values: Iterable[Any]) -> bool:
+    return any(same(value, other) for other in values)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are the same in JSON, where 1 and 1.0 are, and 1 and true are not."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

@@ -1,0 +1,309 @@
+"""The dialect in which Qwen3.5, 3.6 and 3.8 call tools, as Qwen3-Coder did:
+
+    <tool_call>
+    <function=NAME>
+    <parameter=ARGUMENT>
+    VALUE, over one or more lines
+    </parameter>
+    </function>
+    </tool_call>
+
+A value has no escapes: text is written as it is, anything else as JSON. So a value may have marks in it, and
+a call that lacks a mark looks much like that. Marks inside a value that are in balance, and end before a
+`</parameter>` after which the call goes on, belong to the value; otherwise the value ends before the first of
+them. Every decision rests on the text alone, never on the pieces in which it came.
+
+Sources: the published chat template; vLLM's `qwen3_coder` parser for what models do to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from qwen_runtime.tool_calls import values
+from qwen_runtime.tool_calls.json_schema import (
+    Allowed,
+    allowed,
+    argument_schema,
+    forms,
+)
+
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+FUNCTION, FUNCTION_END = "<function=", "</function>"
+PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+
+_MARKS = (CALL, CALL_END, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END)
+_MARK = re.compile(
+    rf"{CALL}|{CALL_END}|{FUNCTION}(?P<function>[^<>\n]+)>|{FUNCTION_END}"
+    rf"|{PARAMETER}(?P<parameter>[^<>\n]+)>|{PARAMETER_END}"
+)
+_UNFINISHED = re.compile(rf"(?:{FUNCTION}|{PARAMETER})[^<>\n]*")
+# Some write the first mark twice; more often is a model that has lost its way.
+_OPENING = re.compile(rf"(?:{CALL}\s*){{0,2}}{FUNCTION}(?P<function>[^<>\n]+)>|(?:{CALL}\s*){{1,2}}")
+_SPACE = re.compile(r"\s*")
+_NAME = re.compile(r"[^\s{}<>\"']+")
+# What comes after a mark that ends something, where that is no part of a value.
+_GOES_ON = {
+    PARAMETER_END: (PARAMETER, FUNCTION_END, CALL_END, CALL, FUNCTION),
+    FUNCTION_END: (CALL_END, CALL, FUNCTION),
+    CALL_END: (CALL, FUNCTION),
+    CALL: (FUNCTION,),
+}
+_BEGINNING = {PARAMETER_END: PARAMETER, FUNCTION_END: FUNCTION, CALL_END: CALL}
+
+
+class Opening(NamedTuple):
+    """Where text ends and a call begins, or may begin.
+
+    Attributes:
+        start: before it there is no call.
+        end: where the call's arguments begin.
+        name: of the function; None where there is no call, or it takes more text to know.
+    """
+
+    start: int
+    end: int
+    name: str | None
+
+
+def find_call(text: str, functions: Collection[str], final: bool, strict: bool = False) -> Opening:
+    """Where the first call in `text` begins.
+
+    Without `<tool_call>` only a known function is called, and only where the text goes on as a call does.
+
+    Args:
+        functions: the names that are known.
+        final: nothing comes after `text`.
+        strict: calls of unknown functions are none.
+    """
+    for found in _OPENING.finditer(text):
+        undecided = Opening(found.start(), found.end(), None)
+        if found["function"] is None:
+            if not final and _may_become(text[found.end() :], (CALL, FUNCTION)):
+                return undecided
+            continue
+        name = _unquoted(found["function"])
+        bare = not found[0].startswith(CALL)
+        if name not in functions and (bare or strict or not _NAME.fullmatch(name)):
+            continue
+        goes_on = not bare or _goes_on(text, found.end(), (PARAMETER, FUNCTION_END), final)
+        if goes_on is None:
+            return undecided
+        if goes_on:
+            return Opening(found.start(), found.end(), name)
+    end = len(text) if final else _complete(text)
+    return Opening(end, end, None)
+
+
+def after_call(text: str, final: bool) -> tuple[int, str | None] | None:
+    """What follows a call: how much of it belongs to it, and the function of one more call inside the same
+    `<tool_call>`. None where it takes more text to know."""
+    start = _skip_space(text, 0)
+    if found := _MARK.match(text, start):
+        if found[0] == CALL_END:
+            return found.end(), None
+        if found["function"] and _NAME.fullmatch(name := _unquoted(found["function"])):
+            return found.end(), name
+    elif not final and _may_become(text[start:], (CALL_END, FUNCTION)):
+        return None
+    return 0, None
+
+
+class CallReader:
+    """Reads the arguments of one call, to pieces of their JSON.
+
+    Of an argument that is given twice the first counts, for it may have been passed on.
+
+    Args:
+        parameters: the function's JSON schema; None where there is none.
+
+    Attributes:
+        ended: the call is whole.
+        rest: the text after its end.
+    """
+
+    def __init__(self, parameters: Any) -> None:
+        self.ended = False
+        self.rest = ""
+        self._parameters = parameters
+        self._forms = forms(parameters, parameters)
+        self._known = {name for form in self._forms for name in form.properties}
+        self._given: set[str] = set()
+        self._value: _Value | None = None
+
+    def feed(self, text: str, final: bool = False) -> str:
+        """The JSON that `text` adds.
+
+        Args:
+            final: nothing comes after `text`.
+        """
+        self.rest += text
+        return "".join(self._read(final))
+
+    def _read(self, final: bool) -> Iterator[str]:
+        while not self.ended:
+            if self._value is not None:
+                yield self._value.feed(self.rest, final)
+                self.rest = self._value.rest
+                if not self._value.ended:
+                    return
+                self._value = None
+            elif found := _MARK.search(self.rest):
+                yield self._step(found)
+            else:
+                self.rest = self.rest[_complete(self.rest) :]
+                return
+
+    def _step(self, found: re.Match[str]) -> str:
+        """Past a mark between arguments. Whatever stands before it has no place in a call."""
+        if found["parameter"]:
+            self._value = self._argument(_unquoted(found["parameter"]))
+        elif found[0] != PARAMETER_END:
+            self.ended = True
+            self.rest = self.rest[found.end() if found[0] == FUNCTION_END else found.start() :]
+            return "}" if self._given else "{}"
+        self.rest = self.rest[found.end() :]
+        return ""
+
+    def _argument(self, name: str) -> _Value:
+        begin = f"{', ' if self._given else '{'}{json.dumps(name, ensure_ascii=False)}: "
+        schema = argument_schema(self._forms, name)
+        if name in self._given:
+            begin = ""
+        self._given.add(name)
+        missing = self._known - self._given if self._known else None
+        return _Value(begin, allowed(schema, self._parameters), missing)
+
+
+class _Value:
+    """Reads the value of one argument.
+
+    Args:
+        begin: JSON before the value; without any, the value is passed over.
+        missing: names of the arguments that may still come; None where any may.
+
+    Attributes:
+        ended: the value is whole.
+        rest: the text after its end.
+    """
+
+    def __init__(self, begin: str, known: Allowed, missing: Collection[str] | None) -> None:
+        self.ended = False
+        self.rest = ""
+        self._begin = begin
+        self._allowed = known
+        self._missing = missing
+        self._text = ""
+        self._at = 0  # where the search for marks goes on
+        self._last = 0  # end of the last mark that is one
+        self._open: list[str] = []  # marks inside the value that have no end yet
+        self._doubt: int | None = None  # the first mark that is in the value, or ends it
+        self._sent = 0  # characters of the value that were passed on
+
+    def feed(self, text: str, final: bool) -> str:
+        """The JSON that `text` adds."""
+        self._text += text
+        if end := self._find_end(final):
+            self.ended = True
+            self.rest = self._text[end[1] :]
+            return self._whole(self._value(end[0]))
+        value = self._value(self._at if self._doubt is None else self._doubt)
+        return self._part(value, final) if self._begin and value else ""
+
+    def _value(self, end: int) -> str:
+        return self._text[self._text.startswith("\n") : end].removesuffix("\n")
+
+    def _whole(self, value: str) -> str:
+        if not self._begin:
+            return ""
+        if self._sent:
+            return values.escaped(value[self._sent :]) + '"'
+        return self._begin + json.dumps(values.value_of(value, self._allowed), ensure_ascii=False)
+
+    def _part(self, value: str, final: bool) -> str:
+        """What is certain of a value whose end has not come, or never comes."""
+        if values.grows(self._allowed) and (self._sent or not values.undecided(value, self._allowed)):
+            added = values.escaped(value[self._sent :])
+            added = added if self._sent else f'{self._begin}"{added}'
+            self._sent = len(value)
+            return added
+        begun = values.begun(value, self._allowed) if final else ""
+        return self._begin + begun if begun else ""
+
+    def _find_end(self, final: bool) -> tuple[int, int] | None:
+        """Where the value ends, and where the text after it begins; None before that is certain."""
+        for found in _MARK.finditer(self._text, self._at):
+            self._at = found.start()
+            expected = self._is_expected(found, final)
+            if expected is None:
+                return None
+            self._at = found.end()
+            if not expected and not self._on_a_line(found.start()):
+                continue
+            doubt = found.start() if self._doubt is None else self._doubt
+            beginning = _BEGINNING.get(found[0])
+            if beginning is None:
+                self._doubt = doubt
+                self._open.append(_kind(found))
+            elif beginning in self._open:
+                while self._open.pop() != beginning:
+                    pass
+            elif expected and beginning == PARAMETER:
+                return found.span()
+            else:
+                if expected:  # of the call itself, which has ended before its value has
+                    return doubt, doubt
+                self._doubt = doubt
+            self._last = found.end()
+        self._at = max(self._at, _complete(self._text))
+        return (self._doubt, self._doubt) if final and self._doubt is not None else None
+
+    def _is_expected(self, found: re.Match[str], final: bool) -> bool | None:
+        """Whether a mark is one wherever it stands, as the text goes on; None where that takes more text."""
+        if name := found["parameter"]:
+            return self._missing is None or _unquoted(name) in self._missing
+        follows = _GOES_ON.get(found[0])
+        return _goes_on(self._text, found.end(), follows, final) if follows else False
+
+    def _on_a_line(self, start: int) -> bool:
+        return self._text[start - 1 : start] == "\n" or not self._text[self._last : start].strip()
+
+
+def _kind(found: re.Match[str]) -> str:
+    return PARAMETER if found["parameter"] else FUNCTION if found["function"] else found[0]
+
+
+def _unquoted(name: str) -> str:
+    """A name as it should be: some write `<function="name">`."""
+    return name.strip().strip("\"'")
+
+
+def _goes_on(text: str, at: int, marks: tuple[str, ...], final: bool) -> bool | None:
+    """Whether one of `marks`, or nothing, comes next; None where that takes more text."""
+    start = _skip_space(text, at)
+    if text.startswith(marks, start):
+        return True
+    rest = text[start : start + len(PARAMETER_END)]  # which is the longest mark
+    if not any(mark.startswith(rest) for mark in marks):
+        return False
+    return True if final else None
+
+
+def _may_become(text: str, marks: tuple[str, ...]) -> bool:
+    """Whether `text` may grow into one of `marks`."""
+    begins = any(mark.startswith(text) and mark != text for mark in marks)
+    return begins or bool(_UNFINISHED.fullmatch(text))
+
+
+def _complete(text: str) -> int:
+    """Where a mark begins at the end of `text` that is not whole yet; its length where there is none."""
+    at = text.rfind("<")
+    return at if at >= 0 and _may_become(text[at:], _MARKS) else len(text)
+
+
+def _skip_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
