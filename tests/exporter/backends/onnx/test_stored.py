@@ -11,8 +11,8 @@ from qwen_export.backends.onnx.stored import stored_tensors
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.reference import float32
 from qwen_profiles.schema import load_profile
-from tests.support.artifacts import make_artifact
 
+from benchmarks.support.artifacts import make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 
 
