@@ -221,7 +221,7 @@ def test_directml_takes_the_prompt_at_once(tmp_path: Path, monkeypatch: pytest.M
         prompt = "The statement. " * 100
         expected = "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY))
         monkeypatch.setattr("onnxruntime_genai.Generator", OneAppendGenerator)
-        monkeypatch.setattr(model._backend, "appends", None)  # as the backend finds it for DirectML
+        monkeypatch.setattr(model._backend, "chunk_size", None)  # as the backend finds it for DirectML
         assert "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY)) == expected
 
 

@@ -26,8 +26,9 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 from qwen_runtime import Model, Sampling
+from qwen_runtime.request import Request
 from qwen_runtime.serve.engine import Engine
-from qwen_runtime.serve.worker import Source
+from qwen_runtime.serve.worker import ModelSettings
 
 from tests.support.artifacts import float_profile, make_artifact
 from tests.support.random_checkpoints import write_vision_checkpoint
@@ -682,11 +683,11 @@ def test_job_before_the_engine_attends(cpu_artifact: Path) -> None:
     """A request may see that the model is there again before the loop takes up its events."""
 
     async def ask() -> str:
-        engine = Engine(Source(cpu_artifact))
+        engine = Engine(ModelSettings(cpu_artifact))
         engine.load()
-        asking = asyncio.create_task(engine.submit("The", {"max_tokens": 2}))
+        asking = asyncio.create_task(engine.submit(Request("The", max_tokens=2)))
         await asyncio.sleep(0)
-        running = asyncio.create_task(engine.run())
+        running = asyncio.create_task(engine.supervise())
         try:
             answer = await asyncio.wait_for(asking, 20)
             return "".join([piece.text async for piece in answer])
