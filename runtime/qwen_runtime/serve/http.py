@@ -71,6 +71,9 @@ async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """Server-sent events.
 
+    sse-starlette 3.7 would do less: it cuts running answers off at SIGTERM unless told not to for the whole
+    process, adds headers, and where a reader stops it raises and does not call its handler.
+
     Args:
         events: JSON objects, named by their `type` where they have one; None is OpenAI's mark of the end.
         close: called when they have ended, the client left, or it stopped reading.

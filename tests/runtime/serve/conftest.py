@@ -1,0 +1,37 @@
+"""Fixtures of the server's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from qwen_runtime import Model
+
+from tests.support.servers import Server, serving
+
+QUESTION = [{"role": "user", "content": "What is assert?"}]
+
+
+@pytest.fixture(scope="session")
+def server(cpu_artifact: Path) -> Iterator[Server]:
+    """One that is shared: tests that end it or want options start their own."""
+    with serving(cpu_artifact) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> OpenAI:
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def ask(client: OpenAI, model: Model) -> Callable[..., Any]:
+    def create(messages: Any = QUESTION, **options: Any) -> Any:
+        return client.chat.completions.create(
+            model=model.info.name, messages=messages, **{"temperature": 0, "max_tokens": 30, **options}
+        )
+
+    return create
