@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ class FakeGenAI:
 
 
 @pytest.fixture
-def fake_webgpu_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def fake_webgpu_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Stands for the installed package onnxruntime-ep-webgpu."""
     (tmp_path / "onnxruntime_ep_webgpu.py").write_text(
         "def get_ep_name(): return 'WebGpuExecutionProvider'\ndef get_library_path(): return 'webgpu.so'\n"
@@ -34,6 +34,8 @@ def fake_webgpu_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("qwen_runtime.provider._registered", set())
     monkeypatch.delitem(sys.modules, "onnxruntime_ep_webgpu", raising=False)
+    yield
+    sys.modules.pop("onnxruntime_ep_webgpu", None)  # it was imported, and others would find it
 
 
 def loads_on(*good: str) -> Callable[[str], str]:
