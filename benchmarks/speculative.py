@@ -22,7 +22,7 @@ from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.speculative import Sessions, StatefulRun, zeros
+from qwen_runtime.speculative import Sessions, StatefulSession, zeros
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -62,7 +62,7 @@ def trained(folder: Path, console: Console) -> None:
     )
 
 
-def seconds(run: StatefulRun, tokens: list[int], **inputs: np.ndarray) -> float:
+def seconds(run: StatefulSession, tokens: list[int], **inputs: np.ndarray) -> float:
     started = time.perf_counter()
     run(tokens, **inputs)
     return time.perf_counter() - started
@@ -80,9 +80,9 @@ def geometry(size: str, folder: Path, rounds: int, console: Console) -> None:
         before = process.memory_full_info().uss
         sessions = Sessions.load(Artifact.open(made), "cpu")
         states = zeros(sessions.decoder, PROMPT_TOKENS + 2), zeros(sessions.head, PROMPT_TOKENS + 2)
-        at_once = StatefulRun(sessions.decoder, states[0], PROMPT_TOKENS, all_at_once(sessions))
-        decoder = StatefulRun(sessions.decoder, states[0], PROMPT_TOKENS, sessions.rows)
-        head = StatefulRun(sessions.head, states[1], PROMPT_TOKENS)
+        at_once = StatefulSession(sessions.decoder, states[0], PROMPT_TOKENS, all_at_once(sessions))
+        decoder = StatefulSession(sessions.decoder, states[0], PROMPT_TOKENS, sessions.rows)
+        head = StatefulSession(sessions.head, states[1], PROMPT_TOKENS)
         hidden = np.zeros((1, 1, config["hidden_size"]), np.float32)
         runs: dict[str, list[float]] = {"pair": [], "pair, all rows at once": [], "head": []}
         plain: list[float] = []

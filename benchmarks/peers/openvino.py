@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qwen_runtime import backends
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends.load import load as load_backend
 
 from benchmarks.peers.turns import Measure, take_turns
 
 
 def load(artifact: str, prompt: int, tokens: int) -> tuple[Measure, dict[str, Any]]:
     opened = Artifact.open(Path(artifact))
-    backend = backends.load(opened, "auto", keep=0)
+    backend = load_backend(opened, "auto", keep=0)
     ids = np.random.default_rng(0).integers(0, 100_000, prompt).astype(np.int32)
 
     def measure() -> dict[str, float]:

@@ -7,8 +7,10 @@ with Model.load("artifacts/Qwen3.5-0.8B-cpu") as model:
         print(piece, end="", flush=True)
 """
 
-from qwen_runtime.generation import Generation, TokenLogprob
+from qwen_runtime.generation import Generation
 from qwen_runtime.guidance import Guidance
-from qwen_runtime.model import Model, ModelInfo, Sampling
+from qwen_runtime.logits import TokenLogprob
+from qwen_runtime.model import Model, ModelInfo
+from qwen_runtime.sampling import Sampling
 
 __all__ = ["Generation", "Guidance", "Model", "ModelInfo", "Sampling", "TokenLogprob"]

@@ -6,32 +6,34 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwen_common.errors import UserError
 from rich.console import Console
 
-from qwen_runtime.model import Message, Model
+from qwen_runtime.model import Model
+from qwen_runtime.request import Message, Request
 
 _HELP = "Ctrl-C stops an answer; /help lists the commands; Ctrl-D leaves."
 
 
-def chat(model: Model, system: str | None, options: dict[str, Any]) -> None:
+def chat(model: Model, system: str | None, request: Request) -> None:
     """Read turns from stdin and answer them until the end of input.
 
     Args:
-        options: keyword arguments of `Model.generate`.
+        request: how each is answered; it has no prompt yet.
     """
     with contextlib.suppress(ImportError):  # Windows' console edits lines by itself
         import readline  # noqa: F401 - arrow keys and history for `input`
-    _Chat(model, system, options).run()
+    _Chat(model, system, request).loop()
 
 
 class _Chat:
-    def __init__(self, model: Model, system: str | None, options: dict[str, Any]) -> None:
+    def __init__(self, model: Model, system: str | None, request: Request) -> None:
         self._model = model
-        self._options = options
+        self._request = request
         self._console = Console(highlight=False)
         self._system = system
         self._turns: list[Message] = []
@@ -46,7 +48,7 @@ class _Chat:
             "/system": (self._set_system, "TEXT: change the system message, and start again"),
         }
 
-    def run(self) -> None:
+    def loop(self) -> None:
         self._say(f"{self._model.info.name}. {_HELP}")
         while True:
             try:
@@ -104,7 +106,7 @@ class _Chat:
         """Stream one answer; Ctrl-C ends it early, and what came so far is kept."""
         begun = time.perf_counter()
         first = None
-        generation = self._model.generate(messages, **self._options)
+        generation = self._model.answer(replace(self._request, prompt=messages))
         try:
             for piece in generation:
                 first = first or time.perf_counter()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,22 +16,28 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.load import load as load_backend
-from qwen_runtime.backends.protocol import Backend
-from qwen_runtime.generation import Generation, Logits, Plan
+from qwen_runtime.backends.protocol import (
+    Backend,
+    Generator,
+    ImageGenerator,
+    Logits,
+    OutputGenerator,
+    RewindableGenerator,
+)
+from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
-from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images
-from qwen_runtime.prefix import State, StateCache, common_prefix
-from qwen_runtime.speculative import Sessions, Speculator
-from qwen_runtime.template import render
-from qwen_runtime.video import with_frames
-
-Message = Mapping[str, Any]
+from qwen_runtime.logits import LogitsProcessor
+from qwen_runtime.prefill import Prefill, prefill_images, prefill_tokens
+from qwen_runtime.prefix import State, StateCache
+from qwen_runtime.prompt import Prompt, PromptBuilder
+from qwen_runtime.request import Message, Request
+from qwen_runtime.sampling import Sampling
+from qwen_runtime.scoring import Scorer
+from qwen_runtime.speculative import Sessions, Speculator, check_greedy
 
 _DEFAULT_MAX_TOKENS = 4096
-_MAX_IMAGE_TOKENS = 1024
 _ROOM_TO_GROW = 4096  # tokens by which the KV cache of a kept state is rounded up
-_MAX_LOGPROBS = 20
-_AHEAD_STEP = 64  # tokens; a question that comes meanwhile waits for one step
+_AHEAD_CHUNK = 64  # tokens; a question that comes meanwhile waits for one chunk
 
 
 @dataclass(frozen=True)
@@ -44,74 +51,6 @@ class ModelInfo:
     reason: str
     context_length: int
     images: bool = False
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. None takes the checkpoint's own default.
-
-    Attributes:
-        temperature: 0 always takes the likeliest token.
-        top_p: smallest set of tokens whose probabilities reach this sum, above 0 and at most 1.
-        top_k: number of likeliest tokens that are considered, at least 1.
-        min_p: only tokens at least this many times as likely as the likeliest, from 0 to 1; before `top_k`
-            and `top_p`. Of those that guidance leaves all are considered where none is as likely.
-        repetition_penalty: above 0; 1 changes nothing.
-        seed: the same seed, prompt and provider give the same text.
-        presence_penalty: subtracted from the logit of every token that the answer has already.
-        frequency_penalty: the same, as often as it has it.
-        logit_bias: added to the logits of tokens, by id; -100 rules one out, 100 all others.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] | None = None
-    min_p: float | None = None
-
-    def search_options(self) -> dict[str, Any]:
-        """As ONNX Runtime GenAI's search options, which know none of the last four.
-
-        Raises:
-            UserError: a value is out of range.
-        """
-        valid = {
-            "temperature": (self.temperature is None or self.temperature >= 0, "0 or more"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
-            "repetition_penalty": (
-                self.repetition_penalty is None or self.repetition_penalty > 0,
-                "above 0",
-            ),
-            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            "presence_penalty": (_is_finite(self.presence_penalty), "a finite number"),
-            "frequency_penalty": (_is_finite(self.frequency_penalty), "a finite number"),
-            "logit_bias": (all(map(math.isfinite, (self.logit_bias or {}).values())), "finite numbers"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**31, "from 0 to 2147483647"),
-        }
-        for name, (holds, range_text) in valid.items():
-            if not holds:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be {range_text}")
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
-        options["random_seed"] = options.pop("seed")
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias", "min_p"):
-            del options[name]
-        options = {name: value for name, value in options.items() if value is not None}
-        if self.temperature == 0:
-            del options["temperature"]
-            options.pop("random_seed", None)
-            options["do_sample"] = False
-        elif self.temperature is not None:
-            options["do_sample"] = True
-        return options
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is None or math.isfinite(value)
 
 
 class Model:
@@ -203,10 +142,7 @@ class Model:
         self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
     ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
-        variables: dict[str, Any] = {"enable_thinking": thinking}
-        if tools:
-            variables["tools"] = tools
-        return render(self._artifact.chat_template, messages, **variables)
+        return self._prompts.render(messages, thinking, tools)
 
     def generate(
         self,
@@ -252,111 +188,100 @@ class Model:
                 a video cannot be read or is one too many for the artifact, or speculative decoding is not
                 possible with this artifact, provider or these options.
         """
-        sources: list[Any] = []
-        if isinstance(prompt, str):
-            text = prompt
-            tokens = self.encode(text)
-            snapshot = len(tokens) - 1  # there must be something left to read
+        return self.answer(
+            Request(
+                prompt=prompt,
+                max_tokens=max_tokens,
+                sampling=sampling or Sampling(),
+                stop=stop,
+                thinking=thinking,
+                max_image_tokens=max_image_tokens,
+                video_frames=video_frames,
+                tools=tools,
+                guidance=guidance,
+                logprobs=logprobs,
+                speculative=speculative,
+            )
+        )
+
+    def answer(self, request: Request, cancelled: threading.Event | None = None) -> Generation:
+        """As `generate`, of a request that is at hand.
+
+        Args:
+            cancelled: stops the answer when it is set, as `Generation.cancel` does.
+        """
+        request.check()
+        prompt = self._prompts.build(request)
+        max_tokens = self._max_tokens(prompt, request)
+        options = self._search_options(request.sampling)
+        defaults = self._artifact.genai_config["search"]
+        processor = LogitsProcessor.from_sampling(request.sampling, {**defaults, **options})
+        logits = request.logprobs is not None or bool(request.sampling.logit_bias)
+        if self.scores_apart and logits and prompt.images:
+            raise UserError(f"{self.info.provider} takes images, or logprobs and logit_bias: leave one off")
+        if self.scores_apart and not logits:
+            options, processor = options | processor.search_options(), LogitsProcessor()
+        stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+        decoding = Decoding(max_tokens, self._artifact.end_tokens, stop, processor, request.logprobs)
+        max_length = len(prompt.tokens) + max_tokens
+        if request.speculative:
+            check_greedy(request, options, bool(prompt.images))
+            speculator = self._speculator(max_length)
+            acceptance = speculator.acceptance
+            prefill = prefill_tokens(speculator, prompt.tokens, self._backend.chunk_size)
         else:
-            if not all(isinstance(message, Mapping) for message in prompt):
-                raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
-            messages, sources = take_images(with_frames(prompt, video_frames))
-            text = self.apply_chat_template(messages, thinking, tools)
-            tokens = self.encode(text)
-            snapshot = self._shared(tokens, messages, thinking, tools) if self._states.size else 0
-        tokens, images = self._place_images(tokens, sources, max_image_tokens)
-        room = self.info.context_length - len(tokens)
-        if not tokens:
+            acceptance = None
+            open_generator = self._backend.logits_generator if logits else self._backend.generator
+            prefill = self._prefill(
+                prompt, request, options, max_length, partial(open_generator, options, request.guidance)
+            )
+        return Generation(
+            prefill, decoding, self._backend.tokenizer, cancelled=cancelled, acceptance=acceptance
+        )
+
+    def _max_tokens(self, prompt: Prompt, request: Request) -> int:
+        room = self.info.context_length - len(prompt.tokens)
+        if not prompt.tokens:
             raise UserError("the prompt is empty")
         if room < 1:
             raise UserError(
-                f"the prompt has {len(tokens)} tokens, and the context is {self.info.context_length}: "
+                f"the prompt has {len(prompt.tokens)} tokens, and the context is {self.info.context_length}: "
                 "shorten it"
             )
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"max_tokens is {max_tokens}, but must be at least 1")
-        if logprobs is not None and not 0 <= logprobs <= _MAX_LOGPROBS:
-            raise UserError(f"logprobs is {logprobs}, but must be from 0 to {_MAX_LOGPROBS}")
-        sampling = sampling or Sampling()
-        if wrong := [
-            token for token in sampling.logit_bias or {} if not 0 <= token < self._artifact.vocab_size
-        ]:
-            raise UserError(
-                f"logit_bias has token {wrong[0]}, but they go from 0 to {self._artifact.vocab_size - 1}"
-            )
-        options = self._options(sampling)
-        # What a state has drawn so far would change what it draws next; and images need a fresh generator.
-        reusable = self._states.size > 0 and not images and "random_seed" not in options and not speculative
-        logits = logprobs is not None or bool(sampling.logit_bias)
-        limit = min(room, max_tokens or _DEFAULT_MAX_TOKENS)
-        defaults = self._artifact.genai_config["search"]
-        samples = options.get("do_sample", defaults.get("do_sample", False))
-        adjustments = {
-            "presence_penalty": sampling.presence_penalty or 0.0,
-            "frequency_penalty": sampling.frequency_penalty or 0.0,
-            "min_p": (sampling.min_p or 0.0) if samples else 0.0,  # the likeliest is never ruled out
-        }
-        if self.scores_apart and logits and images:
-            raise UserError(f"{self.info.provider} takes images, or logprobs and logit_bias: leave one off")
-        if self.scores_apart and not logits:
-            options |= {name: value for name, value in adjustments.items() if value}
-            adjustments = {}
-        plan = Plan(
-            prompt=tokens,
-            snapshot=snapshot if reusable else None,
-            # In pieces cancelling works in a long one too.
-            step=self._backend.appends or len(tokens),
-            max_tokens=limit,
-            end_tokens=self._artifact.end_tokens,
-            stop=[stop] if isinstance(stop, str) else list(stop),
-            logit_bias=sampling.logit_bias or {},
-            temperature=options.get("temperature", defaults.get("temperature", 1.0)),
-            logprobs=logprobs,
-            inputs=self._backend.image_inputs(text, tokens, images) if images else None,
-            **adjustments,
-        )
-        key = {**options, "guidance": guidance}
-        max_length = len(tokens) + limit
-        if speculative:
-            speculator = self._speculator(plan, key, max_length)
-            answering = State(speculator, key, max_length)
-            return Generation(answering, self._backend.tokenizer, plan, self._release, speculator.acceptance)
-        state = self._states.take(tokens, key, max_length) if reusable else None
-        if state is None:
-            if reusable:
-                grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
-                max_length = min(grown, self.info.context_length)
-            state = State(self._backend.generator(options, guidance, max_length, logits), key, max_length)
-        return Generation(state, self._backend.tokenizer, plan, self._release)
+        return min(room, request.max_tokens or _DEFAULT_MAX_TOKENS)
 
-    def _place_images(
-        self, tokens: list[int], sources: Sequence[Any], max_tokens: int | None
-    ) -> tuple[list[int], list[Patches]]:
-        """The prompt with room for every image's features, and the images themselves."""
-        settings = self._artifact.images
-        if settings is None:
-            if sources:
-                raise UserError(
-                    f"{self.info.name} takes no images: export a vision-language checkpoint, not --text-only"
-                )
-            return tokens, []
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"max_image_tokens is {max_tokens}, but must be at least 1")
-        limit = self._artifact.image_prompt_tokens
-        room = (limit - len(tokens)) // max(1, len(sources))
-        if sources and room < 1:
-            raise UserError(
-                f"the text has {len(tokens)} tokens and a prompt with images at most {limit}: shorten it, or "
-                "give fewer images"
-            )
-        most = min(room, max_tokens or _MAX_IMAGE_TOKENS)
-        images = [cut_patches(open_image(source), settings, most) for source in sources]
-        tokens = expand(tokens, self._artifact.image_token, self._artifact.video_token, images)
-        if images and len(tokens) > limit:  # a strip cannot be made as small as it should
-            raise UserError(
-                f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some"
-            )
-        return tokens, images
+    def _prefill(
+        self,
+        prompt: Prompt,
+        request: Request,
+        options: Mapping[str, Any],
+        max_length: int,
+        open_generator: Callable[[int], Generator],
+    ) -> Prefill:
+        """How the prompt is read, by a new generator or one that was kept.
+
+        Args:
+            open_generator: of the most tokens that it must hold.
+        """
+        tokens, chunk_size = prompt.tokens, self._backend.chunk_size
+        if prompt.images:
+            inputs = self._backend.image_inputs(prompt.text, tokens, prompt.images)
+            generator = open_generator(max_length)
+            assert isinstance(generator, ImageGenerator)  # see `Backend.generator`
+            return prefill_images(generator, len(tokens), inputs)
+        # What a state has drawn so far would change what it draws next.
+        if not self._states.size or "random_seed" in options:
+            return prefill_tokens(open_generator(max_length), tokens, chunk_size)
+        snapshot = self._prompts.shared(prompt, request)
+        key = {**options, "guidance": request.guidance}
+        state = self._states.take(tokens, key, max_length)
+        if state is None:
+            grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
+            max_length = min(grown, self.info.context_length)
+            kept = open_generator(max_length)
+            assert isinstance(kept, RewindableGenerator)  # else no states are kept, see `load`
+            state = State(kept, key, max_length)
+        return state.prefill(tokens, snapshot, chunk_size, self._states.put)
 
     def score(self, tokens: Sequence[int], prompt: int) -> Iterator[Logits]:
         """Logits [vocab] after the first `prompt` of `tokens`, then after each of the others: the prompt is
@@ -365,24 +290,7 @@ class Model:
         Raises:
             UserError: the tokens do not fit the context.
         """
-        if len(tokens) >= self.info.context_length:
-            raise UserError(f"{len(tokens)} tokens do not fit the context of {self.info.context_length}")
-        appends, ends = self._backend.appends, self._artifact.end_tokens
-        if not appends and not ends.isdisjoint(tokens[prompt:]):
-            raise UserError(f"on {self.info.provider} the text must not have tokens that end an answer")
-        generator: Any = self._backend.generator({"do_sample": False}, None, len(tokens) + 1, True)
-        step = appends or prompt
-        State(generator, {}, len(tokens) + 1).read(tokens[:prompt], None, step, lambda: False)
-        for token in [*tokens[prompt:], None]:
-            logits: Logits = generator.get_logits()
-            yield logits.reshape(-1, logits.shape[-1])[-1].copy()
-            if token is not None and appends:
-                generator.append_tokens(np.asarray([token], np.int32))
-            elif token is not None:
-                logits[...] = -np.inf
-                logits[..., token] = 0
-                generator.set_logits(logits)
-                generator.generate_next_token()
+        return self._scorer.score(tokens, prompt)
 
     @property
     def scores_apart(self) -> bool:
@@ -396,15 +304,7 @@ class Model:
         Raises:
             UserError: the tokens do not fit the context.
         """
-        if not self.scores_apart:
-            scored = [
-                logits[token] - np.logaddexp.reduce(logits, dtype=np.float64)
-                for logits, token in zip(self.score(tokens[:-1], 1), tokens[1:], strict=True)
-            ]
-            return np.asarray(scored, np.float32)
-        if len(tokens) >= self.info.context_length:
-            raise UserError(f"{len(tokens)} tokens do not fit the context of {self.info.context_length}")
-        return self._backend.logprobs(tokens)
+        return self._scorer.logprobs(tokens)
 
     def pace(self, tokens: Sequence[int], prompt: int) -> Iterator[None]:
         """What `score` does, as an answer does it and without its logits, for timing: a step for the first
@@ -413,17 +313,7 @@ class Model:
         Raises:
             UserError: the tokens do not fit the context.
         """
-        if not self.scores_apart:
-            yield from (None for _ in self.score(tokens, prompt))
-            return
-        options = {"do_sample": False, "ignore_eos": True}
-        generator = self._backend.generator(options, None, len(tokens) + 2)
-        generator.append_tokens(np.asarray(tokens[:prompt], np.int32))
-        for _ in range(len(tokens) - prompt + 1):
-            generator.generate_next_token()
-            while not len(generator.get_next_tokens()):  # a piece of a long prompt was read
-                generator.generate_next_token()
-            yield
+        return self._scorer.pace(tokens, prompt)
 
     def read_ahead(
         self,
@@ -447,61 +337,34 @@ class Model:
         """
         if not self._states.size:
             return
-        one, other = (
-            self.encode(self.apply_chat_template([*messages, {"role": "user", "content": text}], tools=tools))
-            for text in ("A", "\n\nB")  # a line break may become one token with those before it
-        )
-        end = common_prefix(one, other)
-        options = self._options(sampling or Sampling())
-        state = self._states.take(one[:end], {**options, "guidance": guidance}, end + 1)
+        tokens = self._prompts.history(messages, tools)
+        key = {**self._search_options(sampling or Sampling()), "guidance": guidance}
+        state = self._states.take(tokens, key, len(tokens) + 1)
         if state is not None:
-            state.read(one[:end], end, min(_AHEAD_STEP, self._backend.appends or _AHEAD_STEP), cancelled)
-            self._release(state)
+            chunk_size = min(_AHEAD_CHUNK, self._backend.chunk_size or _AHEAD_CHUNK)
+            state.read(tokens, len(tokens), chunk_size, cancelled)
+            self._states.put(state)
 
-    def _options(self, sampling: Sampling) -> dict[str, Any]:
+    @property
+    def _prompts(self) -> PromptBuilder:
+        return PromptBuilder(self._artifact, self.encode)
+
+    @property
+    def _scorer(self) -> Scorer:
+        return Scorer(self._backend, self.info.context_length, self._artifact.end_tokens)
+
+    def _search_options(self, sampling: Sampling) -> dict[str, Any]:
+        vocab_size = self._artifact.vocab_size
+        if wrong := [token for token in sampling.logit_bias or {} if not 0 <= token < vocab_size]:
+            raise UserError(f"logit_bias has token {wrong[0]}, but they go from 0 to {vocab_size - 1}")
         options = sampling.search_options()
         if "top_k" in options:
-            options["top_k"] = min(options["top_k"], self._artifact.vocab_size)
+            options["top_k"] = min(options["top_k"], vocab_size)
         return options
 
-    def _shared(
-        self,
-        tokens: Sequence[int],
-        messages: Sequence[Message],
-        thinking: bool,
-        tools: Sequence[Mapping[str, Any]],
-    ) -> int:
-        """How far the next turn's prompt will agree with this one's, `tokens`, whatever is said in it.
-
-        Not to the end: Qwen3.5's template begins an answer with a thought, be it empty, and leaves it out
-        when the answer is history.
-        """
-        later = [*messages, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
-        try:
-            return common_prefix(tokens, self.encode(self.apply_chat_template(later, thinking, tools)))
-        except UserError:  # a template with rules of its own about who speaks when
-            return 0
-
-    def _speculator(self, plan: Plan, options: Mapping[str, Any], max_length: int) -> Speculator:
-        refused = {
-            "temperature": options.get("do_sample", False),
-            "repetition penalty": options.get("repetition_penalty", 1) != 1,
-            "presence or frequency penalty": plan.presence_penalty != 0 or plan.frequency_penalty != 0,
-            "logit bias": bool(plan.logit_bias),
-            "guidance": options["guidance"] is not None,
-            "log probabilities": plan.logprobs is not None,
-            "images": plan.inputs is not None,
-        }
-        for what, present in refused.items():
-            if present:
-                raise UserError(
-                    f"speculative decoding chooses the likeliest token and takes no {what}: leave one off"
-                )
+    def _speculator(self, max_length: int) -> Speculator:
         if self._sessions is None:
             self._sessions = Sessions.load(self._artifact, self.info.provider)
         generator = self._backend.generator({"do_sample": False}, None, max_length)
+        assert isinstance(generator, OutputGenerator)  # `Sessions` come only with ONNX Runtime
         return Speculator(self._sessions, generator, max_length)
-
-    def _release(self, state: State) -> None:
-        if state.tokens:
-            self._states.put(state)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
+from qwen_runtime.backends.protocol import RewindableGenerator
+from qwen_runtime.prefill import Cancelled, Prefill, append
 
 # ONNX Runtime's INT8 matrix products take rows by fours, and round those left over at a run's end otherwise.
-# With all runs but the last a multiple of that, a prompt in parts gives the same bits as one read at once.
+# With all runs but the last a multiple of that, a prompt in chunks gives the same bits as one read at once.
 _ROWS = 8
 
 
@@ -24,53 +26,60 @@ class State:
     """An open generator.
 
     Attributes:
-        generator: an onnxruntime_genai.Generator.
-        options: what it was made with, which cannot be changed; but for max_length.
+        options: what the generator was made with, which cannot be changed; but for max_length.
         max_length: most tokens that it can hold.
         tokens: ids up to the point to which it can return.
     """
 
-    generator: Any
+    generator: RewindableGenerator
     options: Mapping[str, Any]
     max_length: int
     tokens: Sequence[int] = ()
 
+    def prefill(
+        self,
+        prompt: Sequence[int],
+        snapshot: int,
+        chunk_size: int | None,
+        release: Callable[[State], object],
+    ) -> Prefill:
+        """As `read`, later.
+
+        Args:
+            release: called with this state when it can be used again.
+        """
+        return Prefill(
+            self.generator,
+            len(prompt),
+            partial(self.read, prompt, snapshot, chunk_size),
+            cached_tokens=len(self.tokens),
+            release=partial(release, self),
+        )
+
     def read(
-        self, prompt: Sequence[int], snapshot: int | None, step: int, cancelled: Callable[[], bool]
+        self, prompt: Sequence[int], snapshot: int, chunk_size: int | None, cancelled: Cancelled
     ) -> bool:
         """Bring the generator to the end of `prompt`, which begins with `tokens`.
 
         Args:
-            snapshot: how far into the prompt it shall be able to return afterwards, but for a few tokens;
-                None: nowhere.
-            step: most tokens to append at a time.
-            cancelled: asked before each step.
+            snapshot: how far into the prompt it shall be able to return afterwards, but for a few tokens.
+            chunk_size, cancelled: as in `append`.
 
         Returns:
             Whether the whole prompt was read.
         """
-        if snapshot is not None:
-            snapshot -= snapshot % _ROWS
-        at = len(self.tokens)
-        if at:
-            self.generator.rewind_to(at)
-        while at < len(prompt):
-            if cancelled():
-                if snapshot is not None and len(self.tokens) < at < snapshot and at % _ROWS == 0:
-                    self._mark(prompt[:at])
+        snapshot -= snapshot % _ROWS
+        start = done = len(self.tokens)
+        if start:
+            self.generator.rewind_to(start)
+        if done < snapshot:
+            done += append(self.generator, prompt[done:snapshot], chunk_size, cancelled)
+            if done > start and done % _ROWS == 0:
+                self.generator.snapshot_state()
+                self.tokens = prompt[:done]
+            if done < snapshot:
                 return False
-            end = min(at + step, len(prompt))
-            if snapshot is not None and at < snapshot:
-                end = min(end, snapshot)
-            self.generator.append_tokens(np.asarray(prompt[at:end], np.int32))
-            at = end
-            if at == snapshot:
-                self._mark(prompt[:at])
-        return True
-
-    def _mark(self, tokens: Sequence[int]) -> None:
-        self.generator.snapshot_state()
-        self.tokens = tokens
+        return done + append(self.generator, prompt[done:], chunk_size, cancelled) == len(prompt)
 
 
 class StateCache:
@@ -104,6 +113,9 @@ class StateCache:
             return None
 
     def put(self, state: State) -> None:
+        """Keep it, if it can return to anything."""
+        if not state.tokens:
+            return
         with self._lock:
             self._states.append(state)
             self._drop_all_but(self.size)

@@ -18,6 +18,8 @@ from qwen_common.errors import UserError
 from qwen_common.providers import PROVIDERS
 
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends.protocol import OutputGenerator
+from qwen_runtime.request import Request
 
 _DECODER, _HEAD = "speculative.onnx", "mtp.onnx"
 _PAIR = 2
@@ -25,6 +27,31 @@ _PAST, _PRESENT = "past_key_values.", "present."
 _ROWS = "rows."
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _APART, _AT_ONCE = np.array([1, 1]), np.array([2, 0])  # rows of a pair, in two products or in one
+
+
+def check_greedy(request: Request, options: Mapping[str, Any], images: bool) -> None:
+    """Args:
+        options: the search options that `request` comes to.
+        images: whether its prompt has any.
+
+    Raises:
+        UserError: `request` asks for more than the likeliest tokens.
+    """
+    sampling = request.sampling
+    refused = {
+        "temperature": options.get("do_sample", False),
+        "repetition penalty": options.get("repetition_penalty", 1) != 1,
+        "presence or frequency penalty": bool(sampling.presence_penalty or sampling.frequency_penalty),
+        "logit bias": bool(sampling.logit_bias),
+        "guidance": request.guidance is not None,
+        "log probabilities": request.logprobs is not None,
+        "images": images,
+    }
+    for what, present in refused.items():
+        if present:
+            raise UserError(
+                f"speculative decoding chooses the likeliest token and takes no {what}: leave one off"
+            )
 
 
 @dataclass
@@ -96,7 +123,7 @@ def exact_rows(decoder: Any) -> dict[str, np.ndarray]:
     """
 
     def outcome(rows: dict[str, np.ndarray]) -> list[np.ndarray]:
-        run = StatefulRun(decoder, zeros(decoder, _PAIR), inputs=rows)
+        run = StatefulSession(decoder, zeros(decoder, _PAIR), inputs=rows)
         return list(run(range(_PAIR)).values())
 
     found = {value.name: _APART for value in decoder.get_inputs() if value.name.startswith(_ROWS)}
@@ -119,7 +146,7 @@ def zeros(session: Any, capacity: int) -> dict[str, np.ndarray]:
     }
 
 
-class StatefulRun:
+class StatefulSession:
     """One graph and the states that its runs carry on: keys and values in buffers that every run writes into
     at its own place, and Gated DeltaNet's states after each token of a run, of which `keep` chooses.
 
@@ -191,23 +218,23 @@ class StatefulRun:
 
 
 class Speculator:
-    """One greedy answer, with those methods of onnxruntime_genai.Generator that make one.
+    """One greedy answer, as a `Generator`.
 
     Attributes:
         acceptance: counts as the answer grows.
     """
 
-    def __init__(self, sessions: Sessions, generator: Any, max_length: int) -> None:
+    def __init__(self, sessions: Sessions, generator: OutputGenerator, max_length: int) -> None:
         """Args:
         generator: GenAI's, greedy and empty, to read the prompt.
         max_length: most tokens of prompt and answer together.
         """
         self.acceptance = Acceptance()
         self._sessions = sessions
-        self._generator = generator
+        self._generator: OutputGenerator | None = generator  # until it has read the prompt
         self._capacity = max_length + 1  # a guess may lie past the end
-        self._decoder: StatefulRun | None = None
-        self._head = StatefulRun(sessions.head, zeros(sessions.head, self._capacity))
+        self._decoder: StatefulSession | None = None
+        self._head = StatefulSession(sessions.head, zeros(sessions.head, self._capacity))
         self._length = 0
         self._ready: deque[int] = deque()  # verified, and not handed out yet
         # What the head has not seen: tokens, and for each the hidden state of the one before it. The last of
@@ -216,7 +243,8 @@ class Speculator:
         self._hidden: np.ndarray
 
     def append_tokens(self, tokens: np.ndarray) -> None:
-        """Read a piece of the prompt."""
+        """Read a chunk of the prompt."""
+        assert self._generator is not None, "the answer has begun"
         self._generator.append_tokens(tokens)
         hidden, unseen = self._generator.get_output("hidden_states"), tokens[1:].tolist()
         if self._length:
@@ -241,8 +269,9 @@ class Speculator:
     def is_done(self) -> bool:
         return self._length >= self._capacity - 1
 
-    def _begin(self) -> StatefulRun:
+    def _begin(self) -> StatefulSession:
         """Take the first token of the answer, and the states that the prompt left, from GenAI."""
+        assert self._generator is not None
         states = zeros(self._sessions.decoder, self._capacity)
         for name, state in states.items():
             read = self._generator.get_output(name.replace(_PAST, _PRESENT))
@@ -254,9 +283,9 @@ class Speculator:
         self._unseen = self._generator.get_next_tokens().tolist()
         self._ready.extend(self._unseen)
         self._generator = None
-        return StatefulRun(self._sessions.decoder, states, self._length, self._sessions.rows)
+        return StatefulSession(self._sessions.decoder, states, self._length, self._sessions.rows)
 
-    def _extend(self, decoder: StatefulRun) -> None:
+    def _extend(self, decoder: StatefulSession) -> None:
         """One run of the model: one token more, or two where the guess is right."""
         logits = self._head(self._unseen, hidden_states=self._hidden)["logits"]
         self._head.keep(len(self._unseen))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime_genai as og
 import pytest
 from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
@@ -115,25 +116,19 @@ def test_answers_that_stop_early(kept: Model, fresh: Model) -> None:
 def test_a_prompt_cancelled_half_way_is_not_read_again(
     kept: Model, fresh: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept._backend, "appends", 100)
-    cancelled = kept.generate([LONG], sampling=GREEDY)
+    monkeypatch.setattr(kept._backend, "chunk_size", 100)
     appended = []
 
-    class Counting:
-        def __init__(self, generator: Any) -> None:
-            self._generator = generator
-
+    class Counting(og.Generator):
         def append_tokens(self, tokens: Any) -> None:
             appended.append(len(tokens))
-            self._generator.append_tokens(tokens)
+            super().append_tokens(tokens)
             if len(appended) == 2:
                 cancelled.cancel()
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._generator, name)
-
-    state = cancelled._pieces.gi_frame.f_locals["state"]
-    state.generator = Counting(state.generator)
+    with monkeypatch.context() as patch:
+        patch.setattr("onnxruntime_genai.Generator", Counting)
+        cancelled = kept.generate([LONG], sampling=GREEDY)
     assert list(cancelled) == [] and cancelled.finish_reason == "cancelled" and appended == [100, 100]
     again = answer(kept, [LONG])
     assert again.cached_tokens == 200
@@ -147,7 +142,7 @@ def test_a_state_that_failed_is_not_used_again(kept: Model, monkeypatch: pytest.
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("qwen_runtime.generation._prepare", fail)
+        patch.setattr("qwen_runtime.generation._process_logits", fail)
         with pytest.raises(RuntimeError):
             answer(kept, [LONG])
     assert answer(kept, [LONG]).cached_tokens == 0

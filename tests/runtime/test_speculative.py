@@ -22,7 +22,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Generation, Model, Sampling
-from qwen_runtime.speculative import StatefulRun, exact_rows, zeros
+from qwen_runtime.speculative import StatefulSession, exact_rows, zeros
 from safetensors.torch import load_file, save_file
 
 from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
@@ -94,10 +94,10 @@ def trained_artifact(trained: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make_artifact(trained, load_profile("cpu"), tmp_path_factory.mktemp("artifact") / "cpu", False)
 
 
-def run(artifact: Path, file: str, capacity: int = 600) -> StatefulRun:
+def run(artifact: Path, file: str, capacity: int = 600) -> StatefulSession:
     session = ort.InferenceSession(artifact / file, providers=["CPUExecutionProvider"])
     rows = exact_rows(session) if file == "speculative.onnx" else {}
-    return StatefulRun(session, zeros(session, capacity), inputs=rows)
+    return StatefulSession(session, zeros(session, capacity), inputs=rows)
 
 
 def test_head_and_hidden_states_agree_with_pytorch(case, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_rows_are_taken_apart_where_a_kernel_rounds_them_otherwise(trained_artif
     assert set(rows) == {"rows.int4.32", "rows.int8.128", "rows.float"}
 
     def outcome(rows: dict[str, np.ndarray]) -> np.ndarray:
-        return StatefulRun(session, zeros(session, 2), inputs=rows)([7, 8])["logits"]
+        return StatefulSession(session, zeros(session, 2), inputs=rows)([7, 8])["logits"]
 
     apart = outcome(dict.fromkeys(rows, np.array([1, 1])))
     np.testing.assert_array_equal(outcome(rows), apart)

@@ -8,6 +8,8 @@ from typing import Any
 
 import onnxruntime_genai as og
 import pytest
+from qwen_common.errors import UserError
+from qwen_runtime.template import render
 from transformers import AutoTokenizer
 
 from benchmarks.support.checkpoints import TINY
@@ -111,3 +113,11 @@ def test_both_tokenizers_agree(genai_tokenizer: og.Tokenizer) -> None:
     ) + "<|im_start|>ünïcödé 🙂 <think>\n\n\n</think>"
     expected = AutoTokenizer.from_pretrained(TINY)(text, add_special_tokens=False)["input_ids"]
     assert genai_tokenizer.encode(text).tolist() == expected
+
+
+def test_template_that_refuses() -> None:
+    question = [{"role": "user", "content": "What is assert?"}]
+    with pytest.raises(UserError, match="does not take these messages: only users"):
+        render("{{ raise_exception('only users') }}", question)
+    with pytest.raises(UserError, match="does not take these messages"):
+        render("{{ messages.__class__.__mro__ }}", question)

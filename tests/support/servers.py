@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
-import signal
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from openai import OpenAI
 
-RUN = [sys.executable, "-c", "from qwen_runtime.cli import main; main()"]
+from tests.support.commands import RUN, heed_interrupts
 
 
 class Server:
@@ -33,7 +36,7 @@ def serving(artifact: Path, *options: str) -> Iterator[Server]:
         [*RUN, "serve", str(artifact), "--port", "0", *options],
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=_heed_interrupts,
+        preexec_fn=heed_interrupts,
     )
     try:
         assert process.stdout is not None
@@ -50,6 +53,35 @@ def serving(artifact: Path, *options: str) -> Iterator[Server]:
             process.stdout.close()
 
 
-def _heed_interrupts() -> None:
-    """A background job's children ignore Ctrl-C unless told otherwise; the tests may run in one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def request(
+    server: Server, method: str, path: str, body: bytes | None = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """A request that no well-behaved client would make."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        return (
+            response.status,
+            {name.lower(): value for name, value in response.getheaders()},
+            response.read(),
+        )
+    finally:
+        connection.close()
+
+
+def health(server: Server) -> dict[str, Any]:
+    return json.loads(request(server, "GET", "/health")[2])
+
+
+def wait_until_idle(server: Server) -> None:
+    deadline = time.monotonic() + 20
+    while (found := health(server))["running"] or found["waiting"]:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def endless(artifact: Path) -> dict[str, int]:
+    """`logit_bias` that rules out the tokens that end an answer: it goes on to `max_tokens`."""
+    config = json.loads((artifact / "genai_config.json").read_text())
+    return {str(token): -100 for token in config["model"]["eos_token_id"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,12 @@ from qwen_common.errors import UserError
 from qwen_common.providers import CPU, PROVIDERS
 
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends.protocol import (
+    ImageGenerator,
+    LogitsGenerator,
+    OutputGenerator,
+    RewindableGenerator,
+)
 from qwen_runtime.grammar import lark
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
@@ -20,6 +26,10 @@ from qwen_runtime.resident import release_mapped
 _UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
 
 
+class GenAIGenerator(LogitsGenerator, ImageGenerator, RewindableGenerator, OutputGenerator, Protocol):
+    """An onnxruntime_genai.Generator. It rewinds if the artifact does."""
+
+
 class GenAI:
     """An artifact in ONNX Runtime GenAI; attributes as in `Backend`."""
 
@@ -27,9 +37,9 @@ class GenAI:
 
     def __init__(self, artifact: Artifact, choice: Choice, og: Any, model: Any) -> None:
         self.provider, self.reason = choice.name, choice.reason
-        # Where a generator cannot take a second piece ONNX Runtime GenAI cuts the prompt by itself.
+        # Where a generator cannot take a second chunk ONNX Runtime GenAI cuts the prompt by itself.
         appends = PROVIDERS[choice.name].appends
-        self.appends = artifact.chunk_size if appends else None
+        self.chunk_size = artifact.chunk_size if appends else None
         self.rewinds = artifact.rewinds and appends
         self._og = og
         self._model = model
@@ -47,12 +57,8 @@ class GenAI:
         return cls(artifact, choice, og, model)
 
     def generator(
-        self,
-        options: Mapping[str, Any],
-        guidance: Guidance | None,
-        max_length: int,
-        logits: bool = False,
-    ) -> Any:
+        self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int
+    ) -> GenAIGenerator:
         parameters = self._og.GeneratorParams(self._model)
         parameters.set_search_options(max_length=max_length, **options)
         if guidance is not None:
@@ -66,6 +72,8 @@ class GenAI:
             if guidance is None or "grammar" not in str(error):
                 raise
             raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
+
+    logits_generator = generator
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         raise NotImplementedError("its logits say it")

@@ -23,7 +23,7 @@ from qwen_common.providers import OPENVINO_EP
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Tokenizer, TokenStream
-from qwen_runtime.backends.stateful import Stateful
+from qwen_runtime.backends.stateful import Stateful, StatefulGenerator
 from qwen_runtime.grammar import structural_tag
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
@@ -48,7 +48,7 @@ class OpenVINO:
         self, artifact: Artifact, device: str, reason: str, genai: Any, open_pipeline: Callable[[], Any]
     ) -> None:
         self.provider, self.reason = f"openvino-{device}", reason
-        self.appends: int | None = artifact.chunk_size
+        self.chunk_size: int | None = artifact.chunk_size
         self._artifact, self._device = artifact, device
         self._genai = genai
         self._open = open_pipeline
@@ -87,19 +87,16 @@ class OpenVINO:
                 f"OpenVINO could not load {artifact.root} on {DEVICES[device]}: {_last_line(error)}"
             ) from error
 
+    def logits_generator(
+        self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int
+    ) -> StatefulGenerator:
+        if guidance is not None:
+            raise UserError("with OpenVINO an answer has guidance, or logprobs and logit_bias: leave one off")
+        return self._with_logits().generator(options, max_length)
+
     def generator(
-        self,
-        options: Mapping[str, Any],
-        guidance: Guidance | None,
-        max_length: int,
-        logits: bool = False,
-    ) -> Any:
-        if logits:
-            if guidance is not None:
-                raise UserError(
-                    "with OpenVINO an answer has guidance, or logprobs and logit_bias: leave one off"
-                )
-            return self._with_logits().generator(options, max_length)
+        self, options: Mapping[str, Any], guidance: Guidance | None, max_length: int
+    ) -> PipelineGenerator:
         config = self.pipeline.get_config()
         for name, value in {"random_seed": random.randrange(2**31), **options}.items():
             if name == "min_p":
@@ -111,7 +108,7 @@ class OpenVINO:
             self._check(guidance)
             config.structured_output_config = self._structure(guidance)
         text = self._text if self._artifact.images else None
-        return _Generator(self, next(self._numbers), config, text)
+        return PipelineGenerator(self, next(self._numbers), config, text)
 
     def _check(self, guidance: Guidance) -> None:
         """Try a grammar with one token. OpenVINO GenAI compiles it in a step of the pipeline, and where that
@@ -125,7 +122,9 @@ class OpenVINO:
         config = self.pipeline.get_config()
         config.max_new_tokens = 1
         config.structured_output_config = self._structure(guidance)
-        trial = _Generator(self, next(self._numbers), config, self._text if self._artifact.images else None)
+        trial = PipelineGenerator(
+            self, next(self._numbers), config, self._text if self._artifact.images else None
+        )
         trial.append_tokens(np.asarray(self._text.encode("A"), np.int32))
         try:
             while not trial.tried():
@@ -169,7 +168,7 @@ class OpenVINO:
         return self._genai.StructuredOutputConfig(**{guidance.kind: guidance.text})
 
 
-class _Generator:
+class PipelineGenerator:
     """One request to the pipeline, begun with the first token that is asked for."""
 
     def __init__(self, backend: OpenVINO, number: int, config: Any, text: _Tokenizer | None) -> None:
@@ -194,7 +193,7 @@ class _Generator:
         self._inputs = inputs
 
     def generate_next_token(self) -> None:
-        """One step of the pipeline, which may only read a piece of a long prompt."""
+        """One step of the pipeline, which may only read a chunk of a long prompt."""
         with self._backend.lock:
             if self._pipeline is not self._backend.pipeline:
                 raise RuntimeError("another answer's guidance was not valid and took the pipeline: ask again")

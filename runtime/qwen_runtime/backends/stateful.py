@@ -38,7 +38,7 @@ class Stateful:
         }
 
     def generator(self, options: Mapping[str, Any], max_length: int) -> StatefulGenerator:
-        """As `backends.Backend.generator`, with `get_logits` and `set_logits`."""
+        """As `Backend.logits_generator`."""
         embeddings = self._embeddings.create_infer_request() if self._embeddings else None
         settings = {**_GREEDY, **self._defaults, **options}
         return StatefulGenerator(self._model.create_infer_request(), embeddings, settings, max_length)

@@ -10,7 +10,8 @@ from qwen_common.errors import UserError
 from qwen_common.providers import CPU
 
 from qwen_runtime.generation import Generation
-from qwen_runtime.model import Model, Sampling
+from qwen_runtime.model import Model
+from qwen_runtime.sampling import Sampling
 
 _PROMPT = "Hello"
 _TOKENS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +13,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, RedirectResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,7 +51,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        running = asyncio.create_task(engine.run())
+        running = asyncio.create_task(engine.supervise())
         yield
         running.cancel()
         await asyncio.wait([running])
@@ -72,7 +72,7 @@ def make_app(
         Mount("/", _Page(kiosk, directory=Path(__file__).parent / "page", html=True)),
     ]
     middleware = [
-        Middleware(_Count, metrics=engine.metrics),
+        Middleware(_Count, metrics=engine.metrics, paths=frozenset(_paths(routes))),
         Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False),
     ]
     if api_key is not None:
@@ -117,29 +117,31 @@ class _Page(StaticFiles):
         return response
 
 
-_PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/models",
-    "/health",
-    "/metrics",
-    "/",
-)
+def _paths(routes: Sequence[BaseRoute], prefix: str = "") -> Iterator[str]:
+    """The paths of `routes` that have nothing variable in them."""
+    for route in routes:
+        if isinstance(route, Mount) and route.routes:
+            yield from _paths(route.routes, prefix + route.path)
+        elif isinstance(route, Mount | Route) and "{" not in route.path:
+            yield prefix + (route.path or "/")
 
 
 class _Count:
     """Counts requests by path and status."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        """Args:
+        paths: what is counted by itself; all others together, for clients can invent as many as they like.
+        """
         self._app = app
         self._requests = metrics.requests
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"] if scope["path"] in _PATHS else "other"  # as many labels as clients invent
+        path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -171,12 +173,12 @@ class _KeyCheck:
         await self._app(scope, receive, send)
 
 
-def _on_client_gone(request: Request, error: Exception) -> Response:
+def _on_client_gone(http: HttpRequest, error: Exception) -> Response:
     return Response(status_code=_CLOSED_REQUEST)
 
 
-async def health(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
+async def health(http: HttpRequest) -> Response:
+    engine: Engine = http.app.state.engine
     body = {
         "status": "ok" if engine.alive else "loading",
         "model": engine.info.name,
@@ -187,23 +189,23 @@ async def health(request: Request) -> Response:
     return JSONResponse(body, 200 if engine.alive else 503)
 
 
-async def models(request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_model(request)]})
+async def models(http: HttpRequest) -> Response:
+    return JSONResponse({"object": "list", "data": [_model(http)]})
 
 
-async def model(request: Request) -> Response:
-    found = _model(request)
-    if request.path_params["name"] != found["id"]:
+async def model(http: HttpRequest) -> Response:
+    found = _model(http)
+    if http.path_params["name"] != found["id"]:
         raise ApiError(404, f"this server has the model '{found['id']}' only", code="model_not_found")
     return JSONResponse(found)
 
 
-def _model(request: Request) -> dict[str, object]:
-    info = request.app.state.engine.info
+def _model(http: HttpRequest) -> dict[str, object]:
+    info = http.app.state.engine.info
     return {
         "id": info.name,
         "object": "model",
-        "created": int(request.app.state.engine.loaded),
+        "created": int(http.app.state.engine.loaded),
         "owned_by": "qwen-edge",
         "context_length": info.context_length,
         "images": info.images,

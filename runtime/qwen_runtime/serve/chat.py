@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from qwen_runtime.generation import TokenLogprob
 from qwen_runtime.grammar import make_guidance
 from qwen_runtime.guidance import Guidance
+from qwen_runtime.logits import TokenLogprob
+from qwen_runtime.request import Request
 from qwen_runtime.serve.common import check_model, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
@@ -32,16 +33,16 @@ from qwen_runtime.serve.schema import (
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 
 
-async def chat_completions(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    asked = parse(ChatRequest, await read_json(request))
-    answer, parser = await while_connected(request, answer_for(asked, engine, request.app.state.thinking))
+async def chat_completions(http: HttpRequest) -> Response:
+    engine: Engine = http.app.state.engine
+    asked = parse(ChatRequest, await read_json(http))
+    answer, parser = await while_connected(http, answer_for(asked, engine, http.app.state.thinking))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
     if asked.stream:
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return EventStream(_chunks(answer, parser, head, include_usage), answer.close)
     with closing(answer):
-        return await while_connected(request, _whole(answer, parser, head))
+        return await while_connected(http, _whole(answer, parser, head))
 
 
 async def answer_for(
@@ -55,18 +56,18 @@ async def answer_for(
     check_model(asked.model, engine)
     thinking = _thinking(asked, thinking_default)
     tools, guidance = _tools(asked, thinking)
-    options = {
-        "max_tokens": asked.max_completion_tokens or asked.max_tokens,
-        "sampling": sampling(asked),
-        "stop": asked.stop or (),
-        "thinking": thinking,
-        "tools": tools,
-        "guidance": guidance,
-        "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
-    }
     ordered = in_order_of_calls(asked.messages)
-    messages = [_for_template(message, at) for at, message in enumerate(ordered)]
-    return await engine.submit(messages, options), AnswerParser(thinking, tools, _several(asked))
+    request = Request(
+        prompt=[_for_template(message, at) for at, message in enumerate(ordered)],
+        max_tokens=asked.max_completion_tokens or asked.max_tokens,
+        sampling=sampling(asked),
+        stop=asked.stop or (),
+        thinking=thinking,
+        tools=tools,
+        guidance=guidance,
+        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+    )
+    return await engine.submit(request), AnswerParser(thinking, tools, _several(asked))
 
 
 async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) -> Response:

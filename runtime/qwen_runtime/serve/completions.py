@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from qwen_runtime.generation import TokenLogprob
+from qwen_runtime.logits import TokenLogprob
+from qwen_runtime.request import Request
 from qwen_runtime.serve.common import check_model, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
@@ -19,18 +20,19 @@ from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema import CompletionRequest, parse
 
 
-async def completions(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    asked = parse(CompletionRequest, await read_json(request))
+async def completions(http: HttpRequest) -> Response:
+    engine: Engine = http.app.state.engine
+    asked = parse(CompletionRequest, await read_json(http))
     check_model(asked.model, engine)
     prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
-    options = {
-        "max_tokens": asked.max_tokens,
-        "sampling": sampling(asked),
-        "stop": asked.stop or (),
-        "logprobs": asked.logprobs,
-    }
-    answer = await while_connected(request, engine.submit(prompt, options))
+    request = Request(
+        prompt=prompt,
+        max_tokens=asked.max_tokens,
+        sampling=sampling(asked),
+        stop=asked.stop or (),
+        logprobs=asked.logprobs,
+    )
+    answer = await while_connected(http, engine.submit(request))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -41,7 +43,7 @@ async def completions(request: Request) -> Response:
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return EventStream(_chunks(answer, head, include_usage), answer.close)
     with closing(answer):
-        return await while_connected(request, _whole(answer, head))
+        return await while_connected(http, _whole(answer, head))
 
 
 async def _whole(answer: Answer, head: Mapping[str, Any]) -> Response:

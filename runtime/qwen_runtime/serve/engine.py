@@ -13,19 +13,19 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 from qwen_common.errors import UserError
 
-from qwen_runtime.generation import TokenLogprob
+from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.model import ModelInfo
+from qwen_runtime.request import Request
 from qwen_runtime.serve import worker
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.metrics import Metrics
-from qwen_runtime.serve.worker import Cancel, Done, Event, Failed, Job, Piece, Ready, Source, Started
+from qwen_runtime.serve.worker import Cancel, Done, Failed, Job, ModelSettings, Piece, Ready, Reply, Started
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Answer:
         self.completion_tokens = 0
         self.logprobs: tuple[TokenLogprob, ...] = ()
         self.finish_reason = ""
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.replies: asyncio.Queue[Reply] = asyncio.Queue()
         self.ended = False  # the worker has nothing more to say about it
         self.begun = time.monotonic()
         self.spoke = False
@@ -65,29 +65,29 @@ class Answer:
         Raises:
             ApiError: the prompt or an option is at fault, or the worker failed.
         """
-        event = await self._next()
-        assert isinstance(event, Started)
-        self.prompt_tokens = event.prompt_tokens
-        self.cached_tokens = event.cached_tokens
+        reply = await self._next()
+        assert isinstance(reply, Started)
+        self.prompt_tokens = reply.prompt_tokens
+        self.cached_tokens = reply.cached_tokens
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
 
     async def __anext__(self) -> Piece:
-        event = await self._next()
-        if isinstance(event, Piece):
-            return event
-        assert isinstance(event, Done)
-        self.completion_tokens = event.completion_tokens
-        self.finish_reason = event.finish_reason
-        self.logprobs = event.logprobs
+        reply = await self._next()
+        if isinstance(reply, Piece):
+            return reply
+        assert isinstance(reply, Done)
+        self.completion_tokens = reply.completion_tokens
+        self.finish_reason = reply.finish_reason
+        self.logprobs = reply.logprobs
         raise StopAsyncIteration
 
-    async def _next(self) -> Event:
-        event = await self.events.get()
-        if isinstance(event, Failed):
-            raise ApiError(400 if event.mendable else 500, event.message)
-        return event
+    async def _next(self) -> Reply:
+        reply = await self.replies.get()
+        if isinstance(reply, Failed):
+            raise ApiError(400 if reply.user_error else 500, reply.message)
+        return reply
 
     def close(self) -> None:
         """Stop the work, if there is any left."""
@@ -103,12 +103,12 @@ class Engine:
         waiting: most requests that wait for their turn.
     """
 
-    def __init__(self, source: Source, parallel: int = 1, waiting: int = 16) -> None:
+    def __init__(self, settings: ModelSettings, parallel: int = 1, waiting: int = 16) -> None:
         self.parallel = parallel
         self.alive = False
         self.metrics = Metrics()
         self.metrics.watch(lambda: self.running, lambda: self.waiting)
-        self._source = source
+        self._settings = settings
         self._limit = waiting
         self._waiting = 0
         self._slots = asyncio.Semaphore(parallel)
@@ -142,7 +142,7 @@ class Engine:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads is not safe
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker.main, args=(self._source, theirs), name="qwen-run model", daemon=True
+            target=worker.main, args=(self._settings, theirs), name="qwen-run model", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -151,15 +151,15 @@ class Engine:
         except EOFError:
             raise RuntimeError(f"the model's process ended with {self._exit_code()} while loading") from None
         if isinstance(message, Failed):
-            raise UserError(message.message) if message.mendable else RuntimeError(message.message)
+            raise UserError(message.message) if message.user_error else RuntimeError(message.message)
         assert isinstance(message, Ready)
         self._info = message.info
         self._outbox = queue.SimpleQueue()  # before a request can see that the worker is there
         self.alive = True
         self.loaded = time.time()
 
-    async def run(self) -> None:
-        """Pass the worker's events on until cancelled, and start it again when it dies.
+    async def supervise(self) -> None:
+        """Pass the worker's replies on until cancelled, and start it again when it dies.
 
         When it has died early twice, it gets the CPU in place of the device's own provider.
         """
@@ -176,7 +176,7 @@ class Engine:
                 early += 1
                 if early == 2 and self.info.provider != "cpu":
                     _log.error("%s has failed twice: going on with the CPU", self.info.provider)
-                    self._source = dataclasses.replace(self._source, provider="cpu")
+                    self._settings = dataclasses.replace(self._settings, provider="cpu")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             try:
@@ -198,7 +198,7 @@ class Engine:
         self._forget("the model's process ended: try again")
         self.metrics.restarts.inc()
 
-    async def submit(self, prompt: str | Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
+    async def submit(self, request: Request) -> Answer:
         """Wait for a place, and start an answer. The caller must close it.
 
         Raises:
@@ -214,7 +214,7 @@ class Engine:
                 code="queue_full",
                 headers={"Retry-After": str(wait)},
             )
-        job = Job(next(self._ids), prompt, options)
+        job = Job(next(self._ids), request)
         try:
             packed = pickle.dumps(job)  # here, where what cannot be sent is this request's failure alone
         except RecursionError:
@@ -240,24 +240,24 @@ class Engine:
     def cancel(self, job_id: int) -> None:
         self._outbox.put(pickle.dumps(Cancel(job_id)))
 
-    def _dispatch(self, event: Event) -> None:
-        assert event.id is not None
-        answer = self._answers[event.id]
-        answer.events.put_nowait(event)
-        self._measure(answer, event)
-        if isinstance(event, Done | Failed):
+    def _dispatch(self, reply: Reply) -> None:
+        assert reply.id is not None
+        answer = self._answers[reply.id]
+        answer.replies.put_nowait(reply)
+        self._measure(answer, reply)
+        if isinstance(reply, Done | Failed):
             self._end(answer)
 
-    def _measure(self, answer: Answer, event: Event) -> None:
+    def _measure(self, answer: Answer, reply: Reply) -> None:
         seconds = time.monotonic() - answer.begun
-        if isinstance(event, Started):
-            self.metrics.prompt_tokens.inc(event.prompt_tokens)
-            self.metrics.cached_tokens.inc(event.cached_tokens)
-        elif isinstance(event, Piece) and not answer.spoke:
+        if isinstance(reply, Started):
+            self.metrics.prompt_tokens.inc(reply.prompt_tokens)
+            self.metrics.cached_tokens.inc(reply.cached_tokens)
+        elif isinstance(reply, Piece) and not answer.spoke:
             answer.spoke = True
             self.metrics.first_token.observe(seconds)
-        elif isinstance(event, Done):
-            self.metrics.completion_tokens.inc(event.completion_tokens)
+        elif isinstance(reply, Done):
+            self.metrics.completion_tokens.inc(reply.completion_tokens)
             self.metrics.answer.observe(seconds)
 
     def _end(self, answer: Answer) -> None:
@@ -270,7 +270,7 @@ class Engine:
     def _forget(self, reason: str) -> None:
         self.alive = False
         for answer in list(self._answers.values()):
-            answer.events.put_nowait(Failed(answer.id, reason, mendable=False))
+            answer.replies.put_nowait(Failed(answer.id, reason, user_error=False))
             self._end(answer)
 
     def close(self) -> None:
@@ -299,7 +299,10 @@ def _write(connection: Connection, outbox: queue.SimpleQueue[bytes]) -> None:
 
 
 def _read(
-    connection: Connection, loop: asyncio.AbstractEventLoop, dispatch: Any, dead: asyncio.Event
+    connection: Connection,
+    loop: asyncio.AbstractEventLoop,
+    dispatch: Callable[[Reply], None],
+    dead: asyncio.Event,
 ) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 
@@ -53,18 +53,18 @@ _TYPES = {
 }
 
 
-def on_api_error(request: Request, error: Exception) -> Response:
+def on_api_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-def on_http_error(request: Request, error: Exception) -> Response:
+def on_http_error(http: HttpRequest, error: Exception) -> Response:
     """Starlette's own: no such path, or not with this method."""
     status = getattr(error, "status_code", 500)
     allowed = getattr(error, "headers", None) or {}
-    message = f"{request.method} {request.url.path}: {getattr(error, 'detail', 'error')}"
+    message = f"{http.method} {http.url.path}: {getattr(error, 'detail', 'error')}"
     return ApiError(status, message, headers=dict(allowed)).response()
 
 
-def on_crash(request: Request, error: Exception) -> Response:
+def on_crash(http: HttpRequest, error: Exception) -> Response:
     return ApiError(500, "internal error: see the server's log").response()

@@ -7,7 +7,8 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -26,7 +27,7 @@ class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
-async def read_json(request: Request) -> bytes:
+async def read_json(http: HttpRequest) -> bytes:
     """The request's body.
 
     A page of another site can send a body here without asking first, but not one of this type.
@@ -35,14 +36,14 @@ async def read_json(request: Request) -> bytes:
         ApiError: it is not declared as JSON, too large, or too slow.
         ClientGone: the client left before its end.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send the body with Content-Type: application/json")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT) as timeout:
             limit = asyncio.get_running_loop().time() + BODY_TIMEOUT
-            async for chunk in request.stream():
+            async for chunk in http.stream():
                 body += chunk
                 if len(body) > MAX_BODY:
                     raise ApiError(
@@ -58,17 +59,20 @@ async def read_json(request: Request) -> bytes:
     return bytes(body)
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
     """Do `work`, which is cancelled when the client leaves.
 
     Raises:
         ClientGone: it left.
     """
-    return await _race(work, request.receive)
+    return await _race(work, http.receive)
 
 
 class EventStream(Response):
     """Server-sent events.
+
+    sse-starlette 3.7 would do less: it cuts running answers off at SIGTERM unless told not to for the whole
+    process, adds headers, and where a reader stops it raises and does not call its handler.
 
     Args:
         events: JSON objects, named by their `type` where they have one; None is OpenAI's mark of the end.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -51,6 +51,6 @@ class Metrics:
         Gauge("qwen_edge_waiting", "Requests in the queue.", registry=self.registry).set_function(waiting)
 
 
-async def metrics(request: Request) -> Response:
-    found: Metrics = request.app.state.engine.metrics
+async def metrics(http: HttpRequest) -> Response:
+    found: Metrics = http.app.state.engine.metrics
     return Response(generate_latest(found.registry), media_type=CONTENT_TYPE_LATEST)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.serve.chat import answer_for
@@ -21,17 +21,15 @@ from qwen_runtime.serve.schema import ResponseRequest, parse
 Event = dict[str, Any]
 
 
-async def responses(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    asked = parse(ResponseRequest, await read_json(request))
-    answer, parser = await while_connected(
-        request, answer_for(asked.as_chat(), engine, request.app.state.thinking)
-    )
+async def responses(http: HttpRequest) -> Response:
+    engine: Engine = http.app.state.engine
+    asked = parse(ResponseRequest, await read_json(http))
+    answer, parser = await while_connected(http, answer_for(asked.as_chat(), engine, http.app.state.thinking))
     events = _events(answer, parser, _head(asked, engine.info.name))
     if asked.stream:
         return EventStream(events, answer.close)
     with closing(answer):
-        return await while_connected(request, _last(events))
+        return await while_connected(http, _last(events))
 
 
 async def _last(events: AsyncIterator[Event]) -> Response:

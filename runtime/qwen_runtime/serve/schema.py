@@ -140,7 +140,7 @@ def _only(*allowed: Any) -> BeforeValidator:
 # JSON has one kind of number, so 1 is a float too, and 1.0 an integer.
 Number = Annotated[float, Field(strict=False)]
 
-Request = TypeVar("Request", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class SharedRequest(_Part):
@@ -323,7 +323,7 @@ def _nested(value: Any, kind: str) -> Any:
     return {"type": kind, kind: {name: entry for name, entry in value.items() if name != "type"}}
 
 
-def parse(kind: type[Request], body: bytes) -> Request:
+def parse(kind: type[Body], body: bytes) -> Body:
     """The request in `body`.
 
     Raises:

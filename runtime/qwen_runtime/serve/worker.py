@@ -13,16 +13,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from qwen_common.errors import UserError
 
-from qwen_runtime.generation import Generation, TokenLogprob, within
+from qwen_runtime.logits import TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
+from qwen_runtime.request import Request
 from qwen_runtime.serve.parser import AnswerParser
 
 _log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ FAILED = 70  # exit code, as sysexits.h calls an internal error
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSettings:
     """What the worker loads: the arguments of `Model.load`."""
 
     path: Path
@@ -48,11 +47,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to make; `options` are keyword arguments of `Model.generate`."""
+    """One answer to make."""
 
     id: int
-    prompt: str | Sequence[Mapping[str, Any]]
-    options: Mapping[str, Any]
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -88,27 +86,27 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """`mendable`: the request is at fault, and the message says how. `id` is None while loading."""
+    """`user_error`: the request is at fault, and the message says how. `id` is None while loading."""
 
     id: int | None
     message: str
-    mendable: bool
+    user_error: bool
 
 
-Event = Started | Piece | Done | Failed
+Reply = Started | Piece | Done | Failed
 
 
-def main(source: Source, connection: Connection) -> None:
+def main(settings: ModelSettings, connection: Connection) -> None:
     """Load the model and answer jobs, each in a thread, until the pipe closes."""
     for name in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, and the server decides
         signal.signal(name, signal.SIG_IGN)
     try:
         model = Model.load(
-            source.path,
-            source.provider,
-            source.verify,
-            context_length=source.context_length,
-            keep=source.keep,
+            settings.path,
+            settings.provider,
+            settings.verify,
+            context_length=settings.context_length,
+            keep=settings.keep,
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
@@ -116,28 +114,28 @@ def main(source: Source, connection: Connection) -> None:
         return
     with model:
         connection.send(Ready(model.info))
-        _Worker(model, connection).run()
+        _Worker(model, connection).serve()
 
 
 @dataclass
 class _Worker:
     model: Model
     connection: Connection
-    _running: dict[int, _Run] = field(default_factory=dict)
-    _ahead: _Ahead | None = None
+    _cancelled: dict[int, threading.Event] = field(default_factory=dict)  # of the jobs at work
+    _ahead: _ReadAhead | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self) -> None:
+    def serve(self) -> None:
         while (message := self._receive()) is not None:
             if isinstance(message, Cancel):
-                if run := self._running.get(message.id):
-                    run.cancel()
+                if cancelled := self._cancelled.get(message.id):
+                    cancelled.set()
             else:
-                run = self._running[message.id] = _Run()
-                threading.Thread(target=self._answer, args=(message, run), daemon=True).start()
-        for run in list(self._running.values()):
-            run.cancel()
+                cancelled = self._cancelled[message.id] = threading.Event()
+                threading.Thread(target=self._answer, args=(message, cancelled), daemon=True).start()
+        for cancelled in list(self._cancelled.values()):
+            cancelled.set()
 
     def _receive(self) -> Job | Cancel | None:
         try:
@@ -145,20 +143,19 @@ class _Worker:
         except (EOFError, OSError):  # the server is gone
             return None
 
-    def _answer(self, job: Job, run: _Run) -> None:
+    def _answer(self, job: Job, cancelled: threading.Event) -> None:
         answered = ""
         try:
             if self._ahead:
                 self._ahead.stop()
-            with self.model.generate(job.prompt, **job.options) as generation:
-                run.attach(generation)
+            with self.model.answer(job.request, cancelled) as generation:
                 self._send(Started(job.id, generation.prompt_tokens, generation.cached_tokens))
                 told = 0
                 for text in generation:
                     end = within(generation.logprobs, len(generation.text))
                     self._send(Piece(job.id, text, tuple(generation.logprobs[told:end])))
                     told = end
-                last: Event = Done(
+                last: Reply = Done(
                     job.id,
                     generation.finish_reason or "cancelled",
                     len(generation.tokens),
@@ -172,59 +169,35 @@ class _Worker:
             last = Failed(job.id, _line(error), isinstance(error, UserError))
         ahead = None
         with self._lock:
-            del self._running[job.id]
-            if answered and not self._running and not isinstance(job.prompt, str):
-                ahead = self._ahead = _Ahead(self.model, job.prompt, job.options, answered)
+            del self._cancelled[job.id]
+            if answered and not self._cancelled:
+                ahead = self._ahead = _ReadAhead(self.model, job.request, answered)
         self._send(last)
-        if isinstance(last, Failed) and not last.mendable:
+        if isinstance(last, Failed) and not last.user_error:
             # A provider that has failed, because its device was removed perhaps, fails or errs again.
             os._exit(FAILED)
         if ahead:
-            ahead.run()
+            ahead.read()
 
-    def _send(self, event: Event) -> None:
+    def _send(self, reply: Reply) -> None:
         try:
             with self._sending:
-                self.connection.send(event)
-        except OSError:  # the server is gone, and `run` ends soon
+                self.connection.send(reply)
+        except OSError:  # the server is gone, and `serve` ends soon
             pass
 
 
-class _Run:
-    """A generation that can be cancelled before it exists."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._cancelled = False
-        self._generation: Generation | None = None
-
-    def attach(self, generation: Generation) -> None:
-        with self._lock:
-            self._generation = generation
-            if self._cancelled:
-                generation.cancel()
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._cancelled = True
-            if self._generation is not None:
-                self._generation.cancel()
-
-
-class _Ahead:
+class _ReadAhead:
     """Reads the answer as history while nobody waits, so that the next turn begins sooner."""
 
-    def __init__(
-        self, model: Model, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], answered: str
-    ) -> None:
+    def __init__(self, model: Model, request: Request, answered: str) -> None:
         self._model = model
-        self._messages = messages
-        self._options = options
+        self._request = request
         self._answered = answered
         self._stopped = threading.Event()
         self._finished = threading.Event()
 
-    def run(self) -> None:
+    def read(self) -> None:
         try:
             self._read()
         except UserError:  # a template with rules of its own
@@ -235,19 +208,20 @@ class _Ahead:
             self._finished.set()
 
     def _read(self) -> None:
-        options = self._options
-        tools = options.get("tools") or ()
-        parser = AnswerParser(bool(options.get("thinking")), tools)
+        request = self._request
+        if isinstance(request.prompt, str):  # no conversation
+            return
+        parser = AnswerParser(request.thinking, request.tools)
         parser.feed(self._answered)
         parser.finish()
         if "tool_calls" in parser.message:  # a result comes next, and no word of the user
             return
         message = {"role": "assistant", "content": parser.message["content"] or ""}
         self._model.read_ahead(
-            [*self._messages, message],
-            sampling=options.get("sampling"),
-            tools=tools,
-            guidance=options.get("guidance"),
+            [*request.prompt, message],
+            sampling=request.sampling,
+            tools=request.tools,
+            guidance=request.guidance,
             cancelled=self._stopped.is_set,
         )
 

@@ -16,14 +16,14 @@ from qwen_runtime.serve.app import LOOPBACK, make_app
 from qwen_runtime.serve.connection import Connection
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.http import SEND_TIMEOUT
-from qwen_runtime.serve.worker import Source
+from qwen_runtime.serve.worker import ModelSettings
 
 _KEEP_ALIVE = 30  # seconds that an idle connection stays open
 _CONNECTIONS = 256
 
 
 def serve(
-    source: Source,
+    settings: ModelSettings,
     *,
     host: str,
     port: int,
@@ -48,7 +48,7 @@ def serve(
     name = f"[{host}]" if ":" in host else host
     if not local and not api_key:
         raise UserError(f"{host} can be reached from other machines: give an --api-key")
-    with _listen(host, port) as listener, closing(Engine(source, parallel, queue)) as engine:
+    with _listen(host, port) as listener, closing(Engine(settings, parallel, queue)) as engine:
         # Until uvicorn listens to signals, and when it has shut down, for it raises them again then.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # It warns of every write to a client that has just left.

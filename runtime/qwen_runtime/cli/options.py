@@ -1,0 +1,16 @@
+"""What several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from qwen_common.providers import PROVIDERS
+
+ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
+DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+PROVIDER = click.option(
+    "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
+)
+VERIFY = click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")

@@ -1,0 +1,78 @@
+"""`qwen-run serve`: an artifact for OpenAI clients and browsers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from qwen_common.errors import UserError, reported
+
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, PROVIDER, VERIFY
+
+_EPILOG = """\b
+Examples:
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
+  QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
+"""
+
+
+@click.command(epilog=_EPILOG)
+@ARTIFACT
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
+@click.option("--api-key", envvar="QWEN_EDGE_API_KEY", help="Demand this key; also from QWEN_EDGE_API_KEY.")
+@click.option(
+    "--parallel", default=1, show_default=True, type=click.IntRange(1), help="Answers made at a time."
+)
+@click.option(
+    "--queue", default=16, show_default=True, type=click.IntRange(0), help="Requests that may wait."
+)
+@click.option(
+    "--keep",
+    default=2,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Conversations whose history need not be read again.",
+)
+@click.option(
+    "--context",
+    "context_length",
+    type=click.IntRange(1),
+    help="Most tokens of prompt and answer together.  [default: the artifact's]",
+)
+@click.option(
+    "--think/--no-think",
+    "thinking",
+    default=False,
+    help="Let the model think first where a request does not say.",
+)
+@click.option(
+    "--grace",
+    default=30,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seconds that running answers may take when the server is told to end.",
+)
+@PROVIDER
+@click.option("--kiosk", is_flag=True, help="Show the page in its kiosk mode.")
+@VERIFY
+@DEBUG
+def serve(
+    artifact: Path,
+    provider: str,
+    verify: bool,
+    context_length: int | None,
+    keep: int,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Serve ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
+    with reported(debug):
+        try:
+            from qwen_runtime.serve.server import serve as listen
+            from qwen_runtime.serve.worker import ModelSettings
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is missing: pip install 'qwen-edge[serve]'") from error
+        listen(ModelSettings(artifact, provider, verify, context_length, keep), **options)

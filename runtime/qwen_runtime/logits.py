@@ -1,0 +1,114 @@
+"""Logits: what changes them before a token is chosen, and what is reported of them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwen_runtime.backends.protocol import Logits, Tokenizer
+from qwen_runtime.sampling import Sampling
+
+_NO_CHANCE = 1000.0  # its exponential is infinite, and float32 still tells such logits apart
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token that it wrote, before temperature and penalties.
+
+    Attributes:
+        text: the token, alone; a part of a character shows as U+FFFD.
+        offset: where its text begins in the answer, in characters; each part of a character where that does.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens at its place and their logarithms, likeliest first.
+    """
+
+    text: str
+    offset: int
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class LogitsProcessor:
+    """Penalties, bias and min_p, unknown to ONNX Runtime GenAI.
+
+    Attributes:
+        presence_penalty: subtracted from the logit of each token that the answer has already.
+        frequency_penalty: the same, as often as it has it.
+        logit_bias: added to these tokens' logits at each place.
+        min_p: tokens less than this many times as likely as the likeliest are ruled out; 0 rules none out.
+        temperature: at which they are compared.
+    """
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_p: float = 0.0
+    temperature: float = 1.0
+
+    @classmethod
+    def from_sampling(cls, sampling: Sampling, options: Mapping[str, Any]) -> LogitsProcessor:
+        """Args:
+        options: the search options that `sampling` comes to, with the artifact's own defaults.
+        """
+        samples = options.get("do_sample", False)
+        return cls(
+            presence_penalty=sampling.presence_penalty or 0.0,
+            frequency_penalty=sampling.frequency_penalty or 0.0,
+            logit_bias=sampling.logit_bias or {},
+            min_p=(sampling.min_p or 0.0) if samples else 0.0,  # the likeliest is never ruled out
+            temperature=options.get("temperature", 1.0),
+        )
+
+    def search_options(self) -> dict[str, Any]:
+        """Those that change something, but bias, as OpenVINO GenAI's own options."""
+        options = {name: getattr(self, name) for name in ("presence_penalty", "frequency_penalty", "min_p")}
+        return {name: value for name, value in options.items() if value}
+
+    def changes(self, counts: Mapping[int, int]) -> bool:
+        """Whether it changes anything after an answer that has these tokens so often."""
+        return self._penalises(counts) or bool(self.logit_bias) or self.min_p > 0
+
+    def __call__(self, logits: Logits, counts: Mapping[int, int]) -> None:
+        """Change `logits`, [..., vocab], in place."""
+        if self._penalises(counts):
+            tokens = np.fromiter(counts, np.int64)
+            often = np.fromiter(counts.values(), np.float32)
+            logits[..., tokens] -= self.presence_penalty + self.frequency_penalty * often
+        if self.logit_bias:
+            logits[..., list(self.logit_bias)] += np.fromiter(self.logit_bias.values(), np.float32)
+        if self.min_p > 0:
+            unlikely = logits < logits.max() + self.temperature * math.log(self.min_p)
+            # Not to minus infinity: a grammar, which comes next, may leave none of the others.
+            logits[unlikely] -= _NO_CHANCE * self.temperature
+
+    def _penalises(self, counts: Mapping[int, int]) -> bool:
+        return bool(counts) and (self.presence_penalty != 0 or self.frequency_penalty != 0)
+
+
+def token_logprob(logits: Logits, token: int, offset: int, count: int, tokenizer: Tokenizer) -> TokenLogprob:
+    """What is reported of `token`, with the `count` likeliest.
+
+    Args:
+        logits: [vocab], at its place.
+    """
+
+    def text(token: int) -> str:
+        return str(tokenizer.decode(np.array([token], np.int32)))
+
+    highest = logits.max()
+    logprobs = logits - (highest + np.log(np.exp(logits - highest, dtype=np.float64).sum()))
+    likeliest = np.argpartition(-logits, count)[:count]
+    likeliest = likeliest[np.argsort(-logits[likeliest])]
+    top = tuple((text(int(other)), float(logprobs[other])) for other in likeliest)
+    return TokenLogprob(text(token), offset, float(logprobs[token]), top)
+
+
+def within(logprobs: Sequence[TokenLogprob], length: int) -> int:
+    """How many of these tokens begin in the first `length` characters of their answer."""
+    return bisect_left(logprobs, length, key=lambda entry: entry.offset)

@@ -1,0 +1,126 @@
+"""From a request to what the model reads: token ids, with each image's features in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_common.errors import UserError
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images
+from qwen_runtime.prefix import common_prefix
+from qwen_runtime.request import Message, Request
+from qwen_runtime.template import render
+from qwen_runtime.video import with_frames
+
+_MAX_IMAGE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read before an answer.
+
+    Attributes:
+        text: raw, or as the chat template made it, with an image token for each image.
+        tokens: its ids, with an image token for each feature of an image.
+        images: in their order.
+        messages: as the chat template took them; None of a raw text.
+    """
+
+    text: str
+    tokens: Sequence[int]
+    images: Sequence[Patches] = ()
+    messages: Sequence[Message] | None = None
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Builds prompts for one artifact.
+
+    Attributes:
+        encode: text to ids; see `Model.encode`.
+    """
+
+    artifact: Artifact
+    encode: Callable[[str], Sequence[int]]
+
+    def build(self, request: Request) -> Prompt:
+        """Raises:
+        UserError: the chat template does not take the messages, an image or a video cannot be read, or the
+            artifact does not take so many.
+        """
+        messages: Sequence[Message] | None = None
+        sources: Sequence[Any] = ()
+        if isinstance(request.prompt, str):
+            text = request.prompt
+        else:
+            if not all(isinstance(message, Mapping) for message in request.prompt):
+                raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
+            messages, sources = take_images(with_frames(request.prompt, request.video_frames))
+            text = self.render(messages, request.thinking, request.tools)
+        tokens, images = self._place_images(self.encode(text), sources, request.max_image_tokens)
+        return Prompt(text, tokens, images, messages)
+
+    def render(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
+        variables: dict[str, Any] = {"enable_thinking": thinking}
+        if tools:
+            variables["tools"] = tools
+        return render(self.artifact.chat_template, messages, **variables)
+
+    def shared(self, prompt: Prompt, request: Request) -> int:
+        """How far the next turn's prompt will agree with `prompt`, in tokens, whatever is said in it.
+
+        Not to the end: Qwen3.5's template begins an answer with a thought, be it empty, and leaves it out
+        when the answer is history. Of a raw text all but the last token: something must be left to read.
+        """
+        if prompt.messages is None:
+            return len(prompt.tokens) - 1
+        later = [*prompt.messages, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+        try:
+            text = self.render(later, request.thinking, request.tools)
+            return common_prefix(prompt.tokens, self.encode(text))
+        except UserError:  # a template with rules of its own about who speaks when
+            return 0
+
+    def history(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Ids of a conversation up to where the user speaks next."""
+        one, other = (
+            self.encode(self.render([*messages, {"role": "user", "content": text}], tools=tools))
+            for text in ("A", "\n\nB")  # a line break may become one token with those before it
+        )
+        return one[: common_prefix(one, other)]
+
+    def _place_images(
+        self, tokens: Sequence[int], sources: Sequence[Any], max_tokens: int | None
+    ) -> tuple[Sequence[int], list[Patches]]:
+        """The prompt with room for every image's features, and the images themselves."""
+        settings = self.artifact.images
+        if settings is None:
+            if sources:
+                raise UserError(
+                    f"{self.artifact.manifest['model']['name']} takes no images: export a vision-language "
+                    "checkpoint, not --text-only"
+                )
+            return tokens, []
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"max_image_tokens is {max_tokens}, but must be at least 1")
+        limit = self.artifact.image_prompt_tokens
+        room = (limit - len(tokens)) // max(1, len(sources))
+        if sources and room < 1:
+            raise UserError(
+                f"the text has {len(tokens)} tokens and a prompt with images at most {limit}: shorten it, or "
+                "give fewer images"
+            )
+        most = min(room, max_tokens or _MAX_IMAGE_TOKENS)
+        images = [cut_patches(open_image(source), settings, most) for source in sources]
+        tokens = expand(tokens, self.artifact.image_token, self.artifact.video_token, images)
+        if images and len(tokens) > limit:  # a strip cannot be made as small as it should
+            raise UserError(
+                f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some"
+            )
+        return tokens, images

@@ -1,0 +1,83 @@
+"""ONNX Runtime GenAI: long prompts, DirectML's ways, and an ONNX Runtime that is too old."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import qwen_common.errors
+import qwen_profiles
+import qwen_runtime
+from qwen_common.errors import UserError
+from qwen_profiles.schema import load_profile
+from qwen_runtime import Model, Sampling
+
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY
+
+GREEDY = Sampling(temperature=0)
+OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
+
+
+def test_prompt_longer_than_one_run_of_the_graph(tmp_path: Path) -> None:
+    artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
+    with Model.load(artifact) as model:
+        generation = model.generate("The statement. " * 100, max_tokens=3, sampling=GREEDY)
+        assert len("".join(generation)) and generation.prompt_tokens > 300
+        assert model.info.provider == "cpu"
+        assert model.info.reason == ("CPU: DirectML is not in this install (onnxruntime-genai-winml has it)")
+
+
+class OneAppendGenerator(og.Generator):
+    """Stands for a generator on DirectML, where ONNX Runtime GenAI refuses a second append."""
+
+    def append_tokens(self, tokens: np.ndarray) -> None:
+        if self.token_count():
+            raise RuntimeError("Continuous decoding is not supported on the selected device type (DirectML)")
+        super().append_tokens(tokens)
+
+
+def test_directml_takes_the_prompt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
+    with Model.load(artifact) as model:
+        prompt = "The statement. " * 100
+        expected = "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY))
+        monkeypatch.setattr("onnxruntime_genai.Generator", OneAppendGenerator)
+        monkeypatch.setattr(model._backend, "chunk_size", None)  # as the backend finds it for DirectML
+        assert "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY)) == expected
+
+
+def test_directml_runs_without_graph_capture(cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured graphs want inputs of one size. This install has no DirectML, so loading ends in an error."""
+    asked = []
+
+    class RecordingConfig(og.Config):
+        def set_provider_option(self, *option: str) -> None:
+            asked.append(option)
+            super().set_provider_option(*option)
+
+    monkeypatch.setattr("onnxruntime_genai.Config", RecordingConfig)
+    monkeypatch.setattr("onnxruntime_genai.is_dml_available", lambda: True)
+    with pytest.raises(UserError, match="DirectML could not load"):
+        Model.load(cpu_artifact, provider="dml")
+    assert asked == [("dml", "enable_graph_capture", "0")]
+
+
+@pytest.mark.ort124
+@pytest.mark.skipif(not OLD_PYTHON, reason="QWEN_EDGE_ORT124_PYTHON does not name an interpreter")
+def test_onnxruntime_that_is_too_old(cpu_artifact: Path) -> None:
+    assert OLD_PYTHON is not None
+    roots = [
+        str(Path(module.__file__).parents[1]) for module in (qwen_runtime, qwen_profiles, qwen_common.errors)
+    ]
+    code = (
+        f"import sys\nsys.path[:0] = {roots}\nfrom qwen_runtime import Model\n"
+        f"from qwen_common.errors import UserError\ntry: Model.load({str(cpu_artifact)!r})\n"
+        "except UserError as error: print(error)"
+    )
+    found = subprocess.run([OLD_PYTHON, "-c", code], capture_output=True, text=True)
+    assert "needs onnxruntime >=1.30: install it, or export with a profile for older ones" in found.stdout
