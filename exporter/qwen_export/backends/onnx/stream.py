@@ -169,14 +169,14 @@ def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: thread
 def _stored_form(checkpoint: Checkpoint, piece: _Piece) -> list[np.ndarray]:
     """The piece as the arrays that its weight's `layout()` names, contiguous."""
     weight, (tensor, start, stop) = piece.weight, astuple(piece.rows)
-    source = checkpoint.tensors[tensor]
     if isinstance(weight.storage, Quantization) and weight.prequantized:
+        source = checkpoint.tensors[tensor]
         assert isinstance(source, PrequantizedTensor)
         parts = source.packed(start, stop, weight.storage)
         if weight.transform is not None:  # puts rows in another order, whatever they hold
             parts = [weight.transform(part) for part in parts]
         return [np.ascontiguousarray(part) for part in parts]
-    rows = source.read(start, stop)
+    rows = checkpoint.read(tensor, start, stop)
     if weight.transform is not None:
         rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):
