@@ -41,24 +41,24 @@ def inspect(artifact: Path) -> dict[str, Any]:
 def precisions(manifest: Manifest) -> dict[str, str]:
     """How each role of `bytes_by_role` is stored, in words."""
     recipe, carried = manifest["recipe"], set(manifest["carried_over"])
-    by_rows = export_backend(manifest["backend"]).precision_of_rows
+    per_channel = export_backend(manifest["backend"]).per_channel
     layers = manifest["settings"].get("layer_weights", {}).values()
     found = {}
     for role in manifest["bytes_by_role"]:
         forms = Counter(
-            _precision(layer[role], role in carried, by_rows) for layer in layers if role in layer
+            _precision(layer[role], role in carried, per_channel) for layer in layers if role in layer
         )
         several = "; ".join(f"{form} in {count} layers" for form, count in forms.most_common())
         found[role] = several if len(forms) > 1 else next(iter(forms), "")
-        found[role] = found[role] or _precision(recipe.get(role), role in carried, by_rows)
+        found[role] = found[role] or _precision(recipe.get(role), role in carried, per_channel)
     return found
 
 
-def _precision(form: StoredAs | None, carried: bool, by_rows: Set[str]) -> str:
+def _precision(form: StoredAs | None, carried: bool, per_channel: Set[str]) -> str:
     if carried:
         return "int4, as in the checkpoint"
     if form is None or form["precision"] == "float":
         return "float"
     fitted = "" if form["symmetric"] else ", zero points"
-    block = "one scale a row" if form["precision"] in by_rows else f"block {form['block_size']}"
+    block = "one scale a row" if form["precision"] in per_channel else f"block {form['block_size']}"
     return f"{form['precision']}, {block}{fitted}"

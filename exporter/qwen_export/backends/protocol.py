@@ -93,14 +93,14 @@ class ExportBackend(Protocol):
         title: as the family calls itself.
         packages: distributions whose versions a verification's report names.
         not_compared: files whose weights no verification compares, and what they are.
-        precision_of_rows: precisions that have one scale for each row, whatever the recipe's block size.
+        per_channel: precisions with one scale for each output channel, whatever the recipe's block size.
         formats_by_layer: whether a role's weights may have another format in each layer.
     """
 
     title: str
     packages: Sequence[str]
     not_compared: Sequence[tuple[str, str]]
-    precision_of_rows: frozenset[str]
+    per_channel: frozenset[str]
     formats_by_layer: bool
 
     def prepare(

@@ -184,8 +184,8 @@ def _chosen(
 
 def _note_short_context(found: Prediction, max_context: int | None) -> None:
     predicted = found.estimate
-    asked = max_context or (predicted.context if predicted else 0)
-    if predicted and predicted.largest_context < asked:
+    asked = max_context or predicted.context
+    if predicted.largest_context < asked:
         click.echo(
             f"note: a context of {asked} tokens does not fit {found.profile.name}'s memory, "
             f"{predicted.largest_context} do: consider --max-context {predicted.largest_context}",

@@ -25,7 +25,7 @@ class OnnxBackend(ExportBackend):
     title = "ONNX Runtime"
     packages = ("onnxruntime", "onnxruntime-genai", "numpy")
     not_compared = ((VISION_FILE, "the vision tower"), (MTP_FILE, "the MTP head"))
-    precision_of_rows = frozenset[str]()
+    per_channel = frozenset[str]()
     formats_by_layer = True
 
     def prepare(

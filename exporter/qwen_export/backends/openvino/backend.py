@@ -23,7 +23,7 @@ class OpenVINOBackend(ExportBackend):
     title = "OpenVINO"
     packages = ("openvino", "openvino-genai", "openvino-tokenizers", "numpy")
     not_compared = (("openvino_vision_embeddings_model.xml", "the vision tower"),)
-    precision_of_rows = frozenset({"int8"})  # as NNCF has it
+    per_channel = frozenset({"int8"})  # as NNCF has it
     formats_by_layer = False
 
     def prepare(
