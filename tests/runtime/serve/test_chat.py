@@ -15,7 +15,6 @@ from PIL import Image
 from qwen_runtime import Model, Sampling
 
 from benchmarks.support.artifacts import float_profile, make_artifact
-from tests.support.random_checkpoints import write_vision_checkpoint
 from tests.support.servers import serving
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
@@ -154,6 +153,8 @@ def test_next_turn_need_not_be_read_again(ask: Callable[..., Any], model: Model)
 
 @pytest.fixture(scope="module")
 def vision_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support.random_checkpoints import write_vision_checkpoint
+
     checkpoint = write_vision_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     output = tmp_path_factory.mktemp("vision") / "float"
     return make_artifact(checkpoint, float_profile("fused"), output, all_logits=False)
