@@ -8,10 +8,10 @@ from pathlib import Path
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
-from benchmarks.support.artifacts import make_artifact
 from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import drawing
 from tests.support.commands import RUN, Terminal, run
+from tests.support.exported import Exported
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)
@@ -101,11 +101,11 @@ def test_chat_commands(cpu_artifact: Path, model: Model, tmp_path: Path) -> None
         assert text in found.stdout.replace("\n", " ")
 
 
-def test_chat_about_an_image(tmp_path: Path) -> None:
+def test_chat_about_an_image(exported: Exported, tmp_path: Path) -> None:
     item = drawing(1_000_000_003)
     item.image.save(tmp_path / "drawing.png")
     (tmp_path / "none.png").write_bytes(b"none")
-    artifact = make_artifact(TINY_VL, load_profile("cpu"), tmp_path / "artifact", all_logits=False)
+    artifact = exported(TINY_VL, load_profile("cpu"))
     typed = (
         f"/image {tmp_path}/nowhere.png\n/image {tmp_path}/none.png\n{item.question}\n"
         f"/image {tmp_path}/drawing.png\n{item.question}\n"

@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from openai import OpenAI
-
 from tests.support.commands import RUN, heed_interrupts
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 
 class Server:
@@ -26,6 +27,8 @@ class Server:
         self.url = url
 
     def client(self, api_key: str = "unused", **options: object) -> OpenAI:
+        from openai import OpenAI
+
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, **options)  # type: ignore[arg-type]
 
 

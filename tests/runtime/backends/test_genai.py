@@ -16,16 +16,15 @@ from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
-from benchmarks.support.artifacts import make_artifact
 from benchmarks.support.checkpoints import TINY
+from tests.support.exported import Exported
 
 GREEDY = Sampling(temperature=0)
 OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
 
 
-def test_prompt_longer_than_one_run_of_the_graph(tmp_path: Path) -> None:
-    artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
-    with Model.load(artifact) as model:
+def test_prompt_longer_than_one_run_of_the_graph(exported: Exported) -> None:
+    with Model.load(exported(TINY, load_profile("strix-halo"))) as model:
         generation = model.generate("The statement. " * 100, max_tokens=3, sampling=GREEDY)
         assert len("".join(generation)) and generation.prompt_tokens > 300
         assert model.info.provider == "cpu"
@@ -41,9 +40,8 @@ class OneAppendGenerator(og.Generator):
         super().append_tokens(tokens)
 
 
-def test_directml_takes_the_prompt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = make_artifact(TINY, load_profile("strix-halo"), tmp_path / "out", all_logits=False)
-    with Model.load(artifact) as model:
+def test_directml_takes_the_prompt_at_once(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Model.load(exported(TINY, load_profile("strix-halo"))) as model:
         prompt = "The statement. " * 100
         expected = "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY))
         monkeypatch.setattr("onnxruntime_genai.Generator", OneAppendGenerator)

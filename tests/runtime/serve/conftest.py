@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from openai import OpenAI
 from qwen_runtime import Model
 
 from tests.support.servers import Server, serving
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 

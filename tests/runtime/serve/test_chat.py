@@ -5,16 +5,17 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
-from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY_VL
+from tests.support.exported import Exported
 from tests.support.servers import serving
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
@@ -151,16 +152,8 @@ def test_next_turn_need_not_be_read_again(ask: Callable[..., Any], model: Model)
     assert second.choices[0].message.content == "".join(model.generate(plain, max_tokens=30, sampling=GREEDY))
 
 
-@pytest.fixture(scope="module")
-def vision_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.support.random_checkpoints import write_vision_checkpoint
-
-    checkpoint = write_vision_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-    output = tmp_path_factory.mktemp("vision") / "float"
-    return make_artifact(checkpoint, float_profile("fused"), output, all_logits=False)
-
-
-def test_images(vision_artifact: Path) -> None:
+def test_images(exported: Exported) -> None:
+    artifact = exported(TINY_VL, load_profile("cpu"))
     file = io.BytesIO()
     Image.effect_noise((200, 150), 80).convert("RGB").save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -169,10 +162,10 @@ def test_images(vision_artifact: Path) -> None:
         parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
         return [{"role": "user", "content": parts}]
 
-    with Model.load(vision_artifact) as model:
+    with Model.load(artifact) as model:
         expected = model.generate(asking(url), max_tokens=20, sampling=GREEDY)
         text = "".join(expected)
-    with serving(vision_artifact) as server:
+    with serving(artifact) as server:
         options: Any = {"model": model.info.name, "max_tokens": 20, "temperature": 0}
         client = server.client()
         answer = client.chat.completions.create(messages=asking(url), **options)
