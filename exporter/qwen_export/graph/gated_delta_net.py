@@ -149,10 +149,10 @@ def _gates(g: GraphBuilder, recipe: Recipe, name: str, x: Value) -> tuple[Value,
     a, b = g.ops("Split", linear(g, recipe, x, in_proj), outputs=2, axis=-1, num_outputs=2)
     (dt_bias,) = g.weight(recipe.floats(f"{name}.dt_bias", _FLOAT32))
     (scale,) = g.weight(recipe.floats(f"{name}.A_log", _FLOAT32, negative_exp, f"{name}.decay_scale"))
+    a, b = _float32(g, a), _float32(g, b)
     if g.target.has("LinearAttentionGate"):
         decay, beta = g.ops("LinearAttentionGate", a, dt_bias, scale, b, outputs=2)
         return decay, beta
-    a, b = g.cast(a, _FLOAT32), g.cast(b, _FLOAT32)
     return g.op("Mul", scale, g.op("Softplus", g.op("Add", a, dt_bias))), g.op("Sigmoid", b)
 
 
@@ -165,9 +165,14 @@ def _linear_attention(
     past: Value,
     masks: Triangles | None,
 ) -> tuple[Value, Value]:
+    """In float32, as the state: with float16 activations the kernels want a float16 state, which each token
+    would round. The casts are of one token's values, nothing beside the state that it reads and writes.
+    """
     key_heads, key_size = config.linear_num_key_heads, config.linear_key_head_dim
-    query_key, value = g.ops("Split", mixed, g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1)
-    normed = g.reshape(_l2_norm(g, query_key, 2 * key_heads, key_size, g.dtype), 0, 0, 2 * config.key_dim)
+    query_key, value = g.ops(
+        "Split", _float32(g, mixed), g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1
+    )
+    normed = g.reshape(_l2_norm(g, query_key, 2 * key_heads, key_size, _FLOAT32), 0, 0, 2 * config.key_dim)
     query, key = g.ops("Split", normed, outputs=2, axis=-1, num_outputs=2)
     output, present = g.ops(
         "LinearAttention",
@@ -183,7 +188,7 @@ def _linear_attention(
         update_rule="gated_delta",
         scale=key_size**-0.5,
     )
-    return output, present
+    return output if g.dtype == _FLOAT32 else g.cast(output, g.dtype), present
 
 
 def _chunk(
@@ -206,7 +211,7 @@ def _chunk(
     assert masks is not None
     heads, key_size = config.linear_num_value_heads, config.linear_key_head_dim
     query_key, value = g.ops(
-        "Split", g.cast(mixed, _FLOAT32), g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1
+        "Split", _float32(g, mixed), g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1
     )
     normed = _l2_norm(g, query_key, 2 * config.linear_num_key_heads, key_size, _FLOAT32)
     normed = _heads_first(g, normed)
@@ -266,6 +271,11 @@ def _solve(g: GraphBuilder, system: Value, right: Value, masks: Triangles) -> Va
     halves = right if inverse is None else g.op("MatMul", inverse, right)
     rest = g.op("MatMul", g.op("Mul", system, masks.corners[-1]), halves)
     return g.op("Sub", halves, rest if inverse is None else g.op("MatMul", inverse, rest))
+
+
+def _float32(g: GraphBuilder, x: Value) -> Value:
+    """`x` in the activations' dtype, widened if that is narrower."""
+    return x if g.dtype == _FLOAT32 else g.cast(x, _FLOAT32)
 
 
 def _l2_norm(g: GraphBuilder, x: Value, heads: int, size: int, dtype: np.dtype) -> Value:

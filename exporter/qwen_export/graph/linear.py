@@ -35,7 +35,11 @@ def product(
 ) -> Value:
     """x [..., K] times the transpose of the [N, K] that `tensors` hold in the form `storage` -> [..., N]."""
     if not isinstance(storage, Quantization):
-        return by_rows(g, "float", x, lambda rows: g.op("FusedMatMul", rows, *tensors, transB=1))
+        if g.target.has("FusedMatMul"):
+            return by_rows(g, "float", x, lambda rows: g.op("FusedMatMul", rows, *tensors, transB=1))
+        # ONNX Runtime transposes constants once, at load.
+        transposed = g.op("Transpose", *tensors, perm=[1, 0])
+        return by_rows(g, "float", x, lambda rows: g.op("MatMul", rows, transposed))
     codes, scales, *zero_points = tensors
     parameters = (_widened(g, scales, storage), *zero_points)
     attributes = {

@@ -72,9 +72,15 @@ def _fused_experts(
 
 
 def _stack(recipe: Recipe, tensor: str, storage: Storage | None = None) -> Weight:
-    """The matrices [N, K] of all experts; without `storage` in the form that fits its rows."""
+    """The matrices [N, K] of all experts; without `storage` in a form whose rows can stand side by side."""
     role, (_, n, k) = recipe.role(tensor), recipe.specs[tensor].shape
-    return Weight(tensor, role, (recipe.whole(tensor),), (n, k), storage or recipe.storage(role, k, [tensor]))
+    return Weight(
+        tensor,
+        role,
+        (recipe.whole(tensor),),
+        (n, k),
+        storage or recipe.storage(role, k, [tensor], even_blocks=True),
+    )
 
 
 def _portable_experts(

@@ -68,18 +68,24 @@ class Recipe:
         return Weight(name or tensor, spec.role, rows, spec.shape[1:], dtype or self.dtype, transform)
 
     def storage(
-        self, role: Role, in_features: int, tensors: Collection[str] = (), whole_blocks: bool = False
+        self,
+        role: Role,
+        in_features: int,
+        tensors: Collection[str] = (),
+        whole_blocks: bool = False,
+        even_blocks: bool = False,
     ) -> Storage:
         """How a projection of `role` with rows of `in_features`, made of `tensors`, is stored.
 
-        Where the operator wants `whole_blocks`, or the target exact ones, the block size is halved until it
-        fits; a row that no block fits stays in the activations' dtype.
+        Where the operator wants `whole_blocks` or an even number of them, or the target exact ones, the block
+        size is halved until it fits; a row that no block fits stays in the activations' dtype.
         """
-        return self._prequantized(in_features, tensors) or self._quantized(
-            self._format(role, tensors), in_features, whole_blocks
+        whole, even = whole_blocks or even_blocks, even_blocks or self.target.exact_blocks
+        return self._prequantized(in_features, tensors, even) or self._quantized(
+            self._format(role, tensors), in_features, whole, even
         )
 
-    def _prequantized(self, in_features: int, tensors: Collection[str]) -> Quantization | None:
+    def _prequantized(self, in_features: int, tensors: Collection[str], even: bool) -> Quantization | None:
         """The form that takes the codes of all `tensors` as they are; None if there is none.
 
         A group of codes may be cut into smaller blocks, which share its scale and zero point.
@@ -88,17 +94,17 @@ class Recipe:
         if scheme is None:
             return None
         block = min(scheme.group_size & -scheme.group_size, _LARGEST_BLOCK)
-        return self._fitting(4, block, scheme.symmetric, in_features, whole_blocks=True, prequantized=True)
+        return self._fitting(4, block, scheme.symmetric, in_features, True, even, prequantized=True)
 
     def _format(self, role: Role, tensors: Collection[str]) -> WeightFormat:
         layer = layer_of(next(iter(tensors), ""))
         return self.layers.get(-1 if layer is None else layer, {}).get(role, self.formats[role])
 
-    def _quantized(self, form: WeightFormat, in_features: int, whole_blocks: bool) -> Storage:
+    def _quantized(self, form: WeightFormat, in_features: int, whole: bool, even: bool) -> Storage:
         if form.precision == "float":
             return self.dtype
         bits, block = _BITS[form.precision], int(form.block_size)
-        return self._fitting(bits, block, form.symmetric, in_features, whole_blocks) or self.dtype
+        return self._fitting(bits, block, form.symmetric, in_features, whole, even) or self.dtype
 
     def _fitting(
         self,
@@ -106,17 +112,14 @@ class Recipe:
         block: int,
         symmetric: bool,
         in_features: int,
-        whole_blocks: bool,
+        whole: bool,
+        even: bool,
         prequantized: bool = False,
     ) -> Quantization | None:
-        if whole_blocks or self.target.exact_blocks:
-            while block >= _SMALLEST_BLOCK and not self._fits(in_features, block):
+        if whole or even:
+            while block >= _SMALLEST_BLOCK and in_features % (2 * block if even else block):
                 block //= 2
         if block < _SMALLEST_BLOCK:
             return None
         symmetric = symmetric and not self.target.zero_points_required
         return Quantization(bits, block, symmetric, self.scale_dtype or self.dtype, prequantized)
-
-    def _fits(self, in_features: int, block: int) -> bool:
-        even = not self.target.exact_blocks or in_features // block % 2 == 0
-        return in_features % block == 0 and even

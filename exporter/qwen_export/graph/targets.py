@@ -2,8 +2,7 @@
 
 A block asks its target for a contrib operator by name and falls back to operators that every target has.
 
-Sources: ONNX Runtime's table of kernels (docs/OperatorKernels.md) and its DirectML provider's operators. What
-one provider asks of a graph stands in its record, `qwen_common.providers`.
+What one provider lacks, or asks of a graph, stands in its record, `qwen_common.providers`.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ def _target(name: str, onnxruntime: str, operators: frozenset[str]) -> Target:
 
 _EVERYWHERE = frozenset(
     {
-        "FusedMatMul",
         "Gelu",
         "MatMulNBits",
         "MultiHeadAttention",
@@ -63,6 +61,7 @@ _EVERYWHERE = frozenset(
 _FUSED_ONLY = {
     "CausalConvWithState",
     "FastGelu",
+    "FusedMatMul",
     "GatedRMSNorm",
     "GroupQueryAttention",
     "LinearAttention",
@@ -81,5 +80,6 @@ CONTRIB_OPERATORS = FUSED.operators | PORTABLE.operators
 
 
 def target_for(lowering: str, provider: str) -> Target:
-    target = {FUSED.name: FUSED, PORTABLE.name: PORTABLE}[lowering]
-    return replace(target, silu_inside=PROVIDERS[provider].silu_inside)
+    """The lowering's target, without the operators that the provider lacks."""
+    target, record = {FUSED.name: FUSED, PORTABLE.name: PORTABLE}[lowering], PROVIDERS[provider]
+    return replace(target, operators=target.operators - record.lacks, silu_inside=record.silu_inside)

@@ -169,7 +169,7 @@ def _cpu_bytes(graphs: Graphs) -> int:
                 copied += floats
             else:
                 mapped[tensor.name] = size
-        elif node.op_type in ("MatMulNBits", "FusedMatMul"):
+        elif node.op_type in ("MatMulNBits", "FusedMatMul", "Transpose"):
             copied += size
         else:
             mapped[tensor.name] = size
