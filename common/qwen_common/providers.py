@@ -38,6 +38,7 @@ class Provider:
         lowerings: which it has kernels for.
         lacks: of com.microsoft's operators that its lowerings use, those that it has no kernel for, or none
             that answers rightly.
+        casts_float16: ONNX Runtime casts to float32 what it has no float16 kernel for.
         zero_points_required, exact_blocks, silu_inside: as in the exporter's `graph.targets.Target`.
     """
 
@@ -57,6 +58,7 @@ class Provider:
     replaces: Mapping[str, str] = field(default_factory=dict)
     lowerings: frozenset[str] = frozenset({"fused", "portable"})
     lacks: frozenset[str] = frozenset()
+    casts_float16: bool = False
     zero_points_required: bool = False
     exact_blocks: bool = False
     silu_inside: bool = True
@@ -69,6 +71,7 @@ CPU = Provider(
     genai_name=None,
     package="onnxruntime-genai",
     speculative=True,
+    casts_float16=True,
     # Its kernels apply SiLU value by value, several times slower than QuickGelu, which is vectorised.
     silu_inside=False,
 )

@@ -46,7 +46,7 @@ from qwen_runtime.cli import main as run
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Provider:
     """A provider more, as whoever adds one writes it: a record, and a table of kernels."""
     monkeypatch.setitem(PROVIDERS, "pretend", PRETEND)
-    monkeypatch.setitem(kernels.KERNELS, "pretend", kernels.DIRECTML)
+    monkeypatch.setitem(kernels.KERNELS, "pretend", kernels.KERNELS["dml"])
     return PRETEND
 
 

@@ -123,7 +123,7 @@ def _providers_table(found: Mapping[str, Any]) -> Table:
     )
     for name, entry in found["providers"].items():
         if entry["runs"] is None:
-            providers.add_row(name, "unknown", "publishes no table of kernels", "")
+            providers.add_row(name, "unknown", "its kernels are not known", "")
             continue
         missing = ", ".join(f"{count} {operator}" for operator, count in entry["missing"].items())
         covered = f"{entry['covered']} of {entry['nodes']}"

@@ -21,7 +21,7 @@ _TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 def inspect_graphs(artifact: Path, manifest: Manifest) -> dict[str, Any]:
     """`graphs`, `operators`: nodes by file and by kind; `providers`: for each execution provider the nodes
     that it has kernels for, those that it lacks by operator, and whether it `runs` the artifact: null where
-    it publishes no table of kernels.
+    its kernels are not known.
 
     Raises:
         UserError: a file cannot be read.
@@ -40,13 +40,15 @@ def inspect_graphs(artifact: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _coverage(provider: str, operators: Counter[tuple[str, str]], dtype: str) -> dict[str, Any]:
-    nodes, kernels = sum(operators.values()), KERNELS[provider]
+    nodes, kernels, record = sum(operators.values()), KERNELS[provider], PROVIDERS[provider]
     if kernels is None:
         return {"runs": None, "nodes": nodes, "covered": None, "missing": {}}
+    taken = {_TENSORS[dtype]} | ({_TENSORS["float32"]} if record.casts_float16 else set())
     missing = {
         name: count
         for (domain, name), count in operators.items()
-        if name not in kernels.get(domain, {}) or (domain and _TENSORS[dtype] not in kernels[domain][name])
+        if name not in kernels.get(domain, {})
+        or (domain and (name in record.lacks or kernels[domain][name].isdisjoint(taken)))
     }
     covered = nodes - sum(missing.values())
     return {"runs": not missing, "nodes": nodes, "covered": covered, "missing": missing}

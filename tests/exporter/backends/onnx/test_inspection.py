@@ -25,7 +25,7 @@ def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, exp
     artifact = exported(checkpoint, load_profile("strix-halo"))
     found = json.loads(inspect(artifact, "--json").stdout)
     runs = {name: entry["runs"] for name, entry in found["providers"].items()}
-    assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": None, "openvino": None}
+    assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": True, "openvino": None}
     graphs = {
         path.name: len(onnx.load(path, load_external_data=False).graph.node)
         for path in artifact.glob("*.onnx")
@@ -42,12 +42,16 @@ def test_a_fused_artifact_says_what_others_lack(checkpoint: Path, exported: Expo
     assert {role: entry["bytes"] for role, entry in found["roles"].items()} == manifest["bytes_by_role"]
     assert found["roles"]["attention"]["precision"] == "int8, block 128"
     assert found["providers"]["cpu"]["runs"]
-    for provider in ("cuda", "dml"):
+    missing = {provider: entry["missing"] for provider, entry in found["providers"].items()}
+    for provider in ("cuda", "dml", "webgpu"):
         entry = found["providers"][provider]
-        assert not entry["runs"] and "LinearAttention" in entry["missing"]
+        assert not entry["runs"]
         assert entry["covered"] + sum(entry["missing"].values()) == entry["nodes"]
+    assert "LinearAttention" in missing["dml"] and "LinearAttention" not in missing["cuda"]
+    assert "FusedMatMul" in missing["webgpu"]
+    assert ("QMoE" in missing["cuda"]) == ("QMoE" in missing["webgpu"]) == (checkpoint == TINY_MOE)
     # CUDA's GroupQueryAttention takes no float32, which this artifact has.
-    assert "GroupQueryAttention" in found["providers"]["cuda"]["missing"]
+    assert "GroupQueryAttention" in missing["cuda"]
     shown = inspect(artifact)
     assert shown.exit_code == 0 and "LinearAttention" in shown.stdout and "int8, block 128" in shown.stdout
 
