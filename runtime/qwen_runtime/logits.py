@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_runtime.backends.protocol import Logits, Tokenizer
+from qwen_runtime.backends.protocol import Logits
 from qwen_runtime.sampling import Sampling
+from qwen_runtime.tokenizer import Tokenizer
 
 _NO_CHANCE = 1000.0  # its exponential is infinite, and float32 still tells such logits apart
 
@@ -57,11 +58,12 @@ class LogitsProcessor:
         options: the search options that `sampling` comes to, with the artifact's own defaults.
         """
         samples = options.get("do_sample", False)
+        min_p = options.get("min_p", 0.0) if sampling.min_p is None else sampling.min_p
         return cls(
             presence_penalty=sampling.presence_penalty or 0.0,
             frequency_penalty=sampling.frequency_penalty or 0.0,
             logit_bias=sampling.logit_bias or {},
-            min_p=(sampling.min_p or 0.0) if samples else 0.0,  # the likeliest is never ruled out
+            min_p=min_p if samples else 0.0,  # the likeliest is never ruled out
             temperature=options.get("temperature", 1.0),
         )
 
@@ -99,7 +101,7 @@ def token_logprob(logits: Logits, token: int, offset: int, count: int, tokenizer
     """
 
     def text(token: int) -> str:
-        return str(tokenizer.decode(np.array([token], np.int32)))
+        return tokenizer.decode([token], special=True)
 
     highest = logits.max()
     logprobs = logits - (highest + np.log(np.exp(logits - highest, dtype=np.float64).sum()))

@@ -106,7 +106,7 @@ def test_inputs_are_what_transformers_projections_are_given(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(str(folder))
-    text = calibration_samples(checkpoint, load_profile("cpu"), None, most=3)
+    text = calibration_samples(checkpoint, None, most=3)
     grams: dict[str, tuple[np.ndarray, int]] = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -230,6 +230,7 @@ def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> No
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     source, _ = write_quantized_checkpoint(tmp_path / "source", None)
+    copy_tokenizer(TINY, source)
     with pytest.raises(UserError, match="the model has 512 tokens: put the model's own tokenizer there"):
         export(Checkpoint.open(str(source)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()
@@ -249,4 +250,4 @@ def test_activations_that_overflow(tmp_path: Path) -> None:
 
 def test_at_most_so_much_text_is_read() -> None:
     checkpoint = Checkpoint.open(str(TINY))
-    assert calibration_samples(checkpoint, load_profile("cpu"), None, SAMPLES).shape == (SAMPLES, 128)
+    assert calibration_samples(checkpoint, None, SAMPLES).shape == (SAMPLES, 128)
