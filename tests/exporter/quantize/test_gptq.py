@@ -127,11 +127,11 @@ def test_inputs_are_what_transformers_projections_are_given(
     # What is handed on as the feedback is then the products themselves.
     monkeypatch.setattr(gptq, "feedback", lambda gram, tokens: (gram, tokens))
     profile = load_profile("cpu-int4")
-    stored = build_graphs(checkpoint, profile, mtp=False).placed
-    found = list(with_feedbacks(checkpoint.config, checkpoint.tensors, stored, text))
-    assert {weight.name for weight, *_ in found} == {weight.name for weight, _ in stored}
+    placed = build_graphs(checkpoint, profile, mtp=False).placed
+    found = list(with_feedbacks(checkpoint.config, checkpoint.tensors, placed, text))
+    assert {weight.name for (weight, _), _ in found} == {weight.name for weight, _ in placed}
     compared = 0
-    for weight, _, products in found:
+    for (weight, _), products in found:
         for name in {rows.tensor for rows in weight.rows}:
             if (product := products(name)) is None:
                 continue
