@@ -10,11 +10,12 @@ from types import TracebackType
 
 from qwen_common.errors import UserError
 
-from qwen_runtime.backends.protocol import Generator, Logits, LogitsGenerator, Tokenizer
+from qwen_runtime.backends.protocol import Generator, Logits, LogitsGenerator
 from qwen_runtime.logits import LogitsProcessor, TokenLogprob, token_logprob, within
 from qwen_runtime.prefill import Prefill
 from qwen_runtime.speculative import Acceptance
 from qwen_runtime.stop import StopFilter
+from qwen_runtime.tokenizer import Tokenizer
 
 # What ONNX Runtime GenAI says when llguidance fails.
 _GUIDANCE_FAILURES = ("Error committing tokens", "Error computing mask")
@@ -208,7 +209,10 @@ def _decode(
         if len(progress.tokens) == decoding.max_tokens or generator.is_done():
             progress.finish_reason = "length"
             break
-    if rest := stop.flush():
+    rest = stop.feed(stream.flush())
+    if stop.stopped:
+        progress.finish_reason = "stop"
+    if rest := rest + stop.flush():
         yield rest
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_runtime.backends.protocol import Logits, Tokenizer
+from qwen_runtime.backends.protocol import Logits
 from qwen_runtime.sampling import Sampling
+from qwen_runtime.tokenizer import Tokenizer
 
 _NO_CHANCE = 1000.0  # its exponential is infinite, and float32 still tells such logits apart
 
@@ -99,7 +100,7 @@ def token_logprob(logits: Logits, token: int, offset: int, count: int, tokenizer
     """
 
     def text(token: int) -> str:
-        return str(tokenizer.decode(np.array([token], np.int32)))
+        return tokenizer.decode([token], special=True)
 
     highest = logits.max()
     logprobs = logits - (highest + np.log(np.exp(logits - highest, dtype=np.float64).sum()))

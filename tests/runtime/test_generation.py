@@ -51,6 +51,22 @@ def test_characters_of_several_tokens_come_whole(model: Model) -> None:
     assert "🙂" in pieces and "中" in pieces and "�" not in "".join(pieces)
 
 
+def test_answers_that_end_in_the_middle_of_a_character(model: Model) -> None:
+    """By their bytes. They are put in the model's mouth."""
+    begun = model.encode("a🙂")[:-1]
+    said = iter(begun)
+
+    class Puppet(og.Generator):
+        def get_next_tokens(self) -> np.ndarray:
+            return np.array([next(said)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxruntime_genai.Generator", Puppet)
+        generation = model.generate("The", max_tokens=len(begun), sampling=GREEDY)
+        assert list(generation) == ["a", "�"]
+    assert generation.text == model.decode(begun) and generation.finish_reason == "length"
+
+
 def test_cancel_from_another_thread(model: Model) -> None:
     generation = model.generate("The", max_tokens=4000, sampling=GREEDY)
     first = next(generation)

@@ -109,7 +109,7 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
     parts: dict[LayerRole, dict[str, Quantization]] = {}
     for name, (part, form) in _quantised(graphs).items():
         parts.setdefault(part, {})[name] = form
-    (ids,) = calibration_samples(checkpoint, profile, text, most=1)
+    (ids,) = calibration_samples(checkpoint, text, most=1)
     progress.start(steps(checkpoint.config, list(parts)))
     found = divergences(checkpoint.config, checkpoint.tensors, parts, ids, lambda: progress.advance(1))
     return _candidates(checkpoint, profile, found)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from qwen_common.errors import UserError
-from qwen_common.files import as_json
-from qwen_common.manifest import GENAI_CONFIG
-from qwen_profiles.schema import Profile
+from qwen_runtime.tokenizer import Tokenizer
 
-from qwen_export.backends.copied_files import copy_files
-from qwen_export.backends.onnx.genai_config import genai_config
 from qwen_export.checkpoint.checkpoint import Checkpoint
 
 SAMPLE_TOKENS = 128
@@ -31,8 +27,8 @@ def read_text(path: Path | None) -> str:
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
 
 
-def samples_of(ids: np.ndarray, most: int, path: Path | None) -> np.ndarray:
-    """int64 [tokens] -> [samples, SAMPLE_TOKENS]: at most `most` of them, from everywhere in the text.
+def samples_of(ids: Sequence[int], most: int, path: Path | None) -> np.ndarray:
+    """Ids -> int64 [samples, SAMPLE_TOKENS]: at most `most` of them, from everywhere in the text.
 
     Raises:
         UserError: `ids`, of the text at `path`, are fewer than one sample.
@@ -44,27 +40,15 @@ def samples_of(ids: np.ndarray, most: int, path: Path | None) -> np.ndarray:
     return every[np.linspace(0, count, min(most, count), endpoint=False).astype(int)]
 
 
-def calibration_samples(checkpoint: Checkpoint, profile: Profile, path: Path | None, most: int) -> np.ndarray:
+def calibration_samples(checkpoint: Checkpoint, path: Path | None, most: int) -> np.ndarray:
     """At most `most` samples of a text, int64 [samples, SAMPLE_TOKENS], by the checkpoint's tokenizer.
 
     Raises:
         UserError: the checkpoint has no tokenizer or another model's, or the text cannot be read or is too
             short.
     """
-    import onnxruntime_genai as og
-
     text = read_text(path)
-    with tempfile.TemporaryDirectory() as folder:
-        copy_files(checkpoint.root, Path(folder))
-        Path(folder, GENAI_CONFIG).write_bytes(as_json(genai_config(checkpoint, profile, {})))
-        try:
-            tokenizer = og.Tokenizer(folder)
-        except RuntimeError as error:
-            raise UserError(
-                f"{checkpoint.root} has no tokenizer that can be read ({error}): put tokenizer.json and "
-                "tokenizer_config.json there"
-            ) from error
-        found = samples_of(tokenizer.encode(text), most, path)
+    found = samples_of(Tokenizer.open(checkpoint.root).encode(text), most, path)
     vocabulary = checkpoint.config.vocab_size
     if (largest := int(found.max())) >= vocabulary:
         raise UserError(

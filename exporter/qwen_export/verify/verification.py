@@ -18,11 +18,12 @@ import psutil
 from pydantic import ValidationError
 from qwen_common import manifest as manifests
 from qwen_common.errors import UserError
-from qwen_common.manifest import BackendName, Manifest
+from qwen_common.manifest import Manifest
 from qwen_common.providers import PROVIDERS
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 from qwen_runtime.bandwidth import read_bandwidth
+from qwen_runtime.tokenizer import Tokenizer
 
 from qwen_export.backends.registry import export_backend
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -147,34 +148,13 @@ def _profile(artifact: Path, manifest: Manifest) -> Profile:
         ) from error
 
 
-def _encode(artifact: Path, backend: str, text: str) -> np.ndarray:
-    """Ids, by the tokenizer that answers use.
-
-    Raises:
-        RuntimeError: the artifact has none that can be read.
-    """
-    if backend == BackendName.OPENVINO:
-        from qwen_runtime.backends.openvino import read_tokenizer
-
-        return read_tokenizer(artifact).encode(text)
-    import onnxruntime_genai as og
-
-    return np.asarray(og.Tokenizer(str(artifact)).encode(text))
-
-
 def _texts(artifact: Path, manifest: Manifest, tokens: int, path: Path | None) -> np.ndarray:
     """int64 [texts, tokens of each]."""
     try:
         text = (path or files("qwen_export.verify") / "text" / "evaluation.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
-    try:
-        ids = _encode(artifact, manifest["backend"], text).astype(np.int64)
-    except RuntimeError as error:
-        raise UserError(
-            f"{artifact} has no tokenizer that can be read ({error}): put tokenizer.json and "
-            "tokenizer_config.json into the checkpoint's folder, or export with --no-verify"
-        ) from error
+    ids = np.asarray(Tokenizer.open(artifact).encode(text), np.int64)
     length = min(WINDOW, manifest["context_length"] - 1)
     count = min(max(1, tokens // length), len(ids) // length)
     if not count:

@@ -22,6 +22,7 @@ from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.provider import Choice, load_first
 from qwen_runtime.resident import release_mapped
+from qwen_runtime.tokenizer import Tokenizer
 
 _UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
 
@@ -43,7 +44,7 @@ class GenAI:
         self.rewinds = artifact.rewinds and appends
         self._og = og
         self._model = model
-        self.tokenizer = og.Tokenizer(model)
+        self.tokenizer = Tokenizer.open(artifact.root)
 
     @classmethod
     def load(cls, artifact: Artifact, provider: str) -> GenAI:

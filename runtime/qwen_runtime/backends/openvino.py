@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,15 @@ from qwen_common.errors import UserError
 from qwen_common.providers import OPENVINO_EP
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends.protocol import Tokenizer, TokenStream
 from qwen_runtime.backends.stateful import Stateful, StatefulGenerator
 from qwen_runtime.grammar import structural_tag
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
+from qwen_runtime.tokenizer import Tokenizer
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 _INSTALL = "pip install 'qwen-edge[openvino]'"
 _IMAGE_TAG = "<ov_genai_"  # OpenVINO GenAI's own way to write where an image goes
-_LONGEST_CHARACTER = 4  # bytes of UTF-8, and a token has at least one
 # OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
 _RENAMED = {"random_seed": "rng_seed"}
 _LARGEST_MIN_P = 0.9999  # it refuses 1
@@ -42,7 +40,6 @@ class OpenVINO:
 
     rewinds = False  # the pipeline's own prefix cache does what rewinding is for
     shows_logits = False
-    tokenizer: Tokenizer
 
     def __init__(
         self, artifact: Artifact, device: str, reason: str, genai: Any, open_pipeline: Callable[[], Any]
@@ -52,12 +49,12 @@ class OpenVINO:
         self._artifact, self._device = artifact, device
         self._genai = genai
         self._open = open_pipeline
-        self.pipeline = pipeline = open_pipeline()
+        self.pipeline = open_pipeline()
         self.lock = threading.Lock()  # of the pipeline, which several answers may share
         self._valid: set[Guidance] = set()
         self._numbers = itertools.count()
         self._stateful: Stateful | None = None
-        self.tokenizer = self._text = _Tokenizer(pipeline.get_tokenizer())
+        self.tokenizer = Tokenizer.open(artifact.root)
 
     @classmethod
     def load(cls, artifact: Artifact, provider: str, keep: int) -> OpenVINO:
@@ -107,7 +104,7 @@ class OpenVINO:
         if guidance is not None:
             self._check(guidance)
             config.structured_output_config = self._structure(guidance)
-        text = self._text if self._artifact.images else None
+        text = self.tokenizer if self._artifact.images else None
         return PipelineGenerator(self, next(self._numbers), config, text)
 
     def _check(self, guidance: Guidance) -> None:
@@ -123,9 +120,9 @@ class OpenVINO:
         config.max_new_tokens = 1
         config.structured_output_config = self._structure(guidance)
         trial = PipelineGenerator(
-            self, next(self._numbers), config, self._text if self._artifact.images else None
+            self, next(self._numbers), config, self.tokenizer if self._artifact.images else None
         )
-        trial.append_tokens(np.asarray(self._text.encode("A"), np.int32))
+        trial.append_tokens(np.asarray(self.tokenizer.encode("A"), np.int32))
         try:
             while not trial.tried():
                 trial.generate_next_token()
@@ -171,7 +168,7 @@ class OpenVINO:
 class PipelineGenerator:
     """One request to the pipeline, begun with the first token that is asked for."""
 
-    def __init__(self, backend: OpenVINO, number: int, config: Any, text: _Tokenizer | None) -> None:
+    def __init__(self, backend: OpenVINO, number: int, config: Any, text: Tokenizer | None) -> None:
         """Args:
         text: set where the pipeline takes its prompts as text, because it may have images.
         """
@@ -229,51 +226,6 @@ class PipelineGenerator:
             return self._pipeline.add_request(self._number, text, tensors, self._config)
         prompt = openvino.Tensor(np.asarray([self._prompt], np.int64))
         return self._pipeline.add_request(self._number, prompt, self._config)
-
-
-class _Tokenizer:
-    """The tokenizer and detokenizer models of the artifact, as `backends.Tokenizer`."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> npt.NDArray[Any]:
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(encoded.input_ids.data)[0]
-
-    def decode(self, tokens: Sequence[int] | npt.NDArray[np.int32], special: bool = False) -> str:
-        """Text; of tokens like <|im_end|> only if they are asked for, as `special`."""
-        return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=not special))
-
-    def create_stream(self) -> TokenStream:
-        return _Stream(self)
-
-
-class _Stream:
-    """Holds tokens back that end in the middle of a character."""
-
-    def __init__(self, tokenizer: _Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._held: list[int] = []
-
-    def decode(self, token: int) -> str:
-        self._held.append(token)
-        text = self._tokenizer.decode(np.array(self._held, np.int32))
-        if text.endswith("\ufffd") and len(self._held) < _LONGEST_CHARACTER:
-            return ""
-        self._held.clear()
-        return text
-
-
-def read_tokenizer(root: Path) -> _Tokenizer:
-    """That of the artifact in the folder `root`, whose weights are not loaded.
-
-    Raises:
-        RuntimeError: it has none that can be read.
-    """
-    import openvino_genai
-
-    return _Tokenizer(openvino_genai.Tokenizer(root))
 
 
 def choose_device(wanted: str, made_for: str, available: Sequence[str]) -> tuple[str, str]:

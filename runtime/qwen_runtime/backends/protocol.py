@@ -13,26 +13,9 @@ import numpy.typing as npt
 
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
+from qwen_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
-
-
-class TokenStream(Protocol):
-    """Tokens to text, one after the other."""
-
-    def decode(self, token: int) -> str:
-        """The text that is whole with `token`; "" in the middle of a character."""
-
-
-class Tokenizer(Protocol):
-    """Text to tokens and back."""
-
-    def encode(self, text: str) -> Sequence[int] | npt.NDArray[Any]:
-        """Ids; special tokens written in `text` are recognised."""
-
-    def decode(self, tokens: npt.NDArray[np.int32]) -> str: ...
-
-    def create_stream(self) -> TokenStream: ...
 
 
 class Generator(Protocol):

@@ -106,7 +106,7 @@ def test_inputs_are_what_transformers_projections_are_given(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(str(folder))
-    text = calibration_samples(checkpoint, load_profile("cpu"), None, most=3)
+    text = calibration_samples(checkpoint, None, most=3)
     grams: dict[str, tuple[np.ndarray, int]] = {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -249,4 +249,4 @@ def test_activations_that_overflow(tmp_path: Path) -> None:
 
 def test_at_most_so_much_text_is_read() -> None:
     checkpoint = Checkpoint.open(str(TINY))
-    assert calibration_samples(checkpoint, load_profile("cpu"), None, SAMPLES).shape == (SAMPLES, 128)
+    assert calibration_samples(checkpoint, None, SAMPLES).shape == (SAMPLES, 128)

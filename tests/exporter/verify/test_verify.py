@@ -205,11 +205,11 @@ def test_mistakes(tmp_path: Path) -> None:
     against = ["--against", str(TINY)]
     mute = exported(TINY, load_profile("cpu"), tmp_path / "mute")
     manifest = json.loads((mute / "manifest.json").read_text())
-    (mute / "tokenizer_config.json").unlink()
-    del manifest["files"]["tokenizer_config.json"]
+    (mute / "tokenizer.json").unlink()
+    del manifest["files"]["tokenizer.json"]
     (mute / "manifest.json").write_text(json.dumps(manifest))
     cases = {
-        "no tokenizer that can be read": ["verify", str(mute), *against],
+        "has no tokenizer.json": ["verify", str(mute), *against],
         "is it for another model": ["verify", str(artifact), "--against", str(TINY_MOE)],
         "give a text of 256": ["verify", str(artifact), *against, "--text", str(short)],
         "as UTF-8": ["verify", str(artifact), *against, "--text", str(binary)],

@@ -40,7 +40,7 @@ def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, pr
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
     text = None
     if profile.compression == "gptq":
-        text = calibration_samples(checkpoint, profile, options.calibration, SAMPLES)
+        text = calibration_samples(checkpoint, options.calibration, SAMPLES)
     return partial(_write, checkpoint, profile, graphs, options.all_logits, text)
 
 

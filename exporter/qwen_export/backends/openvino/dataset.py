@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qwen_runtime.tokenizer import Tokenizer
 
 from qwen_export.quantize.calibration import read_text, samples_of
 
@@ -25,10 +26,7 @@ class CalibrationSamples:
     """
 
     def __init__(self, source: Path, embedding: Any, text: Path | None) -> None:
-        from transformers import AutoTokenizer
-
-        ids = AutoTokenizer.from_pretrained(source)(read_text(text))["input_ids"]
-        self._samples = samples_of(ids, _SAMPLES, text)
+        self._samples = samples_of(Tokenizer.open(source).encode(read_text(text)), _SAMPLES, text)
         self._embedding = embedding
 
     def dataset(self, model: Any) -> Any:

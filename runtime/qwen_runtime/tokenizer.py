@@ -1,0 +1,122 @@
+"""Text to tokens and back, by the checkpoint's tokenizer.json and the library that it is written for.
+
+ONNX Runtime GenAI 0.18 reads the same file, but applies no normaliser, splits some white space otherwise,
+stops at a NUL character, and loses text after a broken character.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_common.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FileTokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+_BROKEN = "\ufffd"  # what bytes that are not UTF-8 are decoded to, one for each longest piece of a character
+_LONGEST_PIECE = 3  # bytes of a character that is not whole yet, and so tokens, for each has a byte at least
+
+
+class Tokenizer:
+    """Text to tokens and back. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: FileTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(cls, root: Path) -> Tokenizer:
+        """The tokenizer of the artifact or checkpoint in the folder `root`.
+
+        Raises:
+            UserError: there is no tokenizer.json, or it cannot be read.
+        """
+        import tokenizers  # most of a command's start-up needs none
+
+        path = root / TOKENIZER_FILE
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{root} has no {TOKENIZER_FILE}: put the model's own there") from error
+        # The library raises a bare Exception for whatever is wrong in the file.
+        except Exception as error:
+            raise UserError(
+                f"{path} is no tokenizer that can be read ({error}): download it again"
+            ) from error
+        # As they were left by whoever saved the file; transformers goes by its own arguments too.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer)
+
+    @property
+    def largest_id(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def id_of(self, token: str) -> int | None:
+        """None where there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids; special tokens written in `text` are recognised.
+
+        Raises:
+            UserError: half of a surrogate pair is in it.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("the text is not valid UTF-8: convert it first") from error
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text, with U+FFFD for bytes that are not UTF-8; of tokens like <|im_end|> only if `special`."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=not special)
+
+    def create_stream(self) -> TokenStream:
+        return TokenStream(self)
+
+
+class TokenStream:
+    """Tokens to text, one after the other: all pieces together are `Tokenizer.decode` of all tokens.
+
+    The library's own DecodeStream holds text back while it ends in a broken character, also at the end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held: list[int] = []  # tokens of which the last character may not be whole
+        self._told = 0  # characters of their text that were given out
+
+    def decode(self, token: int) -> str:
+        """The text that is certain with `token`; "" in the middle of a character."""
+        if not self._tokenizer.decode([token]):  # like <|im_end|>, which says nothing
+            return ""
+        self._held.append(token)
+        text = self._tokenizer.decode(self._held)
+        certain = text.removesuffix(_BROKEN)
+        piece = certain[self._told :]
+        self._told = len(certain)
+        if certain == text:
+            self._held, self._told = [], 0
+        elif len(self._held) > _LONGEST_PIECE:
+            self._forget(text)
+        return piece
+
+    def flush(self) -> str:
+        """What is left when the tokens have ended: U+FFFD for a character that stayed unfinished, or ""."""
+        rest = self._tokenizer.decode(self._held)[self._told :]
+        self._held, self._told = [], 0
+        return rest
+
+    def _forget(self, text: str) -> None:
+        """Let go of the tokens before the unfinished character, which runs of broken ones would pile up.
+
+        A cut inside of a character shows: its two parts have more U+FFFD than it has.
+        """
+        for size in range(1, _LONGEST_PIECE + 1):
+            gone, kept = (self._tokenizer.decode(part) for part in (self._held[:-size], self._held[-size:]))
+            if gone + kept == text:
+                self._held, self._told = self._held[-size:], self._told - len(gone)
+                return
