@@ -104,10 +104,12 @@ class Manifest(_Always, RunsOn, total=False):
         carried_over: roles whose 4-bit codes are the checkpoint's own.
         cache_bytes_per_token: of the KV cache.
         image_prompt_tokens: most tokens of a prompt with images; with a vision tower only.
+        sampling: defaults of the checkpoint that ONNX Runtime GenAI's configuration has no word for: `min_p`.
         runtime: for OpenVINO, which has no genai_config.json: those of its fields that our runtime reads.
     """
 
     image_prompt_tokens: int
+    sampling: dict[str, float]
     runtime: dict[str, Any]
 
 

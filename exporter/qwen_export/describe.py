@@ -48,6 +48,8 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
     }
     if written.image_prompt_tokens is not None:
         manifest["image_prompt_tokens"] = written.image_prompt_tokens
+    if (min_p := checkpoint.generation.min_p) is not None:
+        manifest["sampling"] = {"min_p": min_p}
     if written.runtime is not None:
         manifest["runtime"] = dict(written.runtime)
     (staged / README).write_text(model_card(manifest, None), encoding="utf-8")

@@ -20,6 +20,7 @@ from qwen_profiles.schema import Profile
 from qwen_export.backends.protocol import ExportOptions
 from qwen_export.backends.registry import export_backend
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.text_files import check_text_files
 from qwen_export.describe import describe, model_name
 from qwen_export.output import STAGED, check_output, put_in_place, work_folder
 from qwen_export.progress import Progress
@@ -59,6 +60,7 @@ def export(
         checkpoint = replace(checkpoint, config=config)
         profile = profile.model_copy(update={"context_length": max_context})
     check_output(output, checkpoint.root, force)
+    check_text_files(checkpoint)
     checkpoint.check(checkpoint.config.tensors())
     if checkpoint.vision:
         checkpoint.check(checkpoint.vision.tensors())

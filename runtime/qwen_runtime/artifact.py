@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,6 +15,7 @@ from qwen_common.manifest import GENAI_CONFIG, MANIFEST, BackendName, Manifest
 from qwen_common.shape import first_fault
 
 from qwen_runtime.images import ImageSettings
+from qwen_runtime.template import read_templates
 
 _ADVICE = "copy the artifact again, or export it again"
 
@@ -124,6 +126,11 @@ class Artifact:
         return int(self.genai_config["search"]["chunk_size"])
 
     @property
+    def search_defaults(self) -> dict[str, Any]:
+        """The checkpoint's own sampling: ONNX Runtime GenAI's search options, and what it has no word for."""
+        return {**self.genai_config["search"], **self.manifest.get("sampling", {})}
+
+    @property
     def images(self) -> ImageSettings | None:
         """How images are to be prepared; None where the artifact takes none."""
         vision = self.genai_config["model"].get("vision")
@@ -165,9 +172,7 @@ class Artifact:
         ids = self.genai_config["model"]["eos_token_id"]
         return frozenset(ids if isinstance(ids, list) else [ids])
 
-    @property
-    def chat_template(self) -> str:
-        path = self.root / "chat_template.jinja"
-        if not path.is_file():
-            raise UserError(f"{self.root} has no chat template: give a raw prompt instead of messages")
-        return path.read_text(encoding="utf-8")
+    @cached_property
+    def chat_templates(self) -> Mapping[str, str]:
+        """As `read_templates` gives them."""
+        return read_templates(self.root)

@@ -58,11 +58,12 @@ class LogitsProcessor:
         options: the search options that `sampling` comes to, with the artifact's own defaults.
         """
         samples = options.get("do_sample", False)
+        min_p = options.get("min_p", 0.0) if sampling.min_p is None else sampling.min_p
         return cls(
             presence_penalty=sampling.presence_penalty or 0.0,
             frequency_penalty=sampling.frequency_penalty or 0.0,
             logit_bias=sampling.logit_bias or {},
-            min_p=(sampling.min_p or 0.0) if samples else 0.0,  # the likeliest is never ruled out
+            min_p=min_p if samples else 0.0,  # the likeliest is never ruled out
             temperature=options.get("temperature", 1.0),
         )
 

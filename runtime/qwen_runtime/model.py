@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from qwen_runtime.prefill import Prefill, prefill_images, prefill_tokens
 from qwen_runtime.prefix import State, StateCache
 from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.request import Message, Request
-from qwen_runtime.sampling import Sampling
+from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
 
@@ -133,10 +133,14 @@ class Model:
         return self._backend.tokenizer.decode(tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
-        return self._prompts.render(messages, thinking, tools)
+        return self._prompts.render(messages, thinking, tools, template_kwargs)
 
     def generate(
         self,
@@ -146,6 +150,7 @@ class Model:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         thinking: bool = False,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         max_image_tokens: int | None = None,
         video_frames: int | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -160,6 +165,8 @@ class Model:
                 KV cache is allocated for all of them beforehand.
             stop: text at which to stop; it is not part of the result.
             thinking: for messages, whether the model is asked to think first.
+            template_kwargs: for messages, variables for the chat template, such as `preserve_thinking`; an
+                `enable_thinking` among them comes before `thinking`.
             max_image_tokens: most tokens that each image may take, a token for some 32 x 32 pixels; what is
                 larger is made smaller. None is 1024, or as many as the prompt still holds.
             video_frames: most frames of each video, each of which is an image; None is 8.
@@ -189,6 +196,7 @@ class Model:
                 sampling=sampling or Sampling(),
                 stop=stop,
                 thinking=thinking,
+                template_kwargs=dict(template_kwargs),
                 max_image_tokens=max_image_tokens,
                 video_frames=video_frames,
                 tools=tools,
@@ -208,7 +216,7 @@ class Model:
         prompt = self._prompts.build(request)
         max_tokens = self._max_tokens(prompt, request)
         options = self._search_options(request.sampling)
-        defaults = self._artifact.genai_config["search"]
+        defaults = self._artifact.search_defaults
         processor = LogitsProcessor.from_sampling(request.sampling, {**defaults, **options})
         logits = request.logprobs is not None or bool(request.sampling.logit_bias)
         if self.scores_apart and logits and prompt.images:
@@ -220,6 +228,7 @@ class Model:
         max_length = len(prompt.tokens) + max_tokens
         if request.speculative:
             check_greedy(request, options, bool(prompt.images))
+            decoding = replace(decoding, processor=LogitsProcessor())
             speculator = self._speculator(max_length)
             acceptance = speculator.acceptance
             prefill = prefill_tokens(speculator, prompt.tokens, self._backend.chunk_size)
@@ -316,6 +325,7 @@ class Model:
         sampling: Sampling | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         guidance: Guidance | None = None,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Read a conversation up to where the user speaks next, so that the next turn's prompt is short.
@@ -326,12 +336,12 @@ class Model:
 
         Args:
             messages: the conversation with the answer.
-            sampling, tools, guidance: as `generate` was given.
+            sampling, tools, guidance, template_kwargs: as `generate` was given.
             cancelled: asked every 64 tokens; what was read until then is kept.
         """
         if not self._states.size:
             return
-        tokens = self._prompts.history(messages, tools)
+        tokens = self._prompts.history(messages, tools, template_kwargs)
         key = {**self._search_options(sampling or Sampling()), "guidance": guidance}
         state = self._states.take(tokens, key, len(tokens) + 1)
         if state is not None:
@@ -359,6 +369,6 @@ class Model:
     def _speculator(self, max_length: int) -> Speculator:
         if self._sessions is None:
             self._sessions = Sessions.load(self._artifact, self.info.provider)
-        generator = self._backend.generator({"do_sample": False}, None, max_length)
+        generator = self._backend.generator(GREEDY, None, max_length)
         assert isinstance(generator, OutputGenerator)  # `Sessions` come only with ONNX Runtime
         return Speculator(self._sessions, generator, max_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from qwen_common.errors import UserError
@@ -59,18 +60,20 @@ class PromptBuilder:
             if not all(isinstance(message, Mapping) for message in request.prompt):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
             messages, sources = take_images(with_frames(request.prompt, request.video_frames))
-            text = self.render(messages, request.thinking, request.tools)
+            text = self.render(messages, request.thinking, request.tools, request.template_kwargs)
         tokens, images = self._place_images(self.encode(text), sources, request.max_image_tokens)
         return Prompt(text, tokens, images, messages)
 
     def render(
-        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
-        variables: dict[str, Any] = {"enable_thinking": thinking}
-        if tools:
-            variables["tools"] = tools
-        return render(self.artifact.chat_template, messages, **variables)
+        variables = {"enable_thinking": thinking, **template_kwargs}
+        return render(self.artifact.chat_templates, messages, tools, variables)
 
     def shared(self, prompt: Prompt, request: Request) -> int:
         """How far the next turn's prompt will agree with `prompt`, in tokens, whatever is said in it.
@@ -82,15 +85,26 @@ class PromptBuilder:
             return len(prompt.tokens) - 1
         later = [*prompt.messages, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
         try:
-            text = self.render(later, request.thinking, request.tools)
+            text = self.render(later, request.thinking, request.tools, request.template_kwargs)
             return common_prefix(prompt.tokens, self.encode(text))
         except UserError:  # a template with rules of its own about who speaks when
             return 0
 
-    def history(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    def history(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+    ) -> Sequence[int]:
         """Ids of a conversation up to where the user speaks next."""
         one, other = (
-            self.encode(self.render([*messages, {"role": "user", "content": text}], tools=tools))
+            self.encode(
+                self.render(
+                    [*messages, {"role": "user", "content": text}],
+                    tools=tools,
+                    template_kwargs=template_kwargs,
+                )
+            )
             for text in ("A", "\n\nB")  # a line break may become one token with those before it
         )
         return one[: common_prefix(one, other)]

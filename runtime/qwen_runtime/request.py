@@ -26,6 +26,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: str | Sequence[str] = ()
     thinking: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_image_tokens: int | None = None
     video_frames: int | None = None
     tools: Sequence[Mapping[str, Any]] = ()

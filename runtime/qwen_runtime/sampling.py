@@ -9,6 +9,9 @@ from typing import Any
 
 from qwen_common.errors import UserError
 
+# Search options that take the likeliest token, whatever the artifact's defaults are.
+GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+
 
 @dataclass(frozen=True)
 class Sampling:

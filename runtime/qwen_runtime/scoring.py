@@ -11,6 +11,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.backends.protocol import Backend, Logits
 from qwen_runtime.prefill import append
+from qwen_runtime.sampling import GREEDY
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Scorer:
         appends = self.backend.chunk_size is not None
         if not appends and not self.end_tokens.isdisjoint(tokens[prompt:]):
             raise UserError(f"on {self.backend.provider} the text must not have tokens that end an answer")
-        generator = self.backend.logits_generator({"do_sample": False}, None, len(tokens) + 1)
+        generator = self.backend.logits_generator(GREEDY, None, len(tokens) + 1)
         append(generator, tokens[:prompt], self.backend.chunk_size, lambda: False)
         for token in [*tokens[prompt:], None]:
             logits = generator.get_logits()
@@ -61,7 +62,7 @@ class Scorer:
         if self.backend.shows_logits:
             yield from (None for _ in self.score(tokens, prompt))
             return
-        options = {"do_sample": False, "ignore_eos": True}
+        options = {**GREEDY, "ignore_eos": True}
         generator = self.backend.generator(options, None, len(tokens) + 2)
         generator.append_tokens(np.asarray(tokens[:prompt], np.int32))
         for _ in range(len(tokens) - prompt + 1):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
+from tests.support.fitting_tokenizer import fit_tokenizer
 from tests.support.random_checkpoints import random_model, save_shards
 
 # Rows that groups of 128 divide, one of them into an odd number; key and value heads fill half an FP8 block.
@@ -206,4 +207,5 @@ def write_quantized_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     save_shards(folder, stored, 1)
     copy_tokenizer(TINY, folder)
+    fit_tokenizer(folder, model.config.vocab_size)
     return folder, model

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
+from tests.support.fitting_tokenizer import fit_tokenizer
 
 GEOMETRY: dict[str, Any] = {
     "vocab_size": 512,
@@ -109,6 +110,7 @@ def write_random_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     save_shards(folder, tensors, shards)
     copy_tokenizer(TINY, folder)
+    fit_tokenizer(folder, model.config.vocab_size)
     return folder
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from qwen_export.architecture.mtp import MTP
 from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.architecture.vision import VisionConfig
 from qwen_export.checkpoint.config import load_config, load_vision_config, quantization_config
+from qwen_export.checkpoint.generation_config import GenerationConfig, read_generation_config
 from qwen_export.checkpoint.hub import download, refuse_links_out
 from qwen_export.checkpoint.quantization import assemble
 from qwen_export.checkpoint.shards import refuse_gguf, shard_tensors
@@ -81,6 +83,11 @@ class Checkpoint:
     def model_type(self) -> str:
         """As ONNX Runtime GenAI calls it: with a vision tower, without `_text` at its end."""
         return self.config.model_type.removesuffix("_text") if self.vision else self.config.model_type
+
+    @cached_property
+    def generation(self) -> GenerationConfig:
+        """As `read_generation_config` gives it, and raises."""
+        return read_generation_config(self.root, self.config)
 
     def check(self, expected: Mapping[str, TensorSpec]) -> None:
         """Compare names and shapes with what the configuration asks for.

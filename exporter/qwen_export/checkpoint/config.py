@@ -34,7 +34,7 @@ def load_config(folder: Path) -> TextConfig:
     try:
         return config(**values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_in_words(error)}") from error
+        raise UserError(f"{path}: {in_words(error)}") from error
 
 
 def load_vision_config(folder: Path) -> VisionConfig | None:
@@ -52,7 +52,7 @@ def load_vision_config(folder: Path) -> VisionConfig | None:
     try:
         config = VisionConfig(**{**section, **ids, "processor": _processor_settings(folder)})
     except ValidationError as error:
-        raise UserError(f"{path}: vision_config.{_in_words(error)}") from error
+        raise UserError(f"{path}: vision_config.{in_words(error)}") from error
     if config.out_hidden_size != (hidden := (outer.get("text_config") or {}).get("hidden_size")):
         raise UserError(
             f"{path}: vision_config.out_hidden_size is {config.out_hidden_size}, but text_config.hidden_size "
@@ -97,7 +97,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError) -> str:
     """The first thing that is wrong, with the field it is wrong in."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))

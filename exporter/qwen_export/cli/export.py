@@ -112,6 +112,7 @@ def export(
         from qwen_profiles.schema import load_profile
 
         from qwen_export.checkpoint.checkpoint import Checkpoint
+        from qwen_export.checkpoint.text_files import require_tokenizer
         from qwen_export.cli.progress import BYTES, progress_bar
         from qwen_export.export import default_output
         from qwen_export.export import export as write
@@ -122,6 +123,8 @@ def export(
         source = Checkpoint.open(checkpoint, revision, text_only)
         folder = output or default_output(source, profile)
         check_output(folder, source.root, force)
+        if verify:
+            require_tokenizer(source)
         if auto_precision:
             profile = _chosen(source, profile, size, bits, calibration, progress and not as_json)
         elif size or bits:

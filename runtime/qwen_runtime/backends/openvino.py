@@ -25,6 +25,7 @@ from qwen_runtime.backends.stateful import Stateful, StatefulGenerator
 from qwen_runtime.grammar import structural_tag
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
+from qwen_runtime.sampling import GREEDY
 from qwen_runtime.tokenizer import Tokenizer
 
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -134,7 +135,7 @@ class OpenVINO:
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """The pipeline echoes a prompt with them."""
-        options = {"do_sample": False, "ignore_eos": True, "echo": True, "logprobs": 1}
+        options = {**GREEDY, "ignore_eos": True, "echo": True, "logprobs": 1}
         generator = self.generator(options, None, len(tokens) + 1)
         generator.append_tokens(np.asarray(tokens, np.int32))
         while len(generator.logprobs) < len(tokens):

@@ -33,6 +33,19 @@ Examples:
 """
 
 
+def _variables(context: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
+    """JSON where it is that, or else text."""
+    found: dict[str, Any] = {}
+    for name, equals, value in (entry.partition("=") for entry in given):
+        if not name or not equals:
+            raise click.BadParameter("write NAME=VALUE, such as preserve_thinking=true")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
+    return found
+
+
 @click.command(epilog=EPILOG)
 @ARTIFACT
 @click.argument("prompt", required=False)
@@ -64,6 +77,14 @@ Examples:
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop at this text; may be given several times.")
 @click.option("--think/--no-think", "thinking", default=False, help="Let the model think first.")
 @click.option(
+    "--template-arg",
+    "template_kwargs",
+    multiple=True,
+    callback=_variables,
+    metavar="NAME=VALUE",
+    help="A variable for the chat template, such as preserve_thinking=true; may be given several times.",
+)
+@click.option(
     "--speculative",
     is_flag=True,
     help="Take the likeliest tokens, guessed by the MTP head and checked several in a run.",
@@ -90,6 +111,7 @@ def answer(
     seed: int | None,
     stop: tuple[str, ...],
     thinking: bool,
+    template_kwargs: dict[str, Any],
     speculative: bool,
     provider: str,
     verify: bool,
@@ -109,6 +131,7 @@ def answer(
             sampling=Sampling(temperature, top_p, top_k, repetition_penalty, seed, min_p=min_p),
             stop=stop,
             thinking=thinking,
+            template_kwargs=template_kwargs,
             max_image_tokens=max_image_tokens,
             video_frames=video_frames,
             speculative=speculative,

@@ -54,7 +54,8 @@ async def answer_for(
         ApiError: the request cannot be obeyed, or has to wait for too many others.
     """
     check_model(asked.model, engine)
-    thinking = _thinking(asked, thinking_default)
+    template_kwargs = _template_kwargs(asked, thinking_default)
+    thinking = template_kwargs["enable_thinking"]
     tools, guidance = _tools(asked, thinking)
     ordered = in_order_of_calls(asked.messages)
     request = Request(
@@ -63,6 +64,7 @@ async def answer_for(
         sampling=sampling(asked),
         stop=asked.stop or (),
         thinking=thinking,
+        template_kwargs=template_kwargs,
         tools=tools,
         guidance=guidance,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
@@ -170,16 +172,28 @@ def _finish_reason(answer: Answer, parser: AnswerParser) -> str:
     return "tool_calls" if called else answer.finish_reason
 
 
-def _thinking(asked: ChatRequest, default: bool) -> bool:
-    if asked.chat_template_kwargs is not None and asked.chat_template_kwargs.enable_thinking is not None:
-        return asked.chat_template_kwargs.enable_thinking
-    return default if asked.reasoning_effort is None else asked.reasoning_effort != "none"
+def _template_kwargs(asked: ChatRequest, thinking_default: bool) -> dict[str, Any]:
+    """Variables for the chat template, `enable_thinking` among them.
+
+    Those of `chat_template_kwargs` come first, as they are. An effort of "none" only turns thinking off: no
+    template knows the word.
+    """
+    found = dict(asked.chat_template_kwargs or {})
+    effort = found.get("reasoning_effort", asked.reasoning_effort)
+    if effort not in (None, "none"):
+        found["reasoning_effort"] = effort
+    thinking = found.get("enable_thinking")
+    if thinking is None:
+        thinking = asked.enable_thinking
+    if thinking is None:
+        thinking = thinking_default if effort is None else effort != "none"
+    return {**found, "enable_thinking": thinking}
 
 
 def _for_template(message: Message, at: int) -> dict[str, Any]:
     """`message` as the chat template takes it."""
     found: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
+        "role": message.role,
         "content": _content(message.content),
     }
     if message.reasoning_content is not None:

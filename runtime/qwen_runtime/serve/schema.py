@@ -118,10 +118,6 @@ class JsonSchemaFormat(_Part):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class TemplateOptions(_Part):
-    enable_thinking: bool | None = None
-
-
 def _only(*allowed: Any) -> BeforeValidator:
     """Refuse what cannot be obeyed; None and the values that change nothing pass."""
 
@@ -136,6 +132,15 @@ def _only(*allowed: Any) -> BeforeValidator:
 
     return BeforeValidator(check)
 
+
+def _check_template_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
+    """What the server itself reads; all others are the template's business."""
+    if not isinstance(variables.get("enable_thinking"), bool | None):
+        raise ValueError("enable_thinking is neither true nor false")
+    return variables
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_check_template_kwargs)]
 
 # JSON has one kind of number, so 1 is a float too, and 1.0 an integer.
 Number = Annotated[float, Field(strict=False)]
@@ -166,7 +171,8 @@ class SharedRequest(_Part):
 class ChatRequest(SharedRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    chat_template_kwargs: TemplateOptions | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    enable_thinking: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -270,6 +276,8 @@ class ResponseRequest(_Part):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ResponseReasoning | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    enable_thinking: bool | None = None
     text: ResponseText | None = None
     metadata: dict[str, str] | None = None
     previous_response_id: Annotated[Any, _only()] = None
@@ -311,6 +319,8 @@ class ResponseRequest(_Part):
             "tool_choice": _nested(self.tool_choice, "function"),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "enable_thinking": self.enable_thinking,
             "response_format": _nested(self.text.format, "json_schema") if self.text else None,
         }
         return parse(ChatRequest, json.dumps(fields).encode())

@@ -222,6 +222,7 @@ class _ReadAhead:
             sampling=request.sampling,
             tools=request.tools,
             guidance=request.guidance,
+            template_kwargs=request.template_kwargs,
             cancelled=self._stopped.is_set,
         )
 

@@ -230,6 +230,7 @@ def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> No
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
     source, _ = write_quantized_checkpoint(tmp_path / "source", None)
+    copy_tokenizer(TINY, source)
     with pytest.raises(UserError, match="the model has 512 tokens: put the model's own tokenizer there"):
         export(Checkpoint.open(str(source)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from qwen_profiles.schema import Profile
 from qwen_export.architecture.mtp import MTP, declares_mtp, mtp_tensors
 from qwen_export.backends.copied_files import copy_files
 from qwen_export.backends.onnx.files import PROCESSOR_CONFIG
-from qwen_export.backends.onnx.genai_config import genai_config, generation_config
+from qwen_export.backends.onnx.genai_config import genai_config
 from qwen_export.backends.onnx.graphs import Graphs, build_graphs
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
@@ -70,7 +70,7 @@ def _write(
         onnx.save(model_proto(graph), staged / name)
     if checkpoint.vision:
         (staged / PROCESSOR_CONFIG).write_bytes(as_json(processor_config(checkpoint.vision)))
-    config = genai_config(checkpoint, profile, generation_config(checkpoint.root))
+    config = genai_config(checkpoint, profile)
     (staged / GENAI_CONFIG).write_bytes(as_json(config))
     context = config["model"]["context_length"]
     return Written(

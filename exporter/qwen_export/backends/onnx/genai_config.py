@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qwen_common.errors import UserError
 from qwen_common.providers import CPU, PROVIDERS
 from qwen_profiles.schema import Profile
 
@@ -18,17 +14,12 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import states
 
 _NO_TOKEN = -1
-# Called the same in generation_config.json and in GenAI.
-_SAMPLING = ("temperature", "top_k", "top_p", "do_sample")
 
 
-def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[str, Any]) -> dict[str, Any]:
-    """ONNX Runtime GenAI's description of the model: its files, its inputs and outputs, how to sample.
-
-    Args:
-        generation: the checkpoint's generation_config.json, {} if it has none.
-    """
+def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
+    """ONNX Runtime GenAI's description of the model: its files, its inputs and outputs, how to sample."""
     config = checkpoint.config
+    generation = checkpoint.generation
     context = min(profile.context_length, config.positions)
     dtype = np.dtype(profile.activation_dtype)
     tokens = "inputs_embeds" if checkpoint.vision else "input_ids"
@@ -40,9 +31,9 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
         for kind, state in zip(names[layer_type], states(config, layer, dtype), strict=True):
             inputs[f"past_{kind}_names"] = state.past.replace(f".{layer}.", ".%d.")
             outputs[f"present_{kind}_names"] = state.present.replace(f".{layer}.", ".%d.")
-    end = generation.get("eos_token_id", config.eos_token_id)
+    end = generation.eos_token_id
     first_end = end[0] if isinstance(end, list) else end
-    pad = generation.get("pad_token_id", config.pad_token_id)
+    pad = config.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
     if checkpoint.vision:
         # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
         # also its <|endoftext|>. One sequence is never padded.
@@ -54,7 +45,7 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
             "type": checkpoint.model_type,
             "vocab_size": config.vocab_size,
             "context_length": context,
-            "bos_token_id": generation.get("bos_token_id") or config.bos_token_id or first_end,
+            "bos_token_id": generation.bos_token_id or config.bos_token_id or first_end,
             "eos_token_id": end,
             "pad_token_id": pad if pad is not None else first_end,
             "decoder": {
@@ -75,23 +66,13 @@ def genai_config(checkpoint: Checkpoint, profile: Profile, generation: Mapping[s
             **(_multimodal(checkpoint.vision) if checkpoint.vision else {}),
         },
         "search": {
-            **{name: generation[name] for name in _SAMPLING if name in generation},
+            **generation.search(),
             "max_length": context,
             "chunk_size": profile.prefill_chunk,
             # Only GroupQueryAttention writes into the past it was given.
             "past_present_share_buffer": profile.lowering == "fused",
         },
     }
-
-
-def generation_config(root: Path) -> dict[str, Any]:
-    """The checkpoint's generation_config.json, {} if it has none."""
-    path = root / "generation_config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path.name} is not valid JSON: download it again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _multimodal(vision: VisionConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qwen_common.files import as_json
 from qwen_profiles.schema import Profile, Role, WeightFormat
 
 from qwen_export.backends.copied_files import copy_files
-from qwen_export.backends.onnx.genai_config import genai_config, generation_config
+from qwen_export.backends.onnx.genai_config import genai_config
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.openvino.compress import check, compress
 from qwen_export.backends.openvino.convert import convert
@@ -114,7 +114,7 @@ def _calibrated(
 
 
 def _describe(checkpoint: Checkpoint, profile: Profile, staged: Path, sizes: Mapping[Role, int]) -> Written:
-    config = genai_config(checkpoint, profile, generation_config(checkpoint.root))
+    config = genai_config(checkpoint, profile)
     model = {name: config["model"][name] for name in _MODEL_FIELDS}
     if checkpoint.vision:
         model |= {name: config["model"][name] for name in _VISION_FIELDS}
