@@ -275,9 +275,8 @@ def _predicted(name: str, value: Any, arguments: Sequence[Any]) -> int:
         old = arguments[0] if arguments and isinstance(arguments[0], str) else ""
         return size + (str(value).count(old) if old else size + 1) * longest
     if name == "join":
-        items: Any = value if not isinstance(value, str) or not arguments else arguments[0]
-        separator = arguments[0] if items is value else value
-        return _joined_size(items) + _size(items) * _size(separator)
+        # The filter's value is the items, the method's the separator.
+        return _joined_size(value) + sum(map(_joined_size, arguments)) + size * longest
     if name == "sum":
         return _joined_size(value)
     if name in ("format", "format_map"):
