@@ -118,6 +118,6 @@ def test_both_tokenizers_agree(genai_tokenizer: og.Tokenizer) -> None:
 def test_template_that_refuses() -> None:
     question = [{"role": "user", "content": "What is assert?"}]
     with pytest.raises(UserError, match="does not take these messages: only users"):
-        render("{{ raise_exception('only users') }}", question)
+        render({"default": "{{ raise_exception('only users') }}"}, question)
     with pytest.raises(UserError, match="does not take these messages"):
-        render("{{ messages.__class__.__mro__ }}", question)
+        render({"default": "{{ messages.__class__.__mro__ }}"}, question)

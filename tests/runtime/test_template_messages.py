@@ -13,8 +13,8 @@ from qwen_common.errors import UserError
 from qwen_runtime.template import check, read_templates, render
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from benchmarks.support.checkpoints import TINY
 from tests.runtime.test_template import CALLER, RESULT, SHOWER, SYSTEM, TALKER, THOUGHTFUL, TOOLS, USER
-from tests.support.random_checkpoints import TINY
 
 # Data, of which the project has no copy.
 PUBLISHED = Path(

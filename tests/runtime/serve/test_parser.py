@@ -145,5 +145,5 @@ def test_back_through_the_template() -> None:
         found["function"]["arguments"] = json.loads(found["function"]["arguments"])
     template = Path(TINY / "chat_template.jinja").read_text(encoding="utf-8")
     user = {"role": "user", "content": uuid.uuid4().hex}
-    rendered = render(template, [user, message, {"role": "tool", "content": "42"}], tools=TOOLS)
+    rendered = render({"default": template}, [user, message, {"role": "tool", "content": "42"}], tools=TOOLS)
     assert f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>user\n<tool_response>\n42" in rendered

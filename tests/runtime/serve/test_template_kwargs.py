@@ -17,8 +17,8 @@ from qwen_profiles.schema import load_profile
 from qwen_runtime import Model
 from qwen_runtime.cli import main
 
-from tests.support.artifacts import make_artifact
-from tests.support.random_checkpoints import TINY
+from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.checkpoints import TINY
 from tests.support.servers import serving
 
 USER = {"role": "user", "content": "What is assert?"}
@@ -122,12 +122,6 @@ def test_the_command_and_python(telling: Path) -> None:
     with Model.load(telling) as model, pytest.raises(UserError) as refused:
         model.generate([USER], template_kwargs={"reasoning_effort": "high", "enable_thinking": True})
     assert told(str(refused.value)) == DEFAULTS | {"thinking": True, "effort": "high"}
-
-
-@pytest.fixture(scope="module")
-def client(cpu_artifact: Path) -> Iterator[OpenAI]:
-    with serving(cpu_artifact) as server:
-        yield server.client()
 
 
 def message(role: str, content: str = "Be brief.") -> dict[str, str]:

@@ -184,7 +184,9 @@ def test_marks_in_values(value: str) -> None:
     made = {"type": "function", "function": {"name": "look", "arguments": arguments}}
     template = Path(TINY / "chat_template.jinja").read_text(encoding="utf-8")
     answer = {"role": "assistant", "content": "", "tool_calls": [made]}
-    text = render(template, [{"role": "user", "content": "?"}, answer]).split("<|im_start|>assistant\n")[1]
+    text = render({"default": template}, [{"role": "user", "content": "?"}, answer]).split(
+        "<|im_start|>assistant\n"
+    )[1]
     text = text.removesuffix("<|im_end|>\n") + "\n" + STOP
     assert calls_of(read(text)) == [("look", arguments), ("stop", {})]
 
