@@ -103,7 +103,7 @@ def write_checkpoint(
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
         "dtype": "bfloat16",
-        "eos_token_id": 248044,
+        "eos_token_id": min(248044, text_config.get("vocab_size", 248320) - 1),
         **text_config,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
