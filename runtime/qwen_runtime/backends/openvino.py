@@ -146,7 +146,9 @@ class OpenVINO:
         """The text and pixels: the pipeline cuts them up as they are, and puts features in their places."""
         if _IMAGE_TAG in text:
             raise UserError(f"a text has {_IMAGE_TAG} written in it: remove it")
-        return text, [image.pixels for image in images]
+        # The pipeline's own tokenizer gives the ids of a text that needs no normalising, and others else.
+        normalised = self.tokenizer.decode(self.tokenizer.encode(text), special=True)
+        return normalised, [image.pixels for image in images]
 
     def _with_logits(self) -> Stateful:
         """Compiled once, when somebody first wants logits."""

@@ -22,12 +22,14 @@ from qwen_runtime import Guidance, Model, Sampling
 from qwen_runtime.bench import bench
 from qwen_runtime.grammar import make_guidance
 from qwen_runtime.serve.parser import AnswerParser
+from qwen_runtime.tokenizer import Tokenizer
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.support.artifacts import FLOAT, make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.checkpoints.drawings import Drawing, drawing
+from tests.runtime.test_tokenizer import corpus
 
 pytestmark = pytest.mark.openvino
 pytest.importorskip("openvino_genai")
@@ -227,6 +229,17 @@ def test_bench(shipped: Path) -> None:
 def asking(item: Drawing, *more: Drawing) -> list[dict]:
     images = [{"type": "image", "image": drawn.image} for drawn in (*more, item)]
     return [{"role": "user", "content": [*images, {"type": "text", "text": item.question}]}]
+
+
+def test_the_pipelines_own_tokenizer(shipped: Path) -> None:
+    """Artifacts that see hand it text: normalised text, for which it gives the ids of tokenizer.json."""
+    import openvino_genai
+
+    own, tokenizer = openvino_genai.Tokenizer(shipped), Tokenizer.open(shipped)
+    for text in filter(None, corpus()):
+        ids = tokenizer.encode(text)
+        normalised = tokenizer.decode(ids, special=True)
+        assert own.encode(normalised, add_special_tokens=False).input_ids.data[0].tolist() == ids, repr(text)
 
 
 def test_images(tmp_path: Path) -> None:
