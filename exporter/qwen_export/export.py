@@ -61,6 +61,8 @@ def export(
         profile = profile.model_copy(update={"context_length": max_context})
     check_output(output, checkpoint.root, force)
     check_text_files(checkpoint)
+    for note in checkpoint.notes:
+        progress.note(note)
     checkpoint.check(checkpoint.config.tensors())
     if checkpoint.vision:
         checkpoint.check(checkpoint.vision.tensors())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from qwen_profiles.schema import Role
 
+from qwen_export.architecture.fields import Layers, Positions, Real, Size, TokenId
 from qwen_export.architecture.tensors import Table, TensorRow, TensorSpec, expand, floats, matrix
 
 VISION = "model.visual."  # begins the names of its tensors
 _ROLE: Role = "vision"
+_Positive = Annotated[Real, Field(gt=0)]
 
 
 def _biased(name: str, out_size: str, *sizes: str | int) -> tuple[TensorRow, TensorRow]:
@@ -48,17 +50,17 @@ class _Frozen(BaseModel):
 class PixelRange(_Frozen):
     """Pixels of an image after resizing, at least and at most; transformers calls them edges."""
 
-    shortest_edge: int = Field(default=256 * 256, gt=0)
-    longest_edge: int = Field(default=4096 * 4096, gt=0)
+    shortest_edge: Positions = 256 * 256
+    longest_edge: Positions = 4096 * 4096
 
 
 class ImageProcessor(_Frozen):
     """Settings of transformers' Qwen2VLImageProcessor; the defaults are those of the published Qwen3.5."""
 
     size: PixelRange = PixelRange()
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    rescale_factor: float = 1 / 255
+    image_mean: tuple[Real, Real, Real] = (0.5, 0.5, 0.5)
+    image_std: tuple[_Positive, _Positive, _Positive] = (0.5, 0.5, 0.5)
+    rescale_factor: _Positive = 1 / 255
 
     @model_validator(mode="before")
     @classmethod
@@ -77,23 +79,23 @@ class VisionConfig(_Frozen):
     The token ids are the outer model's: image_token_id stands once in a prompt for each feature.
     """
 
-    depth: int = Field(default=27, gt=0)
-    hidden_size: int = Field(default=1152, gt=0)
+    depth: Layers = 27
+    hidden_size: Size = 1152
     hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
-    intermediate_size: int = Field(default=4304, gt=0)
-    num_heads: int = Field(default=16, gt=0)
+    intermediate_size: Size = 4304
+    num_heads: Size = 16
     in_channels: Literal[3] = 3
-    patch_size: int = Field(default=16, gt=0)
-    spatial_merge_size: int = Field(default=2, gt=0)
+    patch_size: Size = 16
+    spatial_merge_size: Size = 2
     temporal_patch_size: Literal[2] = 2
-    out_hidden_size: int = Field(default=3584, gt=0)
-    num_position_embeddings: int = Field(default=2304, gt=0)
+    out_hidden_size: Size = 3584
+    num_position_embeddings: Size = 2304
     # Qwen3-VL hands features of inner blocks to the decoder; Qwen3.5 does not.
     deepstack_visual_indexes: tuple[()] = ()
-    image_token_id: int = 248056
-    video_token_id: int = 248057
-    vision_start_token_id: int = 248053
-    vision_end_token_id: int = 248054
+    image_token_id: TokenId = 248056
+    video_token_id: TokenId = 248057
+    vision_start_token_id: TokenId = 248053
+    vision_end_token_id: TokenId = 248054
     processor: ImageProcessor = ImageProcessor()
 
     @model_validator(mode="after")

@@ -17,13 +17,23 @@ from qwen_common.errors import UserError
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.mtp import MTP
 from qwen_export.architecture.tensors import TensorSpec
-from qwen_export.architecture.vision import VisionConfig
-from qwen_export.checkpoint.config import load_config, load_vision_config, quantization_config
+from qwen_export.architecture.vision import VISION, VisionConfig
+from qwen_export.checkpoint.config import (
+    language_model_only,
+    load_config,
+    load_vision_config,
+    quantization_config,
+)
+from qwen_export.checkpoint.formats import refuse_adapter, refuse_gguf
 from qwen_export.checkpoint.generation_config import GenerationConfig, read_generation_config
+from qwen_export.checkpoint.head import settle_head
 from qwen_export.checkpoint.hub import download, refuse_links_out
-from qwen_export.checkpoint.quantization import assemble
-from qwen_export.checkpoint.shards import refuse_gguf, shard_tensors
+from qwen_export.checkpoint.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.quantization import assemble, method_name
+from qwen_export.checkpoint.shards import shard_tensors
 from qwen_export.checkpoint.tensor import CheckpointTensor
+
+_NAMED = 3  # of the tensors that are not read
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,13 @@ class Checkpoint:
         root: the folder.
         source: what the user named: a folder or a hub id.
         revision: the commit that a hub id was resolved to; None for a folder.
-        config: the text model's configuration.
-        tensors: every tensor by name, text models' as `model.X` whatever they are wrapped in, and in the
-            model's shapes whatever form they are stored in.
+        config: the text model's configuration; embedding and lm_head are tied where the tensors are, too.
+        tensors: every tensor by the model's name for it, whatever the model was wrapped in, and in the
+            model's shape whatever form it is stored in; what no weight can be stays as it is stored.
         vision: the vision tower's configuration; None where there is none, or it is left out.
         mtp_problem: why the multi-token-prediction head is not among the tensors, though the shards have one.
+        quantization: the method that config.json names, in words for a message.
+        notes: what is not as its files say, or not read: a line for each.
     """
 
     root: Path
@@ -48,17 +60,22 @@ class Checkpoint:
     tensors: Mapping[str, CheckpointTensor]
     vision: VisionConfig | None = None
     mtp_problem: str | None = None
+    quantization: str = "no quantization_config"
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
-        """Open a local folder, or download a hub id such as `Qwen/Qwen3.5-0.8B`. Reads no weight.
+        """Open a local folder, or download a hub id such as `Qwen/Qwen3.5-0.8B`.
+
+        Reads no weight but embedding and lm_head, where both are stored and config.json ties them.
 
         Args:
             text_only: leave the vision tower out.
 
         Raises:
-            UserError: no such folder or hub id, not a supported model, a shard missing, truncated, listed
-                outside the folder or linked to from it, or tensors in a form that is not supported.
+            UserError: no such folder or hub id, not a supported model, an adapter, a shard missing,
+                truncated, listed outside the folder or linked to from it, or tensors in a form that is not
+                supported.
         """
         local = Path(source)
         refuse_gguf(local)
@@ -68,6 +85,7 @@ class Checkpoint:
             root = download(source, revision)
             commit = root.name
         refuse_links_out(root)
+        refuse_adapter(root)
         config = load_config(root)
         stored, quantization = shard_tensors(root), quantization_config(root)
         head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}
@@ -76,8 +94,33 @@ class Checkpoint:
             tensors |= assemble(head, quantization)
         except UserError as error:  # the model does without it
             mtp_problem = str(error)
+        text_only = text_only or language_model_only(root)
         vision = None if text_only else load_vision_config(root)
-        return cls(root, source, commit, config, tensors, vision, mtp_problem)
+        as_declared, config = config, settle_head(config, tensors)
+        notes = []
+        if config is not as_declared:
+            notes.append(
+                "lm_head.weight and the embedding differ, though config.json says tie_word_embeddings: each "
+                "is exported as it is stored"
+            )
+        expected = {**config.tensors(), **(vision.tensors() if vision else {})}
+        left_out = (MTP, VISION) if text_only else (MTP,)
+        if unread := [name for name in tensors if name not in expected and not name.startswith(left_out)]:
+            more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
+            notes.append(
+                f"not read, because the model has no such tensors: {', '.join(unread[:_NAMED])}{more}"
+            )
+        return cls(
+            root,
+            source,
+            commit,
+            config,
+            tensors,
+            vision,
+            mtp_problem,
+            method_name(quantization),
+            tuple(notes),
+        )
 
     @property
     def model_type(self) -> str:
@@ -96,14 +139,34 @@ class Checkpoint:
             UserError: a tensor is missing or has another shape; names the first one.
         """
         for name, spec in expected.items():
-            if name not in self.tensors:
-                raise UserError(f"the checkpoint has no tensor {name}: is a shard missing from {self.root}?")
-            found = self.tensors[name].shape
-            if found != spec.shape:
+            found = self.tensors.get(name)
+            if found is None:
+                raise UserError(self._why_missing(name))
+            if isinstance(found, PlainTensor) and found.dtype not in FLOATS:
+                raise UserError(self._why_not_floats(found))
+            if found.shape != spec.shape:
                 raise UserError(
-                    f"tensor {name} has shape {found} where config.json says {spec.shape}: "
+                    f"tensor {name} has shape {found.shape} where config.json says {spec.shape}: "
                     "config and weights are not of the same model"
                 )
+
+    def _why_missing(self, name: str) -> str:
+        module = name.rpartition(".")[0] + "."
+        for other, found in self.tensors.items():
+            if other.startswith(module) and isinstance(found, PlainTensor) and found.dtype not in FLOATS:
+                return self._why_not_floats(found)
+        if name.startswith(VISION) and not any(other.startswith(VISION) for other in self.tensors):
+            return (
+                "config.json has a vision_config, and the shards have no vision tower: export the text model "
+                "alone with --text-only"
+            )
+        return f"the checkpoint has no tensor {name}: is a shard missing from {self.root}?"
+
+    def _why_not_floats(self, tensor: PlainTensor) -> str:
+        return (
+            f"tensor {tensor.name} is {tensor.dtype} without its scales, and config.json says "
+            f"{self.quantization}: is a shard missing, or config.json of another checkpoint?"
+        )
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of axis 0 of one tensor; see `CheckpointTensor.read`."""

@@ -12,9 +12,13 @@ from qwen_common.errors import UserError
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.registry import config_class, text_section
 from qwen_export.architecture.vision import VisionConfig
+from qwen_export.checkpoint.formats import refuse_other_quantization
 
 # Where transformers' releases have put the image processor's settings, and the key that they lie under.
 _PROCESSOR_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
+
+_AGAIN = "download it again"
+_MOST_SHOWN = 60  # characters of a wrong value
 
 
 def load_config(folder: Path) -> TextConfig:
@@ -24,11 +28,7 @@ def load_config(folder: Path) -> TextConfig:
         UserError: it is missing or malformed, of a model type that is not supported, or contradicts itself.
     """
     path, content = _content(folder)
-    try:
-        config = config_class(str(content["model_type"]))
-        values = text_section(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a model configuration ({error!r}): download it again") from error
+    config, values = config_class(str(content.get("model_type"))), _text(path, content)
     if "tie_word_embeddings" in content:  # the outer model owns lm_head
         values["tie_word_embeddings"] = content["tie_word_embeddings"]
     try:
@@ -43,17 +43,18 @@ def load_vision_config(folder: Path) -> VisionConfig | None:
     Raises:
         UserError: it is malformed, contradicts itself, or asks for what is not supported.
     """
-    path = folder / "config.json"
-    outer = _read_json(path)
+    path, outer = _content(folder)
     section = outer.get("vision_config")
     if not section:
         return None
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: vision_config is no object: {_AGAIN}")
     ids = {name: value for name, value in outer.items() if name.endswith("_token_id")}
     try:
         config = VisionConfig(**{**section, **ids, "processor": _processor_settings(folder)})
     except ValidationError as error:
         raise UserError(f"{path}: vision_config.{in_words(error)}") from error
-    if config.out_hidden_size != (hidden := (outer.get("text_config") or {}).get("hidden_size")):
+    if config.out_hidden_size != (hidden := _text(path, outer).get("hidden_size")):
         raise UserError(
             f"{path}: vision_config.out_hidden_size is {config.out_hidden_size}, but text_config.hidden_size "
             f"is {hidden}"
@@ -61,20 +62,43 @@ def load_vision_config(folder: Path) -> VisionConfig | None:
     return config
 
 
+def language_model_only(folder: Path) -> bool:
+    """Whether config.json says that a vision-language model is to be taken without its tower, as vLLM does.
+
+    Raises:
+        UserError: as `load_config`, for the file.
+    """
+    path, content = _content(folder)
+    found = content.get("language_model_only", False)
+    if not isinstance(found, bool):
+        raise UserError(f"{path}: language_model_only is neither true nor false: {_AGAIN}")
+    return found
+
+
 def quantization_config(folder: Path) -> Any:
-    """`quantization_config` of `folder`/config.json, wherever it stands; None if the weights are floats."""
-    _, content = _content(folder)
-    return content.get("quantization_config", text_section(content).get("quantization_config"))
+    """`quantization_config` of `folder`/config.json, wherever it stands; None if the weights are floats.
+
+    Raises:
+        UserError: as `load_config`, for the file, or the weights are in a form that `formats` names.
+    """
+    path, content = _content(folder)
+    found = content.get("quantization_config", _text(path, content).get("quantization_config"))
+    refuse_other_quantization(folder, found, content)
+    return found
 
 
 def _content(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
+    return path, _read_json(path)
+
+
+def _text(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
-        return path, dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a model configuration ({error!r}): download it again") from error
+        return text_section(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a model configuration ({error!r}): {_AGAIN}") from error
 
 
 def _processor_settings(folder: Path) -> dict[str, Any]:
@@ -88,12 +112,16 @@ def _processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """NaN and Infinity are read: which number it is that may not be one, the fields say."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path.name} is not valid JSON: download it again") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path} is not valid JSON ({why}): {_AGAIN}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path.name} is not a JSON object: download it again")
+        raise UserError(f"{path} is not a JSON object: {_AGAIN}")
     return content
 
 
@@ -103,5 +131,12 @@ def in_words(error: ValidationError) -> str:
     field = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
-        message += f" ({first['input']!r} is not supported yet)"
+        message += f" ({_shown(first['input'])} is not supported yet)"
+    elif field and not isinstance(first["input"], dict):
+        message += f", not {_shown(first['input'])}"
     return f"{field}: {message}" if field else message
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."

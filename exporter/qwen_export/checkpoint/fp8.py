@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor, take
+from qwen_export.checkpoint.plain import FLOATS, PlainTensor, take
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -24,7 +24,7 @@ _SCALE_INV = "_scale_inv"
 
 @dataclass(frozen=True)
 class Fp8Tensor:
-    """float8_e4m3fn [N, K], and one factor for each block of `block` rows and columns."""
+    """float8_e4m3fn [N, K] or experts' [E, N, K], and one factor for each block of `block` of N and of K."""
 
     weight: PlainTensor
     scale_inv: PlainTensor
@@ -48,9 +48,13 @@ class Fp8Tensor:
         values = _VALUES[self.weight.read(start, stop).view(np.uint8)]
         if not np.isfinite(values).all():
             raise UserError(f"tensor {self.weight.name} holds NaN: download the checkpoint again")
-        scales = self.scale_inv.read(start // height, -(-stop // height)).astype(np.float32)
-        scales = scales[np.arange(start, stop) // height - start // height]
-        values *= np.repeat(scales, width, axis=1)[:, : values.shape[1]]
+        if len(self.shape) == 3:  # a row is an expert
+            scales = self.scale_inv.read(start, stop).astype(np.float32)
+            scales = np.repeat(scales, height, axis=1)[:, : values.shape[1]]
+        else:
+            scales = self.scale_inv.read(start // height, -(-stop // height)).astype(np.float32)
+            scales = scales[np.arange(start, stop) // height - start // height]
+        values *= np.repeat(scales, width, axis=-1)[..., : values.shape[-1]]
         return values
 
 
@@ -61,7 +65,7 @@ class Fp8Config(BaseModel):
 
     quant_method: Literal["fp8"]
     fmt: Literal["e4m3"] = "e4m3"
-    weight_block_size: tuple[int, int]
+    weight_block_size: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 
     def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
         """Take the tensors that this form is made of out of `stored`; returns the model's, by name.
@@ -77,10 +81,12 @@ class Fp8Config(BaseModel):
 
     def _tensor(self, weight: PlainTensor, scale_inv: PlainTensor) -> Fp8Tensor:
         block = self.weight_block_size
-        expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
-        if weight.dtype != _FP8 or len(weight.shape) != 2 or scale_inv.shape != expected:
+        *experts, n, k = weight.shape if len(weight.shape) in (2, 3) else (0, 0)
+        expected = (*experts, -(-n // block[0]), -(-k // block[1]))
+        if weight.dtype != _FP8 or scale_inv.dtype not in FLOATS or scale_inv.shape != expected:
             raise UserError(
-                f"tensor {scale_inv.name} has shape {scale_inv.shape}, which are no scales for {block[0]} x "
-                f"{block[1]} blocks of {weight.name} ({weight.dtype} {weight.shape}): download both again"
+                f"tensor {scale_inv.name} ({scale_inv.dtype} {scale_inv.shape}) holds no scales for "
+                f"{block[0]} x {block[1]} blocks of {weight.name} ({weight.dtype} {weight.shape}): download "
+                "both again"
             )
         return Fp8Tensor(weight, scale_inv, block)

@@ -20,7 +20,7 @@ _CONFIGS: TypeAdapter[_Config] = TypeAdapter(Annotated[_Config, Field(discrimina
 
 
 def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> dict[str, CheckpointTensor]:
-    """The model's tensors by name, from those of the shards.
+    """The model's tensors by name, from those of the shards; those of other dtypes stay as they are stored.
 
     Args:
         quantization_config: that of config.json; None if there is none.
@@ -32,14 +32,14 @@ def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> dic
     config = _config(quantization_config)
     rest = dict(stored)
     made = config.assemble(rest) if config else {}
-    for name, tensor in rest.items():
-        if tensor.dtype not in FLOATS:
-            declared = config.quant_method if config else "no quantization_config"
-            raise UserError(
-                f"tensor {name} is {tensor.dtype} without its scales, and config.json says {declared}: "
-                "is a shard missing, or config.json of another checkpoint?"
-            )
-    return stack_experts({**rest, **made})
+    others = {name: rest.pop(name) for name, tensor in list(rest.items()) if tensor.dtype not in FLOATS}
+    return {**others, **stack_experts({**rest, **made})}
+
+
+def method_name(quantization_config: Any) -> str:
+    """For messages: the method that config.json declares, which `assemble` takes."""
+    config = _config(quantization_config)
+    return config.quant_method if config else "no quantization_config"
 
 
 def _config(quantization_config: Any) -> _Config | None:

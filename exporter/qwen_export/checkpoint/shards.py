@@ -12,27 +12,42 @@ import numpy as np
 from qwen_common.errors import UserError
 from safetensors import SafetensorError, safe_open
 
+from qwen_export.checkpoint.names import model_name, refuse_strange_names
 from qwen_export.checkpoint.plain import PlainTensor
 
+# Every dtype of the format whose elements are whole bytes. Which of them a weight may have is for its form to
+# say: what no weight is may have any.
 _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype("<c8"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I16": np.dtype("<i2"),
     "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "I8": np.dtype("<i1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "U8": np.dtype("<u1"),
 }
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# The text model inside a vision-language checkpoint has the names of a text-only one, with this prefix.
-_WRAPPED, _PLAIN = "model.language_model.", "model."
 
 
 def shard_tensors(root: Path) -> dict[str, PlainTensor]:
-    """Every stored tensor by its name, text models' as `model.X` whatever they are wrapped in.
+    """Every stored tensor by the model's name for it, whatever the model was wrapped in; see `names`.
 
     Raises:
-        UserError: a shard is missing, truncated, damaged or listed outside the folder, or holds a dtype that
-            is not supported or a tensor that another shard has too.
+        UserError: a shard is missing, truncated, damaged or listed outside the folder, holds a dtype that is
+            not supported, a tensor twice, or names that tell of an adapter or another model.
     """
     tensors: dict[str, PlainTensor] = {}
     for shard, listed in _shards(root).items():
@@ -40,13 +55,13 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
         for name in listed:
             if name not in entries:
                 raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
+        refuse_strange_names(entries)
         for stored_name, entry in entries.items():
-            name = stored_name
-            if name.startswith(_WRAPPED):
-                name = _PLAIN + name.removeprefix(_WRAPPED)
+            name = model_name(stored_name)
             if name in tensors:
                 first = tensors[name].file.name
-                raise UserError(f"tensor {name} is in both {first} and {shard}: remove the wrong one")
+                where = f"both {first} and {shard}" if first != shard else f"{shard} under two names"
+                raise UserError(f"tensor {name} is in {where}: remove the wrong one")
             if entry["dtype"] not in _DTYPES:
                 raise UserError(
                     f"tensor {name} is {entry['dtype']}, which is not supported yet: give a checkpoint in "
@@ -55,16 +70,6 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
             dtype, offset = _DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
             tensors[name] = PlainTensor(name, dtype, tuple(entry["shape"]), root / shard, offset)
     return tensors
-
-
-def refuse_gguf(source: Path) -> None:
-    """Raise a UserError for a file, a folder that has nothing else, or a hub id named after the format."""
-    if source.is_dir():
-        is_gguf = any(source.glob("*.gguf")) and not any(source.glob("*.safetensors"))
-    else:
-        is_gguf = source.name.lower().endswith("gguf")
-    if is_gguf:
-        raise UserError(f"{source} holds GGUF, which is not supported yet: give the safetensors checkpoint")
 
 
 def _shards(root: Path) -> dict[str, list[str]]:
@@ -102,5 +107,9 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
+    if (entries.pop("__metadata__", None) or {}).get("format") == "mlx":
+        raise UserError(
+            f"shard {path.name} was written by MLX, which keeps norms and convolutions in another form: give "
+            "the checkpoint that it was converted from"
+        )
     return entries, 8 + length

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qwen_export.architecture.registry import config_class
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.config import load_config, load_vision_config
+from qwen_export.checkpoint.config import language_model_only, load_config, load_vision_config
+from qwen_export.checkpoint.formats import refuse_adapter
 from qwen_export.checkpoint.hub import download
 
 
@@ -33,5 +34,7 @@ def configured(source: str, revision: str | None = None, text_only: bool = False
         root = Path(source).resolve()
     else:
         root = download(source, revision, "config.json", family())
+    refuse_adapter(root)
     config = load_config(root)
+    text_only = text_only or language_model_only(root)
     return Checkpoint(root, source, revision, config, {}, None if text_only else load_vision_config(root))

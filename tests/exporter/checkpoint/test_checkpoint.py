@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from qwen_common.errors import UserError
+from qwen_export.architecture.mtp import mtp_tensors
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
@@ -103,7 +104,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config is not JSON": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "config.json is not a model configuration",
+        "config.json is not valid JSON",
     ),
     "another model": (edit_config(model_type="llama"), "model type 'llama' is not Qwen3.5"),
     "weights of a dense model": (
@@ -145,7 +146,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "unsupported dtype": (
         edit_tensors(lambda tensors: tensors.update({NORM: tensors[NORM].to(torch.float64)})),
-        f"tensor {NORM} is F64, which is not supported yet",
+        f"tensor {NORM} is float64 without its scales, and config.json says no quantization_config",
     ),
     "NaN": (
         edit_tensors(poison(float("nan"), 500)),
@@ -198,8 +199,10 @@ def test_other_parts_of_a_multimodal_checkpoint_are_left_alone(tmp_path: Path) -
     others = {"mtp.fc.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
     save_shards(folder, {**load_tensors(folder), **others}, 1)
     checkpoint = Checkpoint.open(str(folder))
-    assert set(checkpoint.tensors) == set(checkpoint.config.tensors())
-    assert checkpoint.mtp_problem is not None and "mtp.fc.weight" in checkpoint.mtp_problem
+    assert set(checkpoint.tensors) == {*checkpoint.config.tensors(), *others}
+    assert not checkpoint.notes
+    with pytest.raises(UserError, match=r"tensor mtp\.fc\.weight is float8_e4m3fn without its scales"):
+        checkpoint.check(mtp_tensors(checkpoint.config))
 
 
 def test_geometry_checkpoint_is_one_that_transformers_reads(

@@ -260,7 +260,7 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         FP8,
         {},
         changed("gate_proj.weight_scale_inv", lambda tensor: tensor[:1]),
-        f"{GATE}.weight_scale_inv has shape (1, 2), which are no scales for 128 x 128 blocks",
+        f"{GATE}.weight_scale_inv (bfloat16 (1, 2)) holds no scales for 128 x 128 blocks",
     ),
     "FP8 that config.json does not declare": (FP8, {}, undeclared, "config.json says no quantization_config"),
     "one factor for the whole tensor": (
@@ -326,7 +326,7 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         gptq(),
         {},
         declared(quant_method="bitsandbytes"),
-        "method 'bitsandbytes' is not supported",
+        "quantised by bitsandbytes",
     ),
     "no method": (
         gptq(),

@@ -62,7 +62,7 @@ def test_shard_that_became_shorter(tmp_path: Path) -> None:
 def test_a_tensor_under_both_of_its_names(tmp_path: Path) -> None:
     names = (NORM, NORM.replace("model.", "model.language_model."))
     write_tensors(tmp_path, {name: torch.ones(64) for name in names})
-    with pytest.raises(UserError, match=f"tensor {NORM} is in both"):
+    with pytest.raises(UserError, match=f"tensor {NORM} is in model.safetensors under two names"):
         Checkpoint.open(str(tmp_path))
 
 

@@ -10,21 +10,22 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from qwen_common.errors import UserError
 
+from qwen_export.architecture.fields import Flag, Layers, Positions, Real, Size
 from qwen_export.architecture.rope import RopeParameters
 from qwen_export.architecture.tensors import Table, TensorSpec, expand, floats, matrix
 
 YARN_REACH = 4  # the largest factor that Qwen's model cards give: 262,144 trained, about a million with YaRN
 LayerType = Literal["linear_attention", "full_attention"]
 
-_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ATTENTION = "model.layers.{full_attention}.self_attn"
 _GATED_DELTA_NET = "model.layers.{linear_attention}.linear_attn"
 # All but the second block of each layer, which the families differ in. q_proj alternates query and gate, head
 # by head; in_proj_qkv is queries, keys and values one after the other.
 BACKBONE: Table = (
-    matrix(_EMBEDDING, "embedding", "vocab_size", "hidden_size"),
+    matrix(EMBEDDING, "embedding", "vocab_size", "hidden_size"),
     floats("model.norm.weight", "norm", "hidden_size"),
-    matrix(_LM_HEAD, "lm_head", "vocab_size", "hidden_size"),
+    matrix(LM_HEAD, "lm_head", "vocab_size", "hidden_size"),
     floats("model.layers.{layer}.input_layernorm.weight", "norm", "hidden_size"),
     floats("model.layers.{layer}.post_attention_layernorm.weight", "norm", "hidden_size"),
     matrix(f"{_ATTENTION}.q_proj.weight", "attention", "query_gate_dim", "hidden_size"),
@@ -64,28 +65,28 @@ class TextConfig(BaseModel):
     transformers_name: ClassVar[str] = "Qwen3_5"
     table: ClassVar[Table] = (*BACKBONE, *MLP)
 
-    vocab_size: int = Field(default=248320, gt=0)
-    hidden_size: int = Field(default=4096, gt=0)
-    intermediate_size: int = Field(default=12288, gt=0)
-    num_hidden_layers: int = Field(default=32, gt=0)
-    num_attention_heads: int = Field(default=16, gt=0)
-    num_key_value_heads: int = Field(default=4, gt=0)
-    head_dim: int = Field(default=256, gt=0)
+    vocab_size: Size = 248320
+    hidden_size: Size = 4096
+    intermediate_size: Size = 12288
+    num_hidden_layers: Layers = 32
+    num_attention_heads: Size = 16
+    num_key_value_heads: Size = 4
+    head_dim: Size = 256
     hidden_act: Literal["silu"] = "silu"
-    max_position_embeddings: int = Field(default=32768, gt=0)
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
+    max_position_embeddings: Positions = 32768
+    rms_norm_eps: Real = Field(default=1e-6, ge=0)
+    tie_word_embeddings: Flag = False
     attention_bias: Literal[False] = False
-    linear_conv_kernel_dim: int = Field(default=4, gt=1)
-    linear_key_head_dim: int = Field(default=128, gt=0)
-    linear_value_head_dim: int = Field(default=128, gt=0)
-    linear_num_key_heads: int = Field(default=16, gt=0)
-    linear_num_value_heads: int = Field(default=32, gt=0)
-    full_attention_interval: int = Field(default=4, gt=0)
+    linear_conv_kernel_dim: Size = Field(default=4, gt=1)
+    linear_key_head_dim: Size = 128
+    linear_value_head_dim: Size = 128
+    linear_num_key_heads: Size = 16
+    linear_num_value_heads: Size = 32
+    full_attention_interval: Size = 4
     layer_types: tuple[LayerType, ...] = Field(default=(), validate_default=True)
     rope_parameters: RopeParameters = Field(default=RopeParameters.model_validate({}))
-    mtp_num_hidden_layers: int = Field(default=0, ge=0)
-    mtp_use_dedicated_embeddings: bool = False
+    mtp_num_hidden_layers: int = Field(default=0, strict=True, ge=0)
+    mtp_use_dedicated_embeddings: Flag = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -122,6 +123,8 @@ class TextConfig(BaseModel):
             "linear_num_key_heads must divide linear_num_value_heads": self.linear_num_value_heads
             % self.linear_num_key_heads
             == 0,
+            "head_dim times partial_rotary_factor must be an even number, 2 or more": self.rotary_dim > 0
+            and self.rotary_dim % 2 == 0,
             "mrope_section must add up to half of the rotary dimension": sum(
                 self.rope_parameters.mrope_section
             )
@@ -175,7 +178,7 @@ class TextConfig(BaseModel):
         }
         specs = expand(self.table, self, {"layer": range(self.num_hidden_layers), **layers})
         if self.tie_word_embeddings:
-            specs[_EMBEDDING] = specs.pop(_LM_HEAD)
+            specs[EMBEDDING] = specs.pop(LM_HEAD)
         return specs
 
     @property

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import model_validator
 
+from qwen_export.architecture.fields import Size
 from qwen_export.architecture.models.qwen3_5 import BACKBONE, TextConfig
 from qwen_export.architecture.tensors import Table, floats, matrix
 
@@ -35,10 +36,16 @@ class MoeTextConfig(TextConfig):
     transformers_name: ClassVar[str] = "Qwen3_5Moe"
     table: ClassVar[Table] = (*BACKBONE, *EXPERTS)
 
-    num_experts: int = Field(default=256, gt=0)
-    num_experts_per_tok: int = Field(default=8, gt=0)
-    moe_intermediate_size: int = Field(default=512, gt=0)
-    shared_expert_intermediate_size: int = Field(default=512, gt=0)
+    num_experts: Size = 256
+    num_experts_per_tok: Size = 8
+    moe_intermediate_size: Size = 512
+    shared_expert_intermediate_size: Size = 512
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> MoeTextConfig:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError("num_experts_per_tok must be at most num_experts")
+        return self
 
     @property
     def gate_up_dim(self) -> int:

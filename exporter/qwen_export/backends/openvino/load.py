@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from qwen_profiles.schema import Role
 
-from qwen_export.architecture.mtp import MTP
+from qwen_export.architecture.models.qwen3_5 import EMBEDDING
 from qwen_export.architecture.vision import VISION
 from qwen_export.backends.openvino.placeholder import Placeholders, TensorSlice
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _MATRIX_AXES = (2, 3)  # the patch embedding has 5: NNCF takes no convolutions
-_EMBEDDING = "model.embed_tokens.weight"
 _CHECKED_BYTES = 64 * 1024 * 1024  # read at a time
 
 
@@ -50,28 +49,25 @@ def load_model(checkpoint: Checkpoint, left_out: Collection[Role] = ()) -> tuple
     text["mtp_num_hidden_layers"] = 0  # else optimum-intel exports the head, too
     if checkpoint.config.rope_parameters.rope_type == "yarn":
         text["rope_parameters"] = checkpoint.config.rope_parameters.model_dump(exclude_none=True)
+    # As the tensors are, whatever the file says.
+    content["tie_word_embeddings"] = text["tie_word_embeddings"] = checkpoint.config.tie_word_embeddings
     family = checkpoint.config.transformers_name
     if checkpoint.vision:
         model_class = getattr(transformers, f"{family}ForConditionalGeneration")
         prefix, config = "model.language_model.", model_class.config_class(**content)
     else:
         model_class = getattr(transformers, f"{family}ForCausalLM")
-        prefix, tied = "model.", checkpoint.config.tie_word_embeddings
-        config = model_class.config_class(**{**text, "tie_word_embeddings": tied})
-    sources = {
-        name: source
-        for name, source in checkpoint.tensors.items()
-        if not name.startswith(MTP) and (checkpoint.vision or not name.startswith(VISION))
-    }
-    vision = checkpoint.vision.tensors() if checkpoint.vision else {}
+        prefix, config = "model.", model_class.config_class(**text)
+    specs = {**checkpoint.config.tensors(), **(checkpoint.vision.tensors() if checkpoint.vision else {})}
+    sources = {name: checkpoint.tensors[name] for name in specs}
     chosen = {
         name: spec.recipe_role
-        for name, spec in {**checkpoint.config.tensors(), **vision}.items()
+        for name, spec in specs.items()
         if spec.recipe_role and spec.recipe_role in left_out and len(spec.shape) in _MATRIX_AXES
     }
     sizes = [int(np.prod(sources[name].shape, dtype=np.int64)) for name in chosen]
     placeholders = Placeholders(max(sizes, default=0), 2 * len(chosen))
-    dtype = _as_torch(sources[_EMBEDDING].read(0, 1)).dtype
+    dtype = _as_torch(sources[EMBEDDING].read(0, 1)).dtype
     weights = {}
     for name, source in sources.items():
         if name not in chosen:

@@ -1,0 +1,66 @@
+"""The names of a checkpoint's tensors, whatever the model was wrapped in when it was saved.
+
+The model's are those of transformers' text model, `model.X` and `lm_head.weight`, its vision tower
+`model.visual.X`, its multi-token-prediction head `mtp.X`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from qwen_common.errors import UserError
+
+# What wraps a module or the whole model, and adds a part to its name: torch.compile, data-parallel and fully
+# sharded training, activation checkpointing, an adapter that was merged.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|base_model\.model)\."
+)
+# What a name begins with, and with what the model's does; the first that fits.
+_PREFIXES = (
+    ("model.language_model.", "model."),  # the text model in transformers' vision-language model
+    ("language_model.model.", "model."),  # its older layout, and other libraries'
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.", "model."),  # the vision-language model without its head
+    ("visual.", "model.visual."),
+    ("embed_tokens.", "model.embed_tokens."),  # the text model without its head
+    ("layers.", "model.layers."),
+    ("norm.", "model.norm."),
+)
+_LORA = re.compile(r"\.(?:lora_\w+|base_layer|modules_to_save|original_module)\b|^prompt_encoder\.")
+# Parts of a layer as other models of the family have them.
+_OTHER_MODELS = {
+    ".linear_attn.in_proj_qkvz.": "Qwen3-Next's (its in_proj_qkvz is queries, keys, values and gates in one)",
+    ".linear_attn.in_proj_ba.": "Qwen3-Next's (its in_proj_ba is two projections in one)",
+}
+
+
+def model_name(stored: str) -> str:
+    """What the model calls the tensor that a checkpoint stores as `stored`."""
+    unwrapped, before = stored, None
+    while unwrapped != before:
+        before, unwrapped = unwrapped, _WRAPPERS.sub("", unwrapped)
+    for prefix, ours in _PREFIXES:
+        if unwrapped.startswith(prefix):
+            return ours + unwrapped.removeprefix(prefix)
+    return unwrapped
+
+
+def refuse_strange_names(stored: Iterable[str]) -> None:
+    """Names that tell of another model than the one that would be exported.
+
+    Raises:
+        UserError: an adapter that is not merged, or weights of a model of another family.
+    """
+    for name in stored:
+        if _LORA.search(name):
+            raise UserError(
+                f"tensor {name} belongs to an adapter that is not merged: load the checkpoint with PEFT, "
+                "call merge_and_unload(), save that, and give its folder"
+            )
+        for part, whose in _OTHER_MODELS.items():
+            if part in name:
+                raise UserError(
+                    f"tensor {name} is {whose}: give a checkpoint of Qwen3.5, or of a later model with its "
+                    "model_type"
+                )

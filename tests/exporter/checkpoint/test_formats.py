@@ -1,0 +1,111 @@
+"""Checkpoints in forms that are not read: each is named, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qwen_common.errors import UserError
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.planner.models import configured
+from safetensors.torch import save_file
+
+from tests.support.random_checkpoints import load_tensors, write_random_checkpoint
+
+MLX = {"group_size": 64, "bits": 4}
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("values", "named", "way"),
+    [
+        ({"quantization": MLX}, "MLX's", "bf16"),
+        ({"quantization": MLX, "quantization_config": {**MLX, "mode": "affine"}}, "MLX's", "bf16"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes",
+            "dequantize()",
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes", "dequantize()"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "NVIDIA ModelOpt, NVFP4",
+            "bf16",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
+            "compressed-tensors (LLM Compressor), nvfp4-pack-quantized",
+            "bf16",
+        ),
+        ({"quantization_config": {"quant_method": "torchao", "quant_type": {}}}, "torchao", "bf16"),
+        (
+            {"quantization_config": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}},
+            "AutoRound",
+            "--format auto_gptq",
+        ),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "EXL2", "bf16"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "HQQ", "bf16"),
+        ({"quantization_config": {"quant_method": "of tomorrow"}}, "method 'of tomorrow'", "bf16"),
+        ({"quantization_config": [1]}, "is not supported yet", "bf16"),
+        ({"quantization_config": {"quant_method": 7}}, "is not supported yet", "bf16"),
+    ],
+)
+def test_quantised_in_another_way(values: dict[str, Any], named: str, way: str, tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    edit_config(folder, **values)
+    with pytest.raises(UserError) as caught:
+        Checkpoint.open(str(folder))
+    assert named in str(caught.value) and way in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_modelopts_older_file(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(UserError, match=r"hf_quant_config\.json: .* by NVIDIA ModelOpt, NVFP4"):
+        Checkpoint.open(str(folder))
+
+
+def test_what_mlx_wrote(tmp_path: Path) -> None:
+    """Its norms are one more than the checkpoint's, which no shape tells."""
+    folder = write_random_checkpoint(tmp_path)
+    save_file(load_tensors(folder), folder / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(UserError, match="was written by MLX"):
+        Checkpoint.open(str(folder))
+
+
+def write_adapter(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    save_file({name: torch.ones(8, 64)}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3.5-0.8B"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
+    """Where PEFT is installed, transformers answers with it."""
+    folder = write_random_checkpoint(tmp_path)
+    write_adapter(folder)
+    for present in ("adapter_config.json", "adapter_model.safetensors"):
+        with pytest.raises(UserError, match=rf"has an adapter \({present}\) beside the model.*merge_and_un"):
+            Checkpoint.open(str(folder))
+        with pytest.raises(UserError, match="beside the model"):
+            configured(str(folder))
+        (folder / present).unlink()
+    Checkpoint.open(str(folder))
+
+
+def test_an_adapter_alone(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter")
+    for open_it in (Checkpoint.open, configured):
+        with pytest.raises(UserError, match=r"is an adapter for Qwen/Qwen3\.5-0\.8B and no model: merge it"):
+            open_it(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is an adapter and no model"):
+        Checkpoint.open(str(tmp_path / "adapter"))
