@@ -54,6 +54,7 @@ LIGHT = (
     "tests.common",
     "tests.exporter.planner",
     "tests.exporter.test_output",
+    "tests.exporter.test_recorded_logits",
     "tests.profiles",
     "tests.runtime.conftest",
     "tests.runtime.kiosk",

@@ -15,9 +15,37 @@ BELOW_THE_BAR = 3  # an artifact that is whole and not good enough
 INTERRUPTED = 130
 READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 
+# What the system may say of a file that is not our fault, and what to do.
+_MENDABLE = {
+    errno.EACCES: "allow this user to do that, or choose another place",
+    errno.EBUSY: "close what uses it",
+    errno.EDQUOT: "make room for it",
+    errno.EFBIG: "choose a disk whose file system takes such large files",
+    errno.EIO: "the disk does not answer as it should: copy it elsewhere, or choose another disk",
+    errno.EISDIR: "a file is wanted there, and it is a folder",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EMFILE: "close other programs, or raise the limit of open files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENODEV: "connect the device, or choose another place",
+    errno.ENOSPC: "make room for it",
+    errno.ENOTDIR: "a part of the path is a file and no folder: choose another place",
+    errno.ENXIO: "connect the device, or choose another place",
+    errno.EPERM: "allow this user to do that, or choose another place",
+    errno.EROFS: "it is read-only: choose another place",
+    errno.ESTALE: "the network drive has gone: connect it again",
+}
+
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line that says what to do next."""
+
+
+def mended_by(error: OSError) -> str | None:
+    """A line on `error` that says what to do; None where it is not the user's to mend."""
+    if error.errno not in _MENDABLE:
+        return None
+    path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{path}{error.strerror or 'the system refused it'}: {_MENDABLE[error.errno]}"
 
 
 def one_line(text: str) -> str:
@@ -33,8 +61,9 @@ def one_line(text: str) -> str:
 def reported(debug: bool) -> Iterator[None]:
     """Turn an exception into one line on stderr and an exit code.
 
-    Exit codes: 2 for a `UserError` and a full disk, 1 for anything else that is our fault, 130 after Ctrl-C;
-    141, without a word, when the reader of stdout, such as `head`, has gone.
+    Exit codes: 2 for a `UserError` and for what the system says of files (`mended_by`), 1 for anything else
+    that is our fault, 130 after Ctrl-C; 141, without a word, when the reader of stdout, such as `head`, has
+    gone.
     With `debug` the traceback is printed instead of the line.
     """
     try:
@@ -53,8 +82,8 @@ def reported(debug: bool) -> Iterator[None]:
         if isinstance(error, UserError):
             print(f"error: {one_line(str(error))}", file=sys.stderr)
             sys.exit(USER_ERROR)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"error: cannot write: {error.strerror}: make room for it", file=sys.stderr)
+        if isinstance(error, OSError) and (line := mended_by(error)):
+            print(f"error: {one_line(line)}", file=sys.stderr)
             sys.exit(USER_ERROR)
         detail = " ".join(str(error).split()) or "no message"
         print(f"internal error: {type(error).__name__}: {detail} (run again with --debug)", file=sys.stderr)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from qwen_common.errors import UserError
+from qwen_common.errors import UserError, mended_by
 from qwen_common.files import partial
 from qwen_common.manifest import listed_files
 
@@ -25,10 +26,10 @@ def check_output(output: Path, source: Path, force: bool) -> None:
         force: whether an older artifact may be replaced.
 
     Raises:
-        UserError: `output` is, contains or lies in `source`, exists and shall not be replaced, or is not
-            an artifact and nothing but an artifact.
+        UserError: `output` is, contains or lies in `source`, exists and shall not be replaced, is not an
+            artifact and nothing but an artifact, or cannot be written where it is wanted.
     """
-    target, root = output.resolve(), source.resolve()
+    target, root = (Path(os.path.realpath(folder)) for folder in (output, source))  # even where links circle
     if target.is_relative_to(root) or root.is_relative_to(target):
         raise UserError(
             f"{output} and the checkpoint {source} are the same folder, or one lies in the other: choose "
@@ -42,6 +43,34 @@ def check_output(output: Path, source: Path, force: bool) -> None:
                 f"{output} already exists: choose another folder with -o, or replace it with --force"
             )
         _check_replaceable(output)
+    work = _work(output)
+    if not work.is_file():  # `work_folder` has more to say
+        _check_writable(work)
+
+
+def _work(output: Path) -> Path:
+    return output.parent / f".{output.name}.partial"
+
+
+def _check_writable(folder: Path) -> None:
+    """Make and remove `folder`, with the parents that it lacks, to hear before the work what the system says.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be put into it.
+    """
+    made = []
+    try:
+        for path in reversed([folder, *folder.parents]):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {mended_by(error) or f'{folder}: {error}'}") from error
+    finally:
+        for path in reversed(made):
+            path.rmdir()
 
 
 def work_folder(output: Path) -> Path:
@@ -50,7 +79,7 @@ def work_folder(output: Path) -> Path:
     Raises:
         UserError: something else has its name.
     """
-    work = output.parent / f".{output.name}.partial"
+    work = _work(output)
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise UserError(f"{work} is in the way of the export: move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)

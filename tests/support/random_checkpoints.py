@@ -216,6 +216,16 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+def store_head(folder: Path, equal: bool = False) -> torch.Tensor:
+    """Put lm_head.weight into a checkpoint with a tied embedding: `equal` to it, or another."""
+    tensors = load_tensors(folder)
+    (embedding,) = (value for name, value in tensors.items() if name.endswith("embed_tokens.weight"))
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(7))
+    tensors["lm_head.weight"] = embedding.float().clone() if equal else noise
+    save_shards(folder, tensors, 1)
+    return tensors["lm_head.weight"]
+
+
 def save_tensors(
     folder: Path, model: torch.nn.Module, change: Callable[[dict[str, torch.Tensor]], None] = lambda _: None
 ) -> None:

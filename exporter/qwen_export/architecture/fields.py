@@ -24,6 +24,7 @@ def _float32(value: float) -> float:
 
 
 Size = Annotated[int, Strict(), Field(gt=0, le=_MOST)]  # of an axis, or how many of something
+Taps = Annotated[int, Strict(), Field(gt=1, le=_MOST)]  # of a causal convolution
 Layers = Annotated[int, Strict(), Field(gt=0, le=_MOST_LAYERS)]
 Positions = Annotated[int, Strict(), Field(gt=0, le=_MOST_POSITIONS)]
 Real = Annotated[float, Strict(), AfterValidator(_float32)]

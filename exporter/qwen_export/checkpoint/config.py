@@ -132,7 +132,7 @@ def in_words(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "literal_error":
         message += f" ({_shown(first['input'])} is not supported yet)"
-    elif field and not isinstance(first["input"], dict):
+    elif field and first["type"] != "value_error" and not isinstance(first["input"], dict):
         message += f", not {_shown(first['input'])}"
     return f"{field}: {message}" if field else message
 

@@ -20,6 +20,7 @@ def verified(
     provider: str = "auto",
     tokens: int | None = None,
     text: Path | None = None,
+    with_transformers: bool = False,
 ) -> dict[str, Any]:
     """Verify `artifact`, with a progress bar; returns its report."""
     from qwen_export.cli.progress import STEPS, progress_bar
@@ -27,7 +28,13 @@ def verified(
 
     with progress_bar(progress, "verification", STEPS) as shown:
         return verify(
-            artifact, checkpoint, shown, provider=provider, tokens=tokens or DEFAULT_TOKENS, text=text
+            artifact,
+            checkpoint,
+            shown,
+            provider=provider,
+            tokens=tokens or DEFAULT_TOKENS,
+            text=text,
+            with_transformers=with_transformers,
         )
 
 

@@ -37,6 +37,14 @@ Examples:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Text to compare on, UTF-8; else a shipped one.",
 )
+@click.option(
+    "--reference",
+    type=click.Choice(["numpy", "transformers"]),
+    default="numpy",
+    show_default=True,
+    help="With transformers, it reads the checkpoint, too, and its logits are compared with our reference's; "
+    "the whole model in memory, in float32.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print report.json on stdout.")
 @progress_option
 @debug_option
@@ -47,6 +55,7 @@ def verify(
     provider: str,
     tokens: int | None,
     text: Path | None,
+    reference: str,
     as_json: bool,
     progress: bool,
     debug: bool,
@@ -60,7 +69,15 @@ def verify(
         from qwen_export.checkpoint.checkpoint import Checkpoint
 
         checkpoint = Checkpoint.open(against, revision)
-        report = verified(artifact, checkpoint, progress and not as_json, provider, tokens, text)
+        report = verified(
+            artifact,
+            checkpoint,
+            progress and not as_json,
+            provider,
+            tokens,
+            text,
+            with_transformers=reference == "transformers",
+        )
         if as_json:
             click.echo(json.dumps(report, indent=2))
         else:

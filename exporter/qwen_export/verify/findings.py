@@ -10,6 +10,7 @@ from qwen_profiles.schema import Profile
 
 from qwen_export.backends.registry import export_backend
 from qwen_export.verify.measure import Measured
+from qwen_export.verify.transformers_reference import Agreement
 
 # A role's error in one layer is its own affair when it is so many times that role's usual one.
 _ODD_ERROR = 5.0
@@ -42,6 +43,17 @@ def findings(measured: Measured, profile: Profile, settable: Mapping[str, str]) 
     """
     causes = [*_odd_layers(measured), *_provider(measured, profile)] or _odd_checkpoint(measured)
     return [*causes, *_costliest(measured, settable)]
+
+
+def disagreement(proof: Agreement | None) -> list[str]:
+    """Where transformers computes something else than the reference: then nothing else counts."""
+    if proof is None or proof.agrees:
+        return []
+    return [
+        f"transformers {proof.versions['transformers']} computes other logits than the reference: a cosine "
+        f"of {proof.cosine:.4f}, a KL divergence of {proof.kl_divergence:.3g}. All figures here are against "
+        "the reference, so they prove nothing: report this, with the checkpoint's name."
+    ]
 
 
 def _odd_layers(measured: Measured) -> list[str]:

@@ -31,10 +31,11 @@ from qwen_export.describe import model_name
 from qwen_export.inspection import precisions
 from qwen_export.model_card import README, model_card, render
 from qwen_export.progress import Progress
-from qwen_export.verify.findings import findings, passes
+from qwen_export.verify.findings import disagreement, findings, passes
 from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
 from qwen_export.verify.plots import plots
 from qwen_export.verify.running import Runner, running
+from qwen_export.verify.transformers_reference import compare, require_transformers
 
 REPORT, REPORT_JSON = "REPORT.md", "report.json"
 DEFAULT_TOKENS = 4 * WINDOW
@@ -49,6 +50,7 @@ def verify(
     provider: str = "auto",
     tokens: int = DEFAULT_TOKENS,
     text: Path | None = None,
+    with_transformers: bool = False,
 ) -> dict[str, Any]:
     """Compare `artifact` with `checkpoint`; write report.json, REPORT.md, pictures and model card into it.
 
@@ -56,6 +58,8 @@ def verify(
         provider: as `qwen_runtime.Model.load` takes it.
         tokens: how many to compare on, in texts of 256.
         text: a UTF-8 file to take them from, instead of the shipped one.
+        with_transformers: compare the reference with transformers, too, which holds the whole model in
+            float32.
 
     Returns:
         What report.json holds; `passed` says whether it is above the profile's bar.
@@ -67,6 +71,11 @@ def verify(
     manifest = manifests.read(artifact)
     manifests.check_files(artifact, manifest)
     profile, backend = _profile(artifact, manifest), export_backend(manifest["backend"])
+    if manifest["model"]["model_type"].endswith("_text"):  # exported without the tower
+        checkpoint = replace(checkpoint, vision=None)
+    if with_transformers:
+        require_transformers(checkpoint)
+    as_opened = checkpoint
     config = checkpoint.config.reaching(manifest["context_length"])
     checkpoint = replace(checkpoint, config=config)
     specs = config.tensors()
@@ -87,7 +96,11 @@ def verify(
             config, checkpoint.tensors, stored.tensors, ids, start, lambda: progress.advance(1)
         )
 
-    passed = passes(measured, profile)
+    proof = None
+    if with_transformers:
+        progress.note("transformers reads the checkpoint and computes the same logits")
+        proof = compare(as_opened, ids[0].tolist())
+    passed = passes(measured, profile) and (proof is None or proof.agrees)
     carried = set(manifest["carried_over"])
     settable: dict[str, str] = {
         role: form.precision
@@ -104,7 +117,10 @@ def verify(
         "checkpoint": model_name(checkpoint),
         "profile": profile.name,
         "passed": passed,
-        "findings": findings(measured, profile, {} if passed else settable),
+        "findings": [
+            *disagreement(proof),
+            *findings(measured, profile, {} if passed else settable),
+        ],
         "bar": profile.quality.model_dump(),
         "text": {
             "name": text.name if text else "the shipped text",
@@ -115,6 +131,7 @@ def verify(
         },
         "unverified": [what for file, what in backend.not_compared if file in manifest["files"]],
         "reference": {"perplexity": measured.reference_perplexity},
+        "transformers": proof.as_json() if proof else None,
         "weights": _loss(measured.weights),
         "run": _executed(measured, prompt_of(ids.shape[1])),
         "not_run": not_run,

@@ -29,15 +29,17 @@ from tests.support.quantized_checkpoints import (
     integers,
     write_quantized_checkpoint,
 )
-from tests.support.random_checkpoints import random_model
+from tests.support.random_checkpoints import load_tensors, random_model, save_shards
 
 LOWERINGS = ("fused", "portable")
 EXPERTS = ("experts",)
 MIXTURE = {"num_experts": 4}
+STACKED_FP8 = "fp8, experts stacked"
 PREFIX = "model.language_model.layers.0.mlp"
 CASES: dict[str, tuple[Method | None, tuple[str, ...], dict[str, Any]]] = {
     "fp8": (FP8, PROJECTIONS, {}),
     "fp8 experts": (FP8, PROJECTIONS, MIXTURE),
+    STACKED_FP8: (FP8, PROJECTIONS, MIXTURE),
     "experts one by one": (None, PROJECTIONS, MIXTURE),
     "gptq": (gptq(), PROJECTIONS, {}),
     "gptq without sym": (gptq(sym=False), PROJECTIONS, {}),
@@ -51,11 +53,31 @@ CASES: dict[str, tuple[Method | None, tuple[str, ...], dict[str, Any]]] = {
 }
 
 
+def stack(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Experts, and their scales, as one tensor for all of them; 128 rows of each are whole blocks."""
+    alone = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+    for layer in range(2):
+        experts = f"model.language_model.layers.{layer}.mlp.experts"
+        for suffix in ("", "_scale_inv"):
+            for name, kinds in {
+                "gate_up_proj": ("gate_proj", "up_proj"),
+                "down_proj": ("down_proj",),
+            }.items():
+                tensors[f"{experts}.{name}{suffix}"] = torch.stack(
+                    [
+                        torch.cat([alone[f"{experts}.{expert}.{kind}.weight{suffix}"] for kind in kinds])
+                        for expert in range(MIXTURE["num_experts"])
+                    ]
+                )
+    assert tensors[f"{experts}.gate_up_proj_scale_inv"].shape == (4, 2, 2)
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_of_the_dequantised_weights(case: str, lowering: str, tmp_path: Path) -> None:
     method, chosen, overrides = CASES[case]
-    folder, model = write_quantized_checkpoint(tmp_path / "checkpoint", method, chosen, **overrides)
+    edit = {"edit": stack} if case == STACKED_FP8 else {}
+    folder, model = write_quantized_checkpoint(tmp_path / "checkpoint", method, chosen, **edit, **overrides)
     session = Session(make_artifact(folder, float_profile(lowering), tmp_path / "artifact"))
     prompt = torch.tensor(np.random.default_rng(1).integers(2, 512, (1, 40)))
     with torch.no_grad():
@@ -84,6 +106,37 @@ def test_fp8_means_what_transformers_makes_of_it(tmp_path: Path) -> None:
     meant = dict(model.state_dict())[name].numpy()
     for start, stop in ((0, 384), (0, 1), (127, 129), (200, 384)):
         np.testing.assert_array_equal(source.read(start, stop), meant[start:stop])
+
+
+def test_stacked_fp8_means_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    folder, _ = write_quantized_checkpoint(tmp_path, FP8, edit=stack, **MIXTURE)
+    stored = load_tensors(folder)
+    tensors = Checkpoint.open(str(folder)).tensors
+    for kind in ("gate_up_proj", "down_proj"):
+        name = f"mlp.experts.{kind}"
+        values, scales = (stored[f"{PREFIX.removesuffix('mlp')}{name}{part}"] for part in ("", "_scale_inv"))
+        expected = Fp8Dequantize(None)._dequantize_one(values, scales, torch.float32).numpy()
+        source = tensors[f"model.layers.0.{name}"]
+        assert source.shape == expected.shape
+        for start, stop in ((0, 4), (0, 1), (1, 3), (3, 4)):
+            np.testing.assert_array_equal(source.read(start, stop), expected[start:stop])
+
+
+def test_blocks_of_stacked_fp8_that_the_last_row_and_column_cut_short(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(3, 200, 300)).astype(np.float32)
+    packed = [fp8_blocks(expert) for expert in weight]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {
+        name: torch.stack([parts["weight"] for parts, _ in packed]),
+        f"{name}_scale_inv": torch.stack([parts["weight_scale_inv"] for parts, _ in packed]),
+    }
+    folder, _ = write_quantized_checkpoint(tmp_path, FP8)
+    save_shards(folder, {**load_tensors(folder), **tensors}, 1)
+    source = Checkpoint.open(str(folder)).tensors[name]
+    np.testing.assert_array_equal(source.read(1, 3), np.stack([meaning for _, meaning in packed])[1:])
 
 
 def stored_weight(
@@ -232,6 +285,16 @@ def declared(**values: Any) -> Callable[[dict[str, torch.Tensor], dict[str, Any]
     return edit
 
 
+def stacked_and(change: Callable[[torch.Tensor], torch.Tensor]):
+    """Experts stacked, and the scales of one stack changed."""
+
+    def edit(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        stack(tensors, config)
+        changed("experts.gate_up_proj_scale_inv", change)(tensors, config)
+
+    return edit
+
+
 def undeclared(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     del config["quantization_config"]
 
@@ -268,6 +331,24 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         {},
         declared(weight_block_size=None),
         "weight_block_size None is not",
+    ),
+    "scales of one expert too few": (
+        FP8,
+        MIXTURE,
+        stacked_and(lambda scales: scales[:3]),
+        "experts.gate_up_proj_scale_inv (bfloat16 (3, 2, 2)) holds no scales for 128 x 128 blocks",
+    ),
+    "scales for other blocks": (
+        FP8,
+        MIXTURE,
+        stacked_and(lambda scales: scales.repeat_interleave(2, 2)),
+        "experts.gate_up_proj_scale_inv (bfloat16 (4, 2, 4)) holds no scales for 128 x 128 blocks",
+    ),
+    "scales that are no floats": (
+        FP8,
+        MIXTURE,
+        stacked_and(lambda scales: scales.to(torch.uint8)),
+        "experts.gate_up_proj_scale_inv (uint8 (4, 2, 2)) holds no scales for 128 x 128 blocks",
     ),
     "NaN in FP8": (FP8, {}, changed("gate_proj.weight", poisoned), f"tensor {GATE}.weight holds NaN"),
     "a missing expert": (

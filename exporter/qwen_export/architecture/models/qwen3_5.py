@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from qwen_common.errors import UserError
 
-from qwen_export.architecture.fields import Flag, Layers, Positions, Real, Size
+from qwen_export.architecture.fields import Flag, Layers, Positions, Real, Size, Taps
 from qwen_export.architecture.rope import RopeParameters
 from qwen_export.architecture.tensors import Table, TensorSpec, expand, floats, matrix
 
@@ -77,7 +77,7 @@ class TextConfig(BaseModel):
     rms_norm_eps: Real = Field(default=1e-6, ge=0)
     tie_word_embeddings: Flag = False
     attention_bias: Literal[False] = False
-    linear_conv_kernel_dim: Size = Field(default=4, gt=1)
+    linear_conv_kernel_dim: Taps = 4
     linear_key_head_dim: Size = 128
     linear_value_head_dim: Size = 128
     linear_num_key_heads: Size = 16
@@ -108,7 +108,7 @@ class TextConfig(BaseModel):
         """Gather what older configurations say elsewhere, in the same order as transformers."""
         rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
         if not isinstance(rope, dict):
-            return values
+            return {**values, "rope_parameters": rope}
         top = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
         return {**values, "rope_parameters": {**top, **rope}}
 

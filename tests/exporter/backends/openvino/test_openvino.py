@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditio
 from benchmarks.support.artifacts import FLOAT, Quiet, float_profile, make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_VL
 from benchmarks.support.session import cosine
-from tests.support.random_checkpoints import write_random_checkpoint
+from tests.support.random_checkpoints import store_head, write_random_checkpoint
 
 pytestmark = pytest.mark.openvino
 ov = pytest.importorskip("openvino")
@@ -77,15 +77,21 @@ def logits(artifact: Path, *pieces: list[int]) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("kind", ["trained", "dense", "experts", "experts in bfloat16", "untied"])
+@pytest.mark.parametrize(
+    "kind", ["trained", "dense", "experts", "experts in bfloat16", "untied", "own head", "equal"]
+)
 def test_uncompressed_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     shapes: dict[str, dict[str, Any]] = {
         "dense": {},
         "experts": {"num_experts": 8},
         "experts in bfloat16": {"num_experts": 8, "dtype": torch.bfloat16},
         "untied": {"tie_word_embeddings": False},
+        "own head": {},
+        "equal": {},
     }
     checkpoint = TINY if kind == "trained" else write_random_checkpoint(tmp_path / "c", **shapes[kind])
+    if kind in ("own head", "equal"):
+        store_head(checkpoint, equal=kind == "equal")
     artifact = make_artifact(checkpoint, exact_profile(), tmp_path / "artifact")
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     prompt = np.random.default_rng(5).integers(0, 500, 90).tolist()
