@@ -44,7 +44,8 @@ def mended_by(error: OSError) -> str | None:
     """A line on `error` that says what to do; None where it is not the user's to mend."""
     if error.errno not in _MENDABLE:
         return None
-    path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    named = isinstance(error.filename, str | bytes | os.PathLike)  # else a file's number, or none
+    path = f"{os.fsdecode(error.filename)}: " if named else ""
     return f"{path}{error.strerror or 'the system refused it'}: {_MENDABLE[error.errno]}"
 
 

@@ -61,13 +61,13 @@ def _check_writable(folder: Path) -> None:
     made = []
     try:
         for path in reversed([folder, *folder.parents]):
-            if not path.exists():
+            if not os.path.lexists(path):
                 path.mkdir()
                 made.append(path)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write {mended_by(error) or f'{folder}: {error}'}") from error
+        raise UserError(f"cannot write {mended_by(error) or f'{folder}: {error.strerror}'}") from error
     finally:
         for path in reversed(made):
             path.rmdir()

@@ -6,7 +6,7 @@ bound.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ from qwen_export.checkpoint.quantization import assemble, method_name
 from qwen_export.checkpoint.shards import shard_tensors
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
-_NAMED = 3  # of the tensors that are not read
+_NAMED = 3  # of the tensors or files that are not read
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ class Checkpoint:
         refuse_links_out(root)
         refuse_adapter(root)
         config = load_config(root)
-        stored, quantization = shard_tensors(root), quantization_config(root)
+        quantization = quantization_config(root)
+        stored = shard_tensors(root)
+        unlisted = {path.name for path in root.glob("*.safetensors")}
+        unlisted -= {tensor.file.name for tensor in stored.values()}
         head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}
         tensors, mtp_problem = assemble(stored, quantization), None
         try:
@@ -106,10 +109,9 @@ class Checkpoint:
         expected = {**config.tensors(), **(vision.tensors() if vision else {})}
         left_out = (MTP, VISION) if text_only else (MTP,)
         if unread := [name for name in tensors if name not in expected and not name.startswith(left_out)]:
-            more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
-            notes.append(
-                f"not read, because the model has no such tensors: {', '.join(unread[:_NAMED])}{more}"
-            )
+            notes.append(f"not read, because the model has no such tensors: {_listed(unread)}")
+        if unlisted:
+            notes.append(f"not read, because they are not among the shards: {_listed(sorted(unlisted))}")
         return cls(
             root,
             source,
@@ -171,3 +173,8 @@ class Checkpoint:
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of axis 0 of one tensor; see `CheckpointTensor.read`."""
         return self.tensors[name].read(start, stop)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"

@@ -148,6 +148,14 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     assert alone.endswith(" and 2 more")  # a vision tower is left out because that was asked for
 
 
+def test_files_that_are_no_shards_are_named(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, shards=2)
+    (folder / "mtp.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    assert Checkpoint.open(str(folder)).notes == (
+        "not read, because they are not among the shards: mtp.safetensors",
+    )
+
+
 def test_a_tensor_of_the_model_in_a_dtype_that_no_weight_has(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
     save_shards(folder, load_tensors(folder) | {NORM: torch.arange(64)}, 1)
