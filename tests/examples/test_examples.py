@@ -15,6 +15,7 @@ import pytest
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
+from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
 
@@ -30,7 +31,8 @@ NATIVE = ("msvcp140", "msvcp140_1", "msvcp140_2", "msvcp140_atomic_wait", "vcrun
 
 @pytest.fixture(scope="module", params=["cpu", "strix-halo"])
 def artifact(request: pytest.FixtureRequest, exported: Exported) -> Path:
-    return exported(TINY, load_profile(request.param))
+    profile = directml_profile() if request.param == "strix-halo" else load_profile(request.param)
+    return exported(TINY, profile)
 
 
 def expected(artifact: Path) -> str:
