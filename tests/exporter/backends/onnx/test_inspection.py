@@ -40,12 +40,10 @@ def test_each_provider_is_asked_about_the_graphs_that_it_takes(checkpoint: Path,
     found = json.loads(inspect(artifact, "--json").stdout)
     runs = {name: entry["runs"] for name, entry in found["providers"].items()}
     assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": True, "openvino": None}
-    alone = {
-        profile.provider: json.loads(inspect(exported(checkpoint, profile), "--json").stdout)
-        for profile in (directml_profile(), load_profile("strix-halo", ["fallbacks=[]"]))
-    }
-    for provider, other in alone.items():
-        assert found["providers"][provider] == other["providers"][provider]
+    alone = json.loads(inspect(exported(checkpoint, directml_profile()), "--json").stdout)
+    assert found["providers"]["dml"] == alone["providers"]["dml"]
+    main = sum(count for name, count in found["graphs"].items() if ".dml." not in name)
+    assert found["providers"]["webgpu"]["nodes"] == main
     assert found["graphs"].keys() >= {"model.onnx", "model.dml.onnx"}
 
 
