@@ -272,8 +272,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=GEOMETRIES, default="0.8B")
+    portable = "strix-halo;provider=dml;lowering=portable;fallbacks=[]"
     parser.add_argument(
-        "--profiles", nargs="+", default=["cpu", "cpu-int4", "strix-halo"], help="name[;override;...]"
+        "--profiles", nargs="+", default=["cpu", "cpu-int4", portable], help="name[;override;...]"
     )
     parser.add_argument("--llama", help="a Python with llama-cpp-python")
     parser.add_argument("--openvino", help="a Python with the extras export and openvino")

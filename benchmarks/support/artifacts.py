@@ -11,6 +11,12 @@ from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
 FLOAT = {role: WeightFormat(precision="float") for role in ROLES}
 
 
+def directml_profile(*overrides: str) -> Profile:
+    """`strix-halo` for DirectML alone: the portable lowering, and no other graph."""
+    alone = ["provider=dml", "lowering=portable", "fallbacks=[]"]
+    return load_profile("strix-halo", [*alone, *overrides])
+
+
 class Quiet:
     """No progress, but the notes are kept."""
 
@@ -27,7 +33,7 @@ class Quiet:
 
 def float_profile(lowering: str, dtype: str = "float32", prefill_chunk: int = 64) -> Profile:
     """A profile that quantises nothing, for one lowering."""
-    base = load_profile({"fused": "cpu", "portable": "strix-halo"}[lowering])
+    base = {"fused": load_profile("cpu"), "portable": directml_profile()}[lowering]
     update = {
         "weights": FLOAT,
         "activation_dtype": dtype,

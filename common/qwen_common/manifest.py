@@ -64,13 +64,31 @@ class Settings(TypedDict, total=False):
     """The whole profile, overrides included. Named here is what is read without the schema of profiles."""
 
     layer_weights: dict[str, dict[str, StoredAs]]
+    fallbacks: list[str]
+
+
+class FurtherGraphs(TypedDict):
+    """Graphs over the same weights for providers that have no kernels for the main ones.
+
+    Attributes:
+        files: by a main graph's file the one that they take in its place.
+        overlay: file of what is different for them from genai_config.json.
+    """
+
+    providers: list[str]
+    lowering: str
+    onnxruntime: str
+    files: dict[str, str]
+    overlay: str
 
 
 class RunsOn(TypedDict, total=False):
-    """What an artifact needs: `lowering` and `onnxruntime` for ONNX Runtime, the others for OpenVINO."""
+    """What an artifact needs: `lowering`, `onnxruntime` and `further_graphs` for ONNX Runtime, the others for
+    OpenVINO."""
 
     lowering: str
     onnxruntime: str
+    further_graphs: list[FurtherGraphs]
     device: str
     openvino: str
     nncf: str
@@ -194,12 +212,22 @@ def read(artifact: Path) -> Manifest:
         fault = next(iter(missing), None if content["context_length"] > 0 else "context_length")
     if fault is not None:
         raise UserError(f"{path} has no valid '{_shown(fault)}': {_ADVICE}")
-    if needed not in content["files"]:
-        raise UserError(f"{path} does not list {needed}: export the artifact again")
+    listed = [needed]
+    for further in content.get("further_graphs", []):
+        listed += [*further["files"].values(), further["overlay"]]
+    for name in listed:
+        if name not in content["files"]:
+            raise UserError(f"{path} does not list {_shown(name)}: export the artifact again")
     for name in content["files"]:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise UserError(f"{path} names a file outside the folder: {_shown(name)}")
     return cast(Manifest, content)
+
+
+def further_graphs(manifest: Manifest, provider: str) -> FurtherGraphs | None:
+    """What an execution provider takes in place of the main graphs; None: it takes those."""
+    found = (further for further in manifest.get("further_graphs", []) if provider in further["providers"])
+    return next(found, None)
 
 
 def check_files(artifact: Path, manifest: Manifest, every: bool = False) -> None:

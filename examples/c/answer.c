@@ -1,4 +1,4 @@
-/* Answers one question from an artifact, token by token:  answer FOLDER "QUESTION" [cpu]
+/* Answers one question from an artifact, token by token:  answer FOLDER "QUESTION" [cpu|dml|...]
  * The artifact is a plain ONNX Runtime GenAI folder; nothing of qwen-edge is needed to run it. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,17 +16,35 @@ static void check(OgaResult *result)
     }
 }
 
+/* Another provider than the artifact's own, with the graph that the artifact may have for it. */
+static void choose(OgaConfig *config, const char *folder, const char *provider)
+{
+    check(OgaConfigClearProviders(config));
+    if (strcmp(provider, "cpu") != 0) /* which is what is left without any */
+        check(OgaConfigAppendProvider(config, provider));
+    if (strcmp(provider, "dml") == 0) /* a captured graph wants inputs of one size */
+        check(OgaConfigSetProviderOption(config, "dml", "enable_graph_capture", "0"));
+    static char text[1 << 16]; /* an overlay has a few kilobytes */
+    snprintf(text, sizeof text, "%s/genai_config.%s.json", folder, provider);
+    FILE *file = fopen(text, "rb");
+    if (file == NULL)
+        return; /* it takes the main graph */
+    text[fread(text, 1, sizeof text - 1, file)] = '\0';
+    fclose(file);
+    check(OgaConfigOverlay(config, text));
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 3) {
-        fprintf(stderr, "usage: %s FOLDER QUESTION [cpu]\n", argv[0]);
+        fprintf(stderr, "usage: %s FOLDER QUESTION [cpu|dml|...]\n", argv[0]);
         return 2;
     }
     OgaConfig *config;
     OgaModel *model;
     check(OgaCreateConfig(argv[1], &config));
-    if (argc > 3 && strcmp(argv[3], "cpu") == 0) /* where the artifact's own provider is missing */
-        check(OgaConfigClearProviders(config));
+    if (argc > 3)
+        choose(config, argv[1], argv[3]);
     check(OgaCreateModelFromConfig(config, &model));
 
     /* What the chat template makes of one question without thinking. GenAI's own template engine gets Qwen3.5's

@@ -1,6 +1,8 @@
-// Answers one question from an artifact, token by token:  answer FOLDER "QUESTION" [cpu]
+// Answers one question from an artifact, token by token:  answer FOLDER "QUESTION" [cpu|dml|...]
 // The artifact is a plain ONNX Runtime GenAI folder; nothing of qwen-edge is needed to run it.
+#include <fstream>
 #include <iostream>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -24,11 +26,25 @@ std::shared_ptr<T> make(OgaResult *(*create)(Parameters...), void (*destroy)(T *
     return {made, destroy};
 }
 
-void answer(const char *folder, const std::string &question, bool on_cpu)
+// Another provider than the artifact's own, with the graph that the artifact may have for it.
+void choose(OgaConfig *config, const std::string &folder, const std::string &provider)
+{
+    check(OgaConfigClearProviders(config));
+    if (provider != "cpu") // which is what is left without any
+        check(OgaConfigAppendProvider(config, provider.c_str()));
+    if (provider == "dml") // a captured graph wants inputs of one size
+        check(OgaConfigSetProviderOption(config, "dml", "enable_graph_capture", "0"));
+    if (std::ifstream file{folder + "/genai_config." + provider + ".json"}) {
+        const std::string overlay{std::istreambuf_iterator<char>{file}, {}};
+        check(OgaConfigOverlay(config, overlay.c_str()));
+    }
+}
+
+void answer(const char *folder, const std::string &question, const std::string &provider)
 {
     auto config = make(OgaCreateConfig, OgaDestroyConfig, folder);
-    if (on_cpu) // where the artifact's own provider is missing
-        check(OgaConfigClearProviders(config.get()));
+    if (!provider.empty())
+        choose(config.get(), folder, provider);
     auto model = make(OgaCreateModelFromConfig, OgaDestroyModel, config.get());
     auto tokenizer = make(OgaCreateTokenizer, OgaDestroyTokenizer, model.get());
     auto stream = make(OgaCreateTokenizerStream, OgaDestroyTokenizerStream, tokenizer.get());
@@ -59,11 +75,11 @@ void answer(const char *folder, const std::string &question, bool on_cpu)
 int main(int argc, char **argv)
 {
     if (argc < 3) {
-        std::cerr << "usage: " << argv[0] << " FOLDER QUESTION [cpu]\n";
+        std::cerr << "usage: " << argv[0] << " FOLDER QUESTION [cpu|dml|...]\n";
         return 2;
     }
     try {
-        answer(argv[1], argv[2], argc > 3 && std::string(argv[3]) == "cpu");
+        answer(argv[1], argv[2], argc > 3 ? argv[3] : "");
     } catch (const std::exception &error) {
         std::cerr << "error: " << error.what() << '\n';
         return 1;

@@ -1,5 +1,6 @@
-// Answers one question from an artifact, token by token:  Answer FOLDER "QUESTION" [cpu]
+// Answers one question from an artifact, token by token:  Answer FOLDER "QUESTION" [cpu|dml|...]
 using System;
+using System.IO;
 using System.Text;
 using Microsoft.ML.OnnxRuntimeGenAI;
 
@@ -11,7 +12,7 @@ internal static class Program
     {
         if (args.Length < 2)
         {
-            Console.Error.WriteLine("usage: Answer FOLDER QUESTION [cpu]");
+            Console.Error.WriteLine("usage: Answer FOLDER QUESTION [cpu|dml|...]");
             return 2;
         }
         Console.OutputEncoding = new UTF8Encoding(false); // Windows' own lacks most of what a model writes
@@ -20,9 +21,9 @@ internal static class Program
             using (new OgaHandle())
             using (var config = new Config(args[0]))
             {
-                if (args.Length > 2 && args[2] == "cpu") // where the artifact's own provider is missing
+                if (args.Length > 2)
                 {
-                    config.ClearProviders();
+                    Choose(config, args[0], args[2]);
                 }
                 Answer(config, args[1]);
             }
@@ -32,6 +33,25 @@ internal static class Program
         {
             Console.Error.WriteLine($"error: {error.Message}");
             return 1;
+        }
+    }
+
+    // Another provider than the artifact's own, with the graph that the artifact may have for it.
+    private static void Choose(Config config, string folder, string provider)
+    {
+        config.ClearProviders();
+        if (provider != "cpu") // which is what is left without any
+        {
+            config.AppendProvider(provider);
+        }
+        if (provider == "dml") // a captured graph wants inputs of one size
+        {
+            config.SetProviderOption("dml", "enable_graph_capture", "0");
+        }
+        var overlay = Path.Combine(folder, $"genai_config.{provider}.json");
+        if (File.Exists(overlay))
+        {
+            config.Overlay(File.ReadAllText(overlay));
         }
     }
 

@@ -120,6 +120,10 @@ class Profile(_Frozen):
     provider: ProviderKey
     """ONNX Runtime execution provider that the runtime tries first."""
 
+    fallbacks: tuple[ProviderKey, ...] = ()
+    """Providers that the runtime tries after it, in this order; for ONNX Runtime. Each whose kernels need
+    another graph gets its own in the artifact, over the same weights."""
+
     device: Literal["cpu", "gpu", "npu"]
     """What kind of device the provider runs on."""
 
@@ -127,7 +131,8 @@ class Profile(_Frozen):
     """The provider's own options, added to those that every artifact needs on it."""
 
     lowering: Literal["fused", "portable"]
-    """`fused` uses the newest fused operators, `portable` only what DirectML has a kernel for."""
+    """`fused` uses the newest fused operators, `portable` only what DirectML has a kernel for. A fallback
+    without kernels for it gets the other one."""
 
     activation_dtype: Literal["float32", "float16"]
     """Dtype of activations."""

@@ -152,15 +152,21 @@ class Artifact:
         """Most tokens of a prompt with images."""
         return int(self.manifest["image_prompt_tokens"])
 
-    @property
-    def rewinds(self) -> bool:
-        """Whether a generator can return to an earlier point.
+    def overlay(self, provider: str) -> dict[str, Any]:
+        """What is different from `genai_config` for the graphs that an execution provider takes; {} where it
+        takes the main ones."""
+        further = manifests.further_graphs(self.manifest, provider)
+        return {} if further is None else read_json(self.root / further["overlay"], _ADVICE)
+
+    def rewinds(self, provider: str) -> bool:
+        """Whether a generator on an execution provider can return to an earlier point.
 
         ONNX Runtime GenAI 0.18 holds the states of text models in one of two ways, and the one that it takes
         when it is told of layer types cannot. With pictures it says nothing and gets it wrong.
         """
         model = self.genai_config["model"]
-        return model["type"].endswith("_text") and "layer_types" not in model["decoder"]
+        decoder = {**model["decoder"], **self.overlay(provider).get("model", {}).get("decoder", {})}
+        return model["type"].endswith("_text") and "layer_types" not in decoder
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,28 +30,31 @@ class Choice:
     reason: str
 
 
-def load_first(wanted: str, made_for: str, og: Any, load: Callable[[str], T]) -> tuple[Choice, T]:
+def load_first(
+    wanted: str, made_for: str, og: Any, load: Callable[[str], T], fallbacks: Sequence[str] = ()
+) -> tuple[Choice, T]:
     """What `load` returns for the first provider that it succeeds with.
 
     Args:
-        wanted: a key of `PROVIDERS`, or "auto" for the one that the artifact was made for, then the others
-            of this install, in the order of `PROVIDERS`, and the CPU last.
+        wanted: a key of `PROVIDERS`, or "auto" for the one that the artifact was made for, its
+            fallbacks, then the others of this install, in the order of `PROVIDERS`, and the CPU last.
         made_for: the artifact's provider.
         og: the module onnxruntime_genai.
         load: called with a provider's key; may raise anything.
+        fallbacks: the artifact's, in the order in which they are tried.
 
     Raises:
         UserError: no such provider, or one that was asked for by name is not in this install or cannot load
             the artifact. What the CPU raises is passed on.
     """
     refusals: list[str] = []
-    for name in _candidates(wanted, made_for):
+    for name in _candidates(wanted, made_for, fallbacks):
         provider = PROVIDERS[name]
         if not is_available(provider, og):
             missing = f"{provider.title} is not in this install"
             if wanted != "auto":
                 raise UserError(f"{missing}: install {provider.package}")
-            if name == made_for:  # the others were never promised
+            if name == made_for or name in fallbacks:  # the others were never promised
                 refusals.append(f"{missing} ({provider.package} has it)")
             continue
         try:
@@ -69,7 +72,7 @@ def load_first(wanted: str, made_for: str, og: Any, load: Callable[[str], T]) ->
     raise AssertionError("the CPU is a candidate, and loads or raises")
 
 
-def _candidates(wanted: str, made_for: str) -> Iterator[str]:
+def _candidates(wanted: str, made_for: str, fallbacks: Sequence[str]) -> Iterator[str]:
     if wanted != "auto":
         if wanted not in PROVIDERS:
             raise UserError(f"no provider '{wanted}': there are auto, {', '.join(PROVIDERS)}")
@@ -80,10 +83,10 @@ def _candidates(wanted: str, made_for: str) -> Iterator[str]:
             f"the artifact was made for '{made_for}', which this qwen-edge does not know: "
             "install a newer one, or choose another provider"
         )
-    yield made_for
     if made_for != CPU.key:
-        yield from (name for name in PROVIDERS if name not in (made_for, CPU.key))
-        yield CPU.key
+        known = (name for name in (made_for, *fallbacks, *PROVIDERS) if name in PROVIDERS)
+        yield from (name for name in dict.fromkeys(known) if name != CPU.key)
+    yield CPU.key
 
 
 def is_available(provider: Provider, og: Any) -> bool:

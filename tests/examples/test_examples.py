@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
+from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
 
@@ -30,7 +32,17 @@ NATIVE = ("msvcp140", "msvcp140_1", "msvcp140_2", "msvcp140_atomic_wait", "vcrun
 
 @pytest.fixture(scope="module", params=["cpu", "strix-halo"])
 def artifact(request: pytest.FixtureRequest, exported: Exported) -> Path:
-    return exported(TINY, load_profile(request.param))
+    profile = directml_profile() if request.param == "strix-halo" else load_profile(request.param)
+    return exported(TINY, profile)
+
+
+@pytest.fixture
+def overlaid(exported: Exported, tmp_path: Path) -> Path:
+    """A folder for several providers, of which the CPU cannot take the main graph."""
+    artifact = shutil.copytree(exported(TINY, load_profile("strix-halo")), tmp_path / "overlaid")
+    (artifact / "genai_config.dml.json").rename(artifact / "genai_config.cpu.json")
+    (artifact / "model.onnx").write_bytes(b"no graph")
+    return artifact
 
 
 def expected(artifact: Path) -> str:
@@ -42,21 +54,21 @@ def expected(artifact: Path) -> str:
 @pytest.mark.parametrize("language", ["c", "cpp"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no gcc")
 @pytest.mark.skipif(sys.platform != "linux", reason="links the library of the Linux wheel")
-def test_native(artifact: Path, tmp_path: Path, language: str) -> None:
+def test_native(artifact: Path, overlaid: Path, tmp_path: Path, language: str) -> None:
     packages = Path(sysconfig.get_path("platlib"))
     library = packages / "onnxruntime_genai" / "libonnxruntime-genai.so"
     program = tmp_path / "answer"
     link = [str(library), f"-Wl,-rpath,{library.parent}"]
     source = EXAMPLE.parent / language / f"answer.{language}"
     subprocess.run([*COMPILERS[language], source, "-o", program, *link], check=True)
-    check(program, artifact=artifact)
+    check(program, artifact=artifact, overlaid=overlaid)
 
 
 @pytest.mark.skipif(
     not (CSHARP_SOURCE and shutil.which("mcs") and shutil.which("mono")),
     reason="no Mono, or QWEN_EDGE_GENAI_CSHARP does not name src/csharp of onnxruntime-genai",
 )
-def test_csharp_on_mono(artifact: Path, tmp_path: Path) -> None:
+def test_csharp_on_mono(artifact: Path, overlaid: Path, tmp_path: Path) -> None:
     """Against Microsoft's own classes, compiled by Mono: there is no .NET here."""
     library = tmp_path / "Microsoft.ML.OnnxRuntimeGenAI.dll"
     sources = []
@@ -75,10 +87,10 @@ def test_csharp_on_mono(artifact: Path, tmp_path: Path) -> None:
     program = tmp_path / "Answer.exe"
     example = EXAMPLE.parent / "csharp" / "Answer.cs"
     subprocess.run(["mcs", "-warnaserror", f"-out:{program}", f"-r:{library}", example], check=True)
-    check("mono", program, artifact=artifact)
+    check("mono", program, artifact=artifact, overlaid=overlaid)
 
 
-def check(*program: str | Path, artifact: Path) -> None:
+def check(*program: str | Path, artifact: Path, overlaid: Path) -> None:
     """What every native example must do."""
     packages = Path(sysconfig.get_path("platlib"))
     runtime = next((packages / "onnxruntime" / "capi").glob("libonnxruntime.so*"))
@@ -97,6 +109,12 @@ def check(*program: str | Path, artifact: Path) -> None:
     assert run(artifact).returncode == 2
     missing = run(artifact / "nothing", QUESTION)
     assert missing.returncode == 1 and "error: " in missing.stderr
+    absent = run(artifact, QUESTION, "dml")
+    assert absent.returncode == 1 and "DML" in absent.stderr.upper()
+    if json.loads((artifact / "manifest.json").read_text())["lowering"] == "portable":  # the same graph
+        done = run(overlaid, QUESTION, "cpu")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == expected(artifact) + "\n"
 
 
 @pytest.mark.slow

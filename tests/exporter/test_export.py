@@ -57,7 +57,7 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
     assert sum(manifest["bytes_by_role"].values()) <= graphs.data_bytes
     assert not list(tmp_path.glob(".*"))
     session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
-    expected = {"cpu": [], "strix-halo": [{"dml": {"enable_graph_capture": "0"}}]}
+    expected = {"cpu": [], "strix-halo": [{"webgpu": {}}]}
     assert session["provider_options"] == expected[profile]
 
 

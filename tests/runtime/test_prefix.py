@@ -10,10 +10,10 @@ from typing import Any
 import onnxruntime_genai as og
 import pytest
 from qwen_common.errors import UserError
-from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling
 from qwen_runtime.prefix import State, StateCache, common_prefix
 
+from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
 
@@ -176,7 +176,7 @@ def test_reading_ahead_leaves_only_the_question(kept: Model, fresh: Model) -> No
 
 
 def test_portable_artifacts_read_everything(exported: Exported) -> None:
-    with Model.load(exported(TINY, load_profile("strix-halo")), keep=2) as model:
+    with Model.load(exported(TINY, directml_profile()), keep=2) as model:
         first, second = answer(model, [LONG]), answer(model, [LONG])
         assert second.cached_tokens == 0 and first.tokens == second.tokens
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from qwen_common.errors import UserError
 
 from qwen_export.graph.targets import CONTRIB_OPERATORS, Target
 from qwen_export.graph.weights import ExternalTensor, PlacedWeight, Weight
@@ -87,15 +88,25 @@ class DataLayout:
     def __init__(self) -> None:
         self.placed: list[PlacedWeight] = []
         self.end = 0
-        self._tensors: dict[str, list[ExternalTensor]] = {}
+        self._placed: dict[str, PlacedWeight] = {}
 
     def place(self, weight: Weight) -> list[ExternalTensor]:
-        """Where `weight` lies; one that several graphs use is stored once."""
-        if weight.name not in self._tensors:
+        """Where `weight` lies; one that several graphs use is stored once.
+
+        Raises:
+            UserError: a graph before stores what has its name in another form.
+        """
+        if weight.name not in self._placed:
             tensors = [self._append(*tensor) for tensor in weight.layout()]
-            self._tensors[weight.name] = tensors
-            self.placed.append(PlacedWeight(weight, tensors))
-        return self._tensors[weight.name]
+            self._placed[weight.name] = placed = PlacedWeight(weight, tensors)
+            self.placed.append(placed)
+        placed = self._placed[weight.name]
+        if placed.weight != weight:
+            raise UserError(
+                f"graphs of two providers store {weight.name} in two forms, so one folder cannot serve both: "
+                "export for one of them, with --set fallbacks=[]"
+            )
+        return placed.tensors
 
     def _append(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> ExternalTensor:
         size = ExternalTensor(name, dtype, shape, offset=0).nbytes

@@ -106,9 +106,8 @@ def gated_delta_net(
         presents.append((past_conv, past_state))
     output = joined(g, outputs)
 
-    # The portable form keeps this norm in float32, as the recurrence before it.
-    norm_dtype = g.dtype if g.target.has("LinearAttention") else _FLOAT32
-    norm = recipe.floats(f"{name}.norm.weight", norm_dtype)
+    # In float32, as the recurrence before it gives it.
+    norm = recipe.floats(f"{name}.norm.weight", _FLOAT32)
     normed = gated_rms_norm(g, output, norm, z, config.linear_num_value_heads, config.rms_norm_eps)
     out_proj = projection(recipe, f"{name}.out_proj", recipe.whole(f"{name}.out_proj.weight"))
     return linear(g, recipe, normed, out_proj), presents
@@ -188,7 +187,7 @@ def _linear_attention(
         update_rule="gated_delta",
         scale=key_size**-0.5,
     )
-    return output if g.dtype == _FLOAT32 else g.cast(output, g.dtype), present
+    return output, present
 
 
 def _chunk(

@@ -39,12 +39,15 @@ def gated_rms_norm(
     Source: transformers' Qwen3_5RMSNormGated; com.microsoft::GatedRMSNorm.
     """
     (weight,) = g.weight(scale)
+    wider = scale.storage != g.dtype
     if g.target.has("GatedRMSNorm") and g.target.silu_inside:
-        return g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon, activation="silu")
+        gate = g.cast(gate, np.float32) if wider else gate
+        gated = g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon, activation="silu")
+        return g.cast(gated, g.dtype) if wider else gated
     (head_dim,) = scale.shape
     normed = rms_norm(g, g.reshape(x, 0, 0, heads, head_dim), weight, epsilon)
     normed = g.reshape(normed, 0, 0, heads * head_dim)
-    if scale.storage != g.dtype:
+    if wider:
         gate = g.cast(gate, np.float32)
     gated = g.op("Mul", normed, g.op("QuickGelu", gate, alpha=1.0))
-    return gated if scale.storage == g.dtype else g.cast(gated, g.dtype)
+    return g.cast(gated, g.dtype) if wider else gated

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from qwen_common.errors import UserError
+from qwen_common.manifest import further_graphs
 from qwen_common.providers import CPU, PROVIDERS
 
 from qwen_runtime.artifact import Artifact
@@ -41,7 +44,7 @@ class GenAI:
         # Where a generator cannot take a second chunk ONNX Runtime GenAI cuts the prompt by itself.
         appends = PROVIDERS[choice.name].appends
         self.chunk_size = artifact.chunk_size if appends else None
-        self.rewinds = artifact.rewinds and appends
+        self.rewinds = artifact.rewinds(choice.name) and appends
         self._og = og
         self._model = model
         self.tokenizer = Tokenizer.open(artifact.root)
@@ -52,9 +55,16 @@ class GenAI:
         import onnxruntime_genai as og
 
         og.disable_telemetry_events()
+        manifest = artifact.manifest
         choice, model = load_first(
-            provider, artifact.manifest["provider"], og, lambda name: _open(og, artifact, name)
+            provider,
+            manifest["provider"],
+            og,
+            lambda name: _open(og, artifact, name),
+            manifest["settings"].get("fallbacks", []),
         )
+        if further := further_graphs(manifest, choice.name):
+            choice = replace(choice, reason=f"{choice.reason}; with the {further['lowering']} graph")
         return cls(artifact, choice, og, model)
 
     def generator(
@@ -89,6 +99,8 @@ class GenAI:
 def _open(og: Any, artifact: Artifact, name: str) -> Any:
     config = og.Config(str(artifact.root))
     config.clear_providers()
+    if overlay := artifact.overlay(name):
+        config.overlay(json.dumps(overlay))
     provider = PROVIDERS[name]
     if provider.genai_name is not None:
         config.append_provider(provider.genai_name)
@@ -100,9 +112,9 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
     except Exception as error:
         if _UNKNOWN_OPERATOR not in str(error):
             raise
+        needed = (further_graphs(artifact.manifest, name) or artifact.manifest)["onnxruntime"]
         raise UserError(
-            f"{artifact.root} needs onnxruntime {artifact.manifest['onnxruntime']}: install it, or export "
-            "with a profile for older ones"
+            f"{artifact.root} needs onnxruntime {needed}: install it, or export with a profile for older ones"
         ) from error
     if name == CPU.key:
         release_mapped(artifact.root)

@@ -8,9 +8,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 from qwen_export.backends.onnx.kernels import KERNELS
-from qwen_profiles.schema import load_profile
 
-from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.artifacts import directml_profile, make_artifact
 from benchmarks.support.checkpoints import TINY
 from tests.support.random_checkpoints import write_random_checkpoint, write_vision_checkpoint
 
@@ -21,7 +20,7 @@ def model(
 ) -> tuple[Path, onnx.ModelProto]:
     """A graph's path and content; the last three are those of one vision-language artifact."""
     folder = tmp_path_factory.mktemp("portable")
-    profile = load_profile("strix-halo")
+    profile = directml_profile()
     if request.param in ("model", "embedding", "vision"):
         tower = {"hidden_size": 64, "num_heads": 2}
         checkpoint = write_vision_checkpoint(folder / "c", hidden_size=128, vision=tower)

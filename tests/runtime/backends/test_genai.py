@@ -13,9 +13,9 @@ import qwen_common.errors
 import qwen_profiles
 import qwen_runtime
 from qwen_common.errors import UserError
-from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
 
+from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
 
@@ -24,7 +24,7 @@ OLD_PYTHON = os.environ.get("QWEN_EDGE_ORT124_PYTHON")
 
 
 def test_prompt_longer_than_one_run_of_the_graph(exported: Exported) -> None:
-    with Model.load(exported(TINY, load_profile("strix-halo"))) as model:
+    with Model.load(exported(TINY, directml_profile())) as model:
         generation = model.generate("The statement. " * 100, max_tokens=3, sampling=GREEDY)
         assert len("".join(generation)) and generation.prompt_tokens > 300
         assert model.info.provider == "cpu"
@@ -41,7 +41,7 @@ class OneAppendGenerator(og.Generator):
 
 
 def test_directml_takes_the_prompt_at_once(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Model.load(exported(TINY, load_profile("strix-halo"))) as model:
+    with Model.load(exported(TINY, directml_profile())) as model:
         prompt = "The statement. " * 100
         expected = "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY))
         monkeypatch.setattr("onnxruntime_genai.Generator", OneAppendGenerator)

@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 from qwen_common.errors import UserError
 from qwen_common.files import as_json
-from qwen_common.manifest import GENAI_CONFIG
+from qwen_common.manifest import GENAI_CONFIG, RunsOn
+from qwen_common.manifest import FurtherGraphs as FurtherEntry
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.mtp import MTP, declares_mtp, mtp_tensors
 from qwen_export.backends.copied_files import copy_files
-from qwen_export.backends.onnx.files import PROCESSOR_CONFIG
-from qwen_export.backends.onnx.genai_config import genai_config
-from qwen_export.backends.onnx.graphs import Graphs, build_graphs
+from qwen_export.backends.onnx.files import PROCESSOR_CONFIG, provider_file
+from qwen_export.backends.onnx.genai_config import genai_config, genai_overlay
+from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
@@ -69,21 +70,36 @@ def _write(
     write_weights(checkpoint, weights, data, graphs.data_bytes, journal, progress.advance)
 
     copy_files(checkpoint.root, staged)
-    for name, graph in graphs.by_file.items():
+    for name, graph in graphs.every_file.items():
         onnx.save(model_proto(graph), staged / name)
     if checkpoint.vision:
         (staged / PROCESSOR_CONFIG).write_bytes(as_json(processor_config(checkpoint.vision)))
     config = genai_config(checkpoint, profile)
     (staged / GENAI_CONFIG).write_bytes(as_json(config))
     context = config["model"]["context_length"]
+    runs_on: RunsOn = {"lowering": graphs.target.name, "onnxruntime": graphs.target.onnxruntime}
+    if graphs.further:
+        runs_on["further_graphs"] = [_further(checkpoint, further, staged) for further in graphs.further]
     return Written(
-        runs_on={"lowering": graphs.target.name, "onnxruntime": graphs.target.onnxruntime},
+        runs_on=runs_on,
         context_length=context,
         bytes_by_role=graphs.bytes_by_role(),
         all_logits=all_logits,
         image_prompt_tokens=min(graphs.max_run_tokens or context, context) if checkpoint.vision else None,
         carried_over=graphs.prequantized_roles(),
     )
+
+
+def _further(checkpoint: Checkpoint, further: FurtherGraphs, staged: Path) -> FurtherEntry:
+    overlay = provider_file(GENAI_CONFIG, further.providers[0])
+    (staged / overlay).write_bytes(as_json(genai_overlay(checkpoint, further.target.name, further.replaced)))
+    return {
+        "providers": list(further.providers),
+        "lowering": further.target.name,
+        "onnxruntime": further.target.onnxruntime,
+        "files": further.replaced,
+        "overlay": overlay,
+    }
 
 
 def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:

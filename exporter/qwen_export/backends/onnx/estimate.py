@@ -17,13 +17,12 @@ from qwen_profiles.schema import Profile
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.copied_files import COPIED_FILES
 from qwen_export.backends.onnx.files import MODEL_FILE, MTP_FILE, SPECULATIVE_FILE
-from qwen_export.backends.onnx.graphs import Graphs, build_graphs
+from qwen_export.backends.onnx.graphs import Graphs, build_graphs, targets
 from qwen_export.backends.onnx.proto import model_size
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensor import PrequantizedTensor
 from qwen_export.graph.builder import Node
 from qwen_export.graph.model import cache_bytes_per_token, states
-from qwen_export.graph.targets import target_for
 from qwen_export.graph.weights import ExternalTensor, Weight
 from qwen_export.planner.estimate import Estimate
 
@@ -118,7 +117,7 @@ def _graphs_depend_on(checkpoint: Checkpoint, profile: Profile) -> str:
             checkpoint.config,
             checkpoint.vision,
             schemes,
-            target_for(profile.lowering, profile.provider),
+            targets(profile),
             profile.model_dump(exclude=_NOT_IN_GRAPHS),
         )
     )
@@ -129,7 +128,7 @@ def _sizes(asked: _Asked) -> _Sizes:
     """Profiles that differ only in their hardware share the graphs."""
     graphs = build_graphs(asked.checkpoint, asked.profile, mtp=asked.mtp)
     return _Sizes(
-        files=graphs.data_bytes + sum(map(model_size, graphs.by_file.values())),
+        files=graphs.data_bytes + sum(map(model_size, graphs.every_file.values())),
         data=graphs.data_bytes,
         cpu=_cpu_bytes(graphs),
         decoded=_decode_bytes(asked.checkpoint, graphs),
@@ -139,7 +138,8 @@ def _sizes(asked: _Asked) -> _Sizes:
 
 
 def _uses(graphs: Graphs) -> Iterator[tuple[str, Node, ExternalTensor]]:
-    """(graph file, node, tensor of the data file that it takes) of everything that is loaded at once."""
+    """(graph file, node, tensor of the data file that it takes) of all that the
+    profile's provider loads at once."""
     for file, graph in graphs.by_file.items():
         if file in _ON_DEMAND:
             continue

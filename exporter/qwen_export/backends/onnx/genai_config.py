@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import states
 
 _NO_TOKEN = -1
+_FILES = {"decoder": MODEL_FILE, "embedding": EMBEDDING_FILE, "vision": VISION_FILE}
 
 
 def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
@@ -57,9 +59,7 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
                 "num_attention_heads": config.num_attention_heads,
                 "num_key_value_heads": config.num_key_value_heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                # Told of layer types, GenAI holds the states in a way that cannot return to an earlier point.
-                # Untold, past and present share a buffer, which only the fused operators are made for.
-                **({} if profile.lowering == "fused" else {"layer_types": list(config.layer_types)}),
+                **_layer_types(checkpoint, profile.lowering),
                 "inputs": inputs,
                 "outputs": outputs,
             },
@@ -69,10 +69,34 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
             **generation.search(),
             "max_length": context,
             "chunk_size": profile.prefill_chunk,
-            # Only GroupQueryAttention writes into the past it was given.
-            "past_present_share_buffer": profile.lowering == "fused",
+            "past_present_share_buffer": _shares_buffer(profile.lowering),
         },
     }
+
+
+def genai_overlay(checkpoint: Checkpoint, lowering: str, replaced: Mapping[str, str]) -> dict[str, Any]:
+    """What ONNX Runtime GenAI's Config.overlay takes so that it opens further graphs of the artifact.
+
+    An overlay can add layer types, but not take them away (measured with 0.18): the main graphs are without.
+
+    Args:
+        lowering: of the further graphs.
+        replaced: by a main graph's file name the further one's.
+    """
+    model = {section: {"filename": replaced[name]} for section, name in _FILES.items() if name in replaced}
+    model["decoder"] = {**model.get("decoder", {}), **_layer_types(checkpoint, lowering)}
+    return {"model": model, "search": {"past_present_share_buffer": _shares_buffer(lowering)}}
+
+
+def _layer_types(checkpoint: Checkpoint, lowering: str) -> dict[str, Any]:
+    """Told of layer types, GenAI holds the states in a way that cannot return to an earlier point. Untold,
+    past and present share a buffer, which only the fused operators are made for."""
+    return {} if lowering == "fused" else {"layer_types": list(checkpoint.config.layer_types)}
+
+
+def _shares_buffer(lowering: str) -> bool:
+    """Only GroupQueryAttention writes into the past it was given."""
+    return lowering == "fused"
 
 
 def _multimodal(vision: VisionConfig) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from qwen_common.providers import PROVIDERS
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.mtp import mtp_tensors
@@ -14,6 +15,7 @@ from qwen_export.backends.onnx.files import (
     MTP_FILE,
     SPECULATIVE_FILE,
     VISION_FILE,
+    provider_file,
 )
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.builder import DataLayout, Graph, GraphBuilder
@@ -21,7 +23,7 @@ from qwen_export.graph.embedding import embedding
 from qwen_export.graph.model import GraphOptions, decoder
 from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.targets import Target, target_for
+from qwen_export.graph.targets import PORTABLE, Target, target_for
 from qwen_export.graph.vision import vision_tower
 from qwen_export.graph.weights import PlacedWeight
 
@@ -32,20 +34,44 @@ _IMAGE_RUN_TOKENS = 512
 
 
 @dataclass(frozen=True)
+class FurtherGraphs:
+    """What fallbacks take in place of some of the main graphs.
+
+    Attributes:
+        providers: those of the profile's fallbacks that take them.
+        replaced: by a main graph's file name that of the graph that replaces it.
+        by_file: the graphs, by their file names.
+    """
+
+    providers: tuple[str, ...]
+    target: Target
+    replaced: dict[str, str]
+    by_file: dict[str, Graph]
+
+
+@dataclass(frozen=True)
 class Graphs:
     """The graphs of one artifact, and the data file that they share.
 
     Attributes:
-        by_file: by file name.
+        target: of the profile's provider.
+        by_file: the graphs for that provider, by file name.
+        further: those of fallbacks.
         placed: every weight, with its place in the data file, in file order.
-        max_run_tokens: of the decoder; None: any number.
+        max_run_tokens: of every decoder; None: any number.
     """
 
     target: Target
     by_file: dict[str, Graph]
+    further: list[FurtherGraphs]
     placed: list[PlacedWeight]
     data_bytes: int
     max_run_tokens: int | None
+
+    @property
+    def every_file(self) -> dict[str, Graph]:
+        """All graphs by file name."""
+        return {**self.by_file, **{name: g for other in self.further for name, g in other.by_file.items()}}
 
     def prequantized_roles(self) -> list[str]:
         """Roles with weights whose codes are the checkpoint's own."""
@@ -61,15 +87,60 @@ class Graphs:
 def build_graphs(
     checkpoint: Checkpoint, profile: Profile, all_logits: bool = False, mtp: bool = False
 ) -> Graphs:
-    """Build the graphs from the config and lay out the data file; reads no weight."""
-    target = target_for(profile.lowering, profile.provider)
-    dtype = np.dtype(profile.activation_dtype)
+    """Build the graphs from the config and lay out the data file; reads no weight.
+
+    Raises:
+        UserError: the graphs of two of the profile's providers cannot share the weights.
+    """
+    asked = targets(profile)
+    main = asked[profile.provider]
     layout = DataLayout()
+    run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if checkpoint.vision else profile.prefill_chunk
+    options = GraphOptions(run, all_logits, embeddings=checkpoint.vision is not None, hidden_states=mtp)
+    recipe = _recipe(checkpoint, profile, main)
+    by_file = _answering(checkpoint, recipe, layout, options)
+    if mtp:
+        by_file |= _speculative(checkpoint, recipe, layout, run)
+
+    providers: dict[Target, list[str]] = {}
+    for provider, target in asked.items():
+        if target != main:
+            providers.setdefault(target, []).append(provider)
+    further = []
+    for target, takers in providers.items():
+        own = _answering(checkpoint, _recipe(checkpoint, profile, target), layout, options)
+        replaced = {
+            name: provider_file(name, takers[0])
+            for name, graph in own.items()
+            if _content(graph) != _content(by_file[name])
+        }
+        if replaced:
+            own = {file: own[name] for name, file in replaced.items()}
+            further.append(FurtherGraphs(tuple(takers), target, replaced, own))
+    any_run = all(target.has("LinearAttention") for target in (main, *providers))
+    return Graphs(main, by_file, further, layout.placed, layout.end, None if any_run else run)
+
+
+def targets(profile: Profile) -> dict[str, Target]:
+    """Of the profile's provider, then of its fallbacks. All ask the same of the weights, which they share."""
+    found = {}
+    for provider in (profile.provider, *profile.fallbacks):
+        has = profile.lowering in PROVIDERS[provider].lowerings
+        found[provider] = target_for(profile.lowering if has else PORTABLE.name, provider)
+    zero_points = any(target.zero_points_required for target in found.values())
+    exact = any(target.exact_blocks for target in found.values())
+    return {
+        provider: replace(target, zero_points_required=zero_points, exact_blocks=exact)
+        for provider, target in found.items()
+    }
+
+
+def _recipe(checkpoint: Checkpoint, profile: Profile, target: Target) -> Recipe:
     config, vision = checkpoint.config, checkpoint.vision
-    recipe = Recipe(
+    return Recipe(
         profile.weights,
         target,
-        dtype,
+        np.dtype(profile.activation_dtype),
         profile.accuracy_level,
         np.dtype(profile.scale_dtype or profile.activation_dtype),
         checkpoint.tensors,
@@ -77,25 +148,40 @@ def build_graphs(
         {**config.tensors(), **mtp_tensors(config), **(vision.tensors() if vision else {})},
     )
 
-    run = max(profile.prefill_chunk, _IMAGE_RUN_TOKENS) if vision else profile.prefill_chunk
 
-    g = GraphBuilder(target, dtype, layout)
-    decoder(
-        g, config, recipe, GraphOptions(run, all_logits, embeddings=vision is not None, hidden_states=mtp)
-    )
+def _answering(
+    checkpoint: Checkpoint, recipe: Recipe, layout: DataLayout, options: GraphOptions
+) -> dict[str, Graph]:
+    """Decoder, and embedding and vision tower where there is one."""
+    config, vision = checkpoint.config, checkpoint.vision
+    g = GraphBuilder(recipe.target, recipe.dtype, layout)
+    decoder(g, config, recipe, options)
     by_file = {MODEL_FILE: g.graph("qwen3_5")}
     if vision:
-        g = GraphBuilder(target, dtype, layout)
+        g = GraphBuilder(recipe.target, recipe.dtype, layout)
         embedding(g, config, vision, recipe)
         by_file[EMBEDDING_FILE] = g.graph("qwen3_5_embedding")
-        g = GraphBuilder(target, dtype, layout)
+        g = GraphBuilder(recipe.target, recipe.dtype, layout)
         vision_tower(g, vision, recipe)
         by_file[VISION_FILE] = g.graph("qwen3_5_vision")
-    if mtp:
-        g = GraphBuilder(target, dtype, layout, pairs=True)
-        decoder(g, config, recipe, GraphOptions(run, hidden_states=True))
-        by_file[SPECULATIVE_FILE] = g.graph("qwen3_5_speculative")
-        g = GraphBuilder(target, dtype, layout)
-        mtp_head(g, config, recipe)
-        by_file[MTP_FILE] = g.graph("qwen3_5_mtp")
-    return Graphs(target, by_file, layout.placed, layout.end, None if target.has("LinearAttention") else run)
+    return by_file
+
+
+def _speculative(checkpoint: Checkpoint, recipe: Recipe, layout: DataLayout, run: int) -> dict[str, Graph]:
+    g = GraphBuilder(recipe.target, recipe.dtype, layout, pairs=True)
+    decoder(g, checkpoint.config, recipe, GraphOptions(run, hidden_states=True))
+    by_file = {SPECULATIVE_FILE: g.graph("qwen3_5_speculative")}
+    g = GraphBuilder(recipe.target, recipe.dtype, layout)
+    mtp_head(g, checkpoint.config, recipe)
+    by_file[MTP_FILE] = g.graph("qwen3_5_mtp")
+    return by_file
+
+
+def _content(graph: Graph) -> tuple[object, ...]:
+    """Equal for two graphs of the same inputs and weights that compute the same in the same way."""
+    nodes = [
+        (node.op_type, node.name, *(value and value.name for value in node.inputs), dict(node.attributes))
+        for node in graph.nodes
+    ]
+    constants = {v.name: v.tensor.tobytes() for v in graph.initializers if isinstance(v.tensor, np.ndarray)}
+    return nodes, constants

@@ -141,7 +141,7 @@ def stored_tensors(artifact: Path, graphs: Graphs, specs: Mapping[str, TensorSpe
 
 def _places(artifact: Path, graphs: Graphs) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
     """(name, (offset in the data file, shape)) of every tensor that the artifact's graphs take from it."""
-    for file in graphs.by_file:
+    for file in graphs.every_file:
         for tensor in onnx.load(artifact / file, load_external_data=False).graph.initializer:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             if entries.get("location") == DATA_FILE:

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
 
-from benchmarks.support.artifacts import make_artifact
+from benchmarks.support.artifacts import directml_profile, make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.support.exported import Exported
 
@@ -22,7 +22,7 @@ def inspect(*arguments: str | Path) -> Result:
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
 def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, exported: Exported) -> None:
-    artifact = exported(checkpoint, load_profile("strix-halo"))
+    artifact = exported(checkpoint, directml_profile())
     found = json.loads(inspect(artifact, "--json").stdout)
     runs = {name: entry["runs"] for name, entry in found["providers"].items()}
     assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": True, "openvino": None}
@@ -32,6 +32,19 @@ def test_a_portable_artifact_runs_everywhere_that_is_known(checkpoint: Path, exp
     }
     assert found["graphs"] == graphs
     assert found["providers"]["dml"]["covered"] == sum(found["operators"].values()) == sum(graphs.values())
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)
+def test_each_provider_is_asked_about_the_graphs_that_it_takes(checkpoint: Path, exported: Exported) -> None:
+    artifact = exported(checkpoint, load_profile("strix-halo"))
+    found = json.loads(inspect(artifact, "--json").stdout)
+    runs = {name: entry["runs"] for name, entry in found["providers"].items()}
+    assert runs == {"cpu": True, "cuda": True, "dml": True, "webgpu": True, "openvino": None}
+    alone = json.loads(inspect(exported(checkpoint, directml_profile()), "--json").stdout)
+    assert found["providers"]["dml"] == alone["providers"]["dml"]
+    main = sum(count for name, count in found["graphs"].items() if ".dml." not in name)
+    assert found["providers"]["webgpu"]["nodes"] == main
+    assert found["graphs"].keys() >= {"model.onnx", "model.dml.onnx"}
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE, TINY_VL], ids=lambda path: path.name)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qwen_profiles.schema import load_profile
 
-from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.artifacts import directml_profile, float_profile, make_artifact
 from benchmarks.support.checkpoints import TINY
 from tests.exporter.graph.test_vision import prompt_of
 from tests.support.generate_tokens import greedy
@@ -35,7 +34,7 @@ def test_same_tokens_on_1_24(kind: str, tmp_path: Path) -> None:
     shapes: dict[str, dict[str, int]] = {"random": {}, "experts": {"num_experts": 8}}
     shape = shapes.get(kind.partition(",")[0])
     checkpoint = TINY if shape is None else write_random_checkpoint(tmp_path / "c", vocab_size=2048, **shape)
-    profile = load_profile("strix-halo") if kind.endswith("shipped") else float_profile("portable")
+    profile = directml_profile() if kind.endswith("shipped") else float_profile("portable")
     artifact = make_artifact(checkpoint, profile, tmp_path / "artifact", all_logits=False)
     prompt = np.random.default_rng(5).integers(0, 2000, 150).tolist()
     assert OLD_PYTHON is not None
@@ -47,7 +46,7 @@ def test_same_tokens_on_1_24(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["as shipped", "float32"])
 def test_same_tokens_after_images_on_1_24(kind: str, tmp_path: Path) -> None:
-    profile = load_profile("strix-halo") if kind == "as shipped" else float_profile("portable")
+    profile = directml_profile() if kind == "as shipped" else float_profile("portable")
     checkpoint = write_vision_checkpoint(tmp_path / "c")
     artifact = make_artifact(checkpoint, profile, tmp_path / "artifact", all_logits=False)
     prompt, inputs = prompt_of([(18, 20), (4, 10)])

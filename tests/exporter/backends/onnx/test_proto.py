@@ -22,9 +22,9 @@ from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 def test_the_predicted_size_of_a_graph_is_its_size(checkpoint: Path, profile: str) -> None:
     opened, mtp = Checkpoint.open(str(checkpoint)), profile == "cpu"
     config = opened.config.model_copy(update={"mtp_num_hidden_layers": int(mtp)})
-    graphs = build_graphs(replace(opened, config=config), load_profile(profile), mtp=mtp).by_file
-    assert len(graphs) == 1 + 2 * mtp + 2 * (opened.vision is not None)
-    for graph in graphs.values():
+    graphs = build_graphs(replace(opened, config=config), load_profile(profile), mtp=mtp)
+    assert len(graphs.by_file) == 1 + 2 * mtp + 2 * (opened.vision is not None)
+    for graph in graphs.every_file.values():
         assert model_size(graph) == len(model_proto(graph).SerializeToString())
 
 
