@@ -6,9 +6,9 @@ Source: JSON Schema 2020-12, and OpenAPI 3.0's `nullable`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import islice, product
 from typing import Any
 from urllib.parse import unquote
@@ -37,6 +37,7 @@ _KEYWORDS = {
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }  # fmt: skip
 _MOST_FORMS = 100  # of one function's arguments; each multiplies the grammar
+_MOST_STEPS = 10_000  # schemas that are looked at for one value, which references may multiply without end
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,18 @@ class Allowed:
         return "null" in self.kinds or any(value is None for value in self.values)
 
     def has(self, value: Any) -> bool:
-        return "any" in self.kinds or kind_of(value) in self.kinds or _among(value, self.values)
+        return "any" in self.kinds or kind_of(value) in self.kinds or self.names(value)
+
+    def names(self, value: Any) -> bool:
+        """Whether `value` is one of `values`."""
+        if kind_of(value) in ("array", "object"):
+            return any(same(value, other) for other in self.values)
+        return (isinstance(value, bool), value) in self._scalars
+
+    @cached_property
+    def _scalars(self) -> frozenset[tuple[bool, Any]]:
+        scalars = (value for value in self.values if kind_of(value) not in ("array", "object"))
+        return frozenset((isinstance(value, bool), value) for value in scalars)
 
     def __or__(self, other: Allowed) -> Allowed:
         return Allowed(self.kinds | other.kinds, self.values + other.values)
@@ -77,8 +89,9 @@ class Allowed:
         elif "any" in other.kinds:
             kinds = self.kinds
         values = tuple(value for value in self.values if other.has(value))
-        values += tuple(value for value in other.values if self.has(value) and not _among(value, values))
-        return Allowed(kinds, values)
+        both = Allowed(kinds, values)
+        more = tuple(value for value in other.values if self.has(value) and not both.names(value))
+        return Allowed(kinds, values + more)
 
 
 ANYTHING = Allowed(_ANY)
@@ -107,7 +120,7 @@ class Arguments:
 
     def __and__(self, other: Arguments) -> Arguments:
         both = {
-            name: {"allOf": [schema, other.properties[name]]}
+            name: _both(schema, other.properties[name])
             for name, schema in self.properties.items()
             if name in other.properties
         }
@@ -133,15 +146,19 @@ def allowed(schema: Any, root: Any) -> Allowed:
     Args:
         root: the schema that `$ref` refers into.
     """
-    found = _allowed(schema, root, {})
+    try:
+        found = _allowed(schema, root, {}, iter(range(_MOST_STEPS)))
+    except RecursionError:
+        return ANYTHING
     return found if found.kinds or found.values else ANYTHING
 
 
-def _allowed(schema: Any, root: Any, known: dict[str, Allowed]) -> Allowed:
+def _allowed(schema: Any, root: Any, known: dict[str, Allowed], steps: Iterator[int]) -> Allowed:
     """Args:
     known: what references allow; nothing by themselves where they lead in a circle.
+    steps: one for each schema that may still be looked at.
     """
-    if not isinstance(schema, Mapping):
+    if not isinstance(schema, Mapping) or next(steps, None) is None:
         return ANYTHING
     parts = []
     if "const" in schema:
@@ -154,11 +171,11 @@ def _allowed(schema: Any, root: Any, known: dict[str, Allowed]) -> Allowed:
     if isinstance(reference, str):
         if reference not in known:
             known[reference] = Allowed(frozenset())
-            known[reference] = _allowed(_target(reference, root), root, known)
+            known[reference] = _allowed(_target(reference, root), root, known, steps)
         parts.append(known[reference])
-    parts += [_allowed(each, root, known) for each in _list(schema.get("allOf"))]
+    parts += [_allowed(each, root, known, steps) for each in _list(schema.get("allOf"))]
     for keyword in ("anyOf", "oneOf"):
-        if branches := [_allowed(each, root, known) for each in _list(schema.get(keyword))]:
+        if branches := [_allowed(each, root, known, steps) for each in _list(schema.get(keyword))]:
             parts.append(reduce(Allowed.__or__, branches))
     found = reduce(Allowed.__and__, parts)
     if found == ANYTHING:
@@ -169,14 +186,22 @@ def _allowed(schema: Any, root: Any, known: dict[str, Allowed]) -> Allowed:
     return found
 
 
-def forms(schema: Any, root: Any, known: dict[str, list[Arguments]] | None = None) -> list[Arguments]:
+def forms(schema: Any, root: Any) -> list[Arguments]:
     """The forms that an object of this schema may have; at least one.
 
     Args:
         root: as for `allowed`.
-        known: forms of references; none of those that are being followed, which may lead in a circle.
     """
-    known = {} if known is None else known
+    try:
+        return _forms(schema, root, {})
+    except RecursionError:
+        return [Arguments()]
+
+
+def _forms(schema: Any, root: Any, known: dict[str, list[Arguments]]) -> list[Arguments]:
+    """Args:
+    known: forms of references; none of those that are being followed, which may lead in a circle.
+    """
     if not isinstance(schema, Mapping):
         return [Arguments()]
     found = [_own(schema)]
@@ -184,16 +209,16 @@ def forms(schema: Any, root: Any, known: dict[str, list[Arguments]] | None = Non
     if isinstance(reference, str):
         if reference not in known:
             known[reference] = []
-            known[reference] = forms(_target(reference, root), root, known)
+            known[reference] = _forms(_target(reference, root), root, known)
         found = _product(found, known[reference] or [Arguments()])
     for each in _list(schema.get("allOf")):
-        found = _product(found, forms(each, root, known))
+        found = _product(found, _forms(each, root, known))
     for keyword in ("anyOf", "oneOf"):
         branches = [
             form
             for each in _list(schema.get(keyword))
             if _may_be_object(each, root)
-            for form in forms(each, root, known)
+            for form in _forms(each, root, known)
         ]
         if branches:
             found = _product(found, branches)
@@ -249,6 +274,18 @@ def _may_be_object(schema: Any, root: Any) -> bool:
     return not kinds.isdisjoint(("any", "object"))
 
 
+def _both(one: Any, other: Any) -> Any:
+    """A schema for values of both. References may lead to one schema in many ways: each is named once."""
+    every = [*_conjuncts(one), *_conjuncts(other)]
+    different = list({id(schema): schema for schema in every}.values())
+    return different[0] if len(different) == 1 else {"allOf": different}
+
+
+def _conjuncts(schema: Any) -> list[Any]:
+    alone = isinstance(schema, Mapping) and schema.keys() == {"allOf"}
+    return _list(schema["allOf"]) if alone else [schema]
+
+
 def _product(some: Sequence[Arguments], others: Sequence[Arguments]) -> list[Arguments]:
     return [one & other for one, other in islice(product(some, others), _MOST_FORMS)]
 
@@ -290,10 +327,6 @@ def _moved(schema: Any) -> Any:
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = f"#/$defs/parameters{reference[1:]}"
     return moved
-
-
-def _among(value: Any, values: Iterable[Any]) -> bool:
-    return any(same(value, other) for other in values)
 
 
 def same(one: Any, other: Any) -> bool:
