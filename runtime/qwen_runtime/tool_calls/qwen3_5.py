@@ -36,18 +36,20 @@ FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 _MARKS = (CALL, CALL_END, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END)
+# Some write `</parameter=NAME>`.
+_NAMED_END = r"(?:=[^<>\n]*)?"
 _MARK = re.compile(
-    rf"{CALL}|{CALL_END}|{FUNCTION}(?P<function>[^<>\n]+)>|{FUNCTION_END}"
-    rf"|{PARAMETER}(?P<parameter>[^<>\n]+)>|{PARAMETER_END}"
+    rf"{CALL}|{CALL_END}|{FUNCTION}(?P<function>[^<>\n]+)>|</function{_NAMED_END}>"
+    rf"|{PARAMETER}(?P<parameter>[^<>\n]+)>|</parameter{_NAMED_END}>"
 )
-_UNFINISHED = re.compile(rf"(?:{FUNCTION}|{PARAMETER})[^<>\n]*")
+_UNFINISHED = re.compile(rf"(?:{FUNCTION}|{PARAMETER}|</function=|</parameter=)[^<>\n]*")
 # Some write the first mark twice; more often is a model that has lost its way.
 _OPENING = re.compile(rf"(?:{CALL}\s*){{0,2}}{FUNCTION}(?P<function>[^<>\n]+)>|(?:{CALL}\s*){{1,2}}")
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[^\s{}<>\"']+")
 # What comes after a mark that ends something, where that is no part of a value.
 _GOES_ON = {
-    PARAMETER_END: (PARAMETER, FUNCTION_END, CALL_END, CALL, FUNCTION),
+    PARAMETER_END: (PARAMETER, FUNCTION_END, "</function=", CALL_END, CALL, FUNCTION),
     FUNCTION_END: (CALL_END, CALL, FUNCTION),
     CALL_END: (CALL, FUNCTION),
     CALL: (FUNCTION,),
@@ -89,7 +91,7 @@ def find_call(text: str, functions: Collection[str], final: bool, strict: bool =
         bare = not found[0].startswith(CALL)
         if name not in functions and (bare or strict or not _NAME.fullmatch(name)):
             continue
-        goes_on = not bare or _goes_on(text, found.end(), (PARAMETER, FUNCTION_END), final)
+        goes_on = not bare or _goes_on(text, found.end(), (PARAMETER, FUNCTION_END, "</function="), final)
         if goes_on is None:
             return undecided
         if goes_on:
@@ -161,9 +163,9 @@ class CallReader:
         """Past a mark between arguments. Whatever stands before it has no place in a call."""
         if found["parameter"]:
             self._value = self._argument(_unquoted(found["parameter"]))
-        elif found[0] != PARAMETER_END:
+        elif _mark(found) != PARAMETER_END:
             self.ended = True
-            self.rest = self.rest[found.end() if found[0] == FUNCTION_END else found.start() :]
+            self.rest = self.rest[found.end() if _mark(found) == FUNCTION_END else found.start() :]
             return "}" if self._given else "{}"
         self.rest = self.rest[found.end() :]
         return ""
@@ -211,10 +213,14 @@ class _Value:
             self.rest = self._text[end[1] :]
             return self._whole(self._value(end[0]))
         value = self._value(self._at if self._doubt is None else self._doubt)
+        if not final:
+            value = value.removesuffix("\r")  # a line break's first half, perhaps
         return self._part(value, final) if self._begin and value else ""
 
     def _value(self, end: int) -> str:
-        return self._text[self._text.startswith("\n") : end].removesuffix("\n")
+        begin = 2 if self._text.startswith("\r\n") else self._text.startswith("\n")
+        value = self._text[begin:end]
+        return value.removesuffix("\r\n") if value.endswith("\r\n") else value.removesuffix("\n")
 
     def _whole(self, value: str) -> str:
         if not self._begin:
@@ -244,7 +250,7 @@ class _Value:
             if not expected and not self._on_a_line(found.start()):
                 continue
             doubt = found.start() if self._doubt is None else self._doubt
-            beginning = _BEGINNING.get(found[0])
+            beginning = _BEGINNING.get(_mark(found))
             if beginning is None:
                 self._doubt = doubt
                 self._open.append(_kind(found))
@@ -265,7 +271,7 @@ class _Value:
         """Whether a mark is one wherever it stands, as the text goes on; None where that takes more text."""
         if name := found["parameter"]:
             return self._missing is None or _unquoted(name) in self._missing
-        follows = _GOES_ON.get(found[0])
+        follows = _GOES_ON.get(_mark(found))
         return _goes_on(self._text, found.end(), follows, final) if follows else False
 
     def _on_a_line(self, start: int) -> bool:
@@ -274,6 +280,11 @@ class _Value:
 
 def _kind(found: re.Match[str]) -> str:
     return PARAMETER if found["parameter"] else FUNCTION if found["function"] else found[0]
+
+
+def _mark(found: re.Match[str]) -> str:
+    """Without the name that an end may have."""
+    return re.sub("=.*", ">", found[0]) if found[0].startswith("</") else found[0]
 
 
 def _unquoted(name: str) -> str:

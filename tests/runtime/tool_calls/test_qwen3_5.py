@@ -53,6 +53,18 @@ DAMAGED: list[tuple[str, list[tuple[str, Any]], str | None]] = [
     # No line break before the end of a value.
     (call("look", "<parameter=word>\na b</parameter>\n" + LIMIT) + STOP, BOTH, None),
     (call("look", WORD + "<parameter=limit>3</parameter>\n") + STOP, BOTH, None),
+    # Ends with names, as marks of the beginning have them.
+    (call("look", WORD + LIMIT).replace("</parameter>", "</parameter=word>") + STOP, BOTH, None),
+    ((call("look", WORD + LIMIT) + STOP).replace("</function>", "</function=look>"), BOTH, None),
+    ((call("look", WORD + LIMIT) + STOP).replace("</parameter>", "</parameter=>").replace("\n", ""),
+     BOTH, None),
+    (look("<parameter=word>\na b\n</parameter=word>\n</function=look>\n") + STOP,
+     [("look", {"word": "a b"}), BOTH[1]], None),
+    # Lines that end as on Windows.
+    ((call("look", WORD + LIMIT) + "\n" + STOP).replace("\n", "\r\n"), BOTH, None),
+    (call("look", "<parameter=word>\r\na b\r\nc\r\n</parameter>\r\n"),
+     [("look", {"word": "a b\r\nc"})], None),
+    (call("look", "<parameter=word>\na b\r</parameter>\n"), [("look", {"word": "a b\r"})], None),
     # No end of a value.
     (call("look", "<parameter=word>\na b\n" + LIMIT) + STOP, BOTH, None),
     (call("look", "<parameter=word>\na b\n\n" + LIMIT), [("look", {"word": "a b\n", "limit": 3})], None),
