@@ -46,6 +46,7 @@ def mended_by(error: OSError) -> str | None:
         return None
     named = isinstance(error.filename, str | bytes | os.PathLike)  # else a file's number, or none
     path = f"{os.fsdecode(error.filename)}: " if named else ""
+    path = f"cannot write: {path}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else path
     return f"{path}{error.strerror or 'the system refused it'}: {_MENDABLE[error.errno]}"
 
 

@@ -67,7 +67,7 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write {mended_by(error) or f'{folder}: {error.strerror}'}") from error
+        raise UserError(mended_by(error) or f"cannot write {folder}: {error.strerror}") from error
     finally:
         for path in reversed(made):
             path.rmdir()

@@ -47,6 +47,7 @@ def test_what_the_system_says_of_a_file(
         raise OSError(code, os.strerror(code), path) if path else OSError(code, os.strerror(code))
     assert ended.value.code == USER_ERROR
     where = "" if path in (None, 3) else "/some/file: "
+    where = f"cannot write: {where}" if code == errno.ENOSPC else where
     assert capsys.readouterr().err == f"error: {where}{os.strerror(code)}: {advice}\n"
 
 

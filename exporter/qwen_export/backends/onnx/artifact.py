@@ -29,7 +29,6 @@ from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.attention import check_heads
 from qwen_export.graph.builder import DATA_FILE
-from qwen_export.graph.targets import target_for
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import calibration_samples
@@ -40,7 +39,8 @@ _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
 def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress) -> Write:
     """See `ExportBackend.prepare`."""
-    check_heads(checkpoint.config, target_for(profile.lowering, profile.provider))
+    for target in targets(profile).values():
+        check_heads(checkpoint.config, target)
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
     text = None
     if profile.compression == "gptq":
