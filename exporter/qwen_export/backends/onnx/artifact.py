@@ -20,7 +20,7 @@ from qwen_export.architecture.mtp import MTP, declares_mtp, mtp_tensors
 from qwen_export.backends.copied_files import copy_files
 from qwen_export.backends.onnx.files import PROCESSOR_CONFIG, provider_file
 from qwen_export.backends.onnx.genai_config import genai_config, genai_overlay
-from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs
+from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs, targets
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
@@ -29,7 +29,6 @@ from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.attention import check_heads
 from qwen_export.graph.builder import DATA_FILE
-from qwen_export.graph.targets import target_for
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import calibration_samples
@@ -40,7 +39,8 @@ _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
 def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress) -> Write:
     """See `ExportBackend.prepare`."""
-    check_heads(checkpoint.config, target_for(profile.lowering, profile.provider))
+    for target in targets(profile).values():
+        check_heads(checkpoint.config, target)
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
     text = None
     if profile.compression == "gptq":
