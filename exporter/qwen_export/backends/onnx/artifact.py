@@ -20,7 +20,7 @@ from qwen_export.architecture.mtp import MTP, declares_mtp, mtp_tensors
 from qwen_export.backends.copied_files import copy_files
 from qwen_export.backends.onnx.files import PROCESSOR_CONFIG, provider_file
 from qwen_export.backends.onnx.genai_config import genai_config, genai_overlay
-from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs
+from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs, targets
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
