@@ -58,7 +58,9 @@ def read_generation_config(root: Path, config: TextConfig) -> GenerationConfig:
     try:
         found = GenerationConfig.model_validate(_json(root / GENERATION_CONFIG))
     except ValidationError as error:
-        raise UserError(f"{root / GENERATION_CONFIG}: {in_words(error)}: correct it, or remove it") from error
+        of_ends = error.errors()[0]["loc"][0] == "eos_token_id"  # a union, whose branches say nothing
+        reason = "eos_token_id must be the id of a token, or a list of ids" if of_ends else in_words(error)
+        raise UserError(f"{root / GENERATION_CONFIG}: {reason}: correct it, or remove it") from error
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         _check_ids(getattr(found, name), config.vocab_size, root / GENERATION_CONFIG, name)
         _check_ids(getattr(config, name), config.vocab_size, root / "config.json", name)
