@@ -14,8 +14,11 @@ from qwen_common.providers import CPU, PROVIDERS, Provider
 
 T = TypeVar("T")
 
-# ONNX Runtime GenAI of a plug-in that is registered, but has no device on this machine.
-_NO_DEVICE = "is not supported in this build"
+# What ONNX Runtime says, in words of what it means here.
+_CAUSES = {
+    "is not supported in this build": "it finds no device here",  # of a plug-in that is registered
+    "requires f16 but the device": "its device has no float16: export with --set activation_dtype=float32",
+}
 _LONGEST_CAUSE = 240  # characters; OpenVINO's fill a page
 
 
@@ -116,5 +119,6 @@ def _register(provider: Provider, og: Any) -> None:
 
 
 def _cause(error: Exception) -> str:
-    text = textwrap.shorten(str(error), _LONGEST_CAUSE)
-    return "it finds no device here" if _NO_DEVICE in text else text
+    text = str(error)
+    known = next((cause for said, cause in _CAUSES.items() if said in text), None)
+    return known or textwrap.shorten(text, _LONGEST_CAUSE)

@@ -118,7 +118,19 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
         ) from error
     if name == CPU.key:
         release_mapped(artifact.root)
+    else:
+        _try(og, model, artifact)
     return model
+
+
+def _try(og: Any, model: Any, artifact: Artifact) -> None:
+    """Generate one token. Some devices take a model and fail when it first runs, as one without float16 does:
+    better now, where another provider can take over."""
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=2, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([min(artifact.end_tokens)], np.int32))
+    generator.generate_next_token()
 
 
 def _one_line(error: Exception) -> str:

@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.webgpu,
     pytest.mark.skipif(not PLUGIN_FOLDER, reason="QWEN_EDGE_WEBGPU does not name the plug-in's folder"),
 ]
+# Chromium's software Vulkan, whose device computes no float16.
+SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 CHECKPOINTS = {"dense": TINY, "experts": TINY_MOE}
 # Arithmetic of shapes and lengths, which ONNX Runtime leaves to the CPU on every provider.
 ON_THE_CPU = {
@@ -116,3 +118,20 @@ def test_the_profile_as_shipped_answers_as_on_the_cpu(kind: str, profile: str, t
         manifest["further_graphs"][0]["providers"] = ["dml", "cpu"]
         manifests.write(artifact, manifest)
         assert answer(artifact, question, "--provider", "cpu") == (text, "cpu")
+
+
+@pytest.mark.skipif(not SWIFTSHADER.exists(), reason="no Chromium with SwiftShader")
+def test_a_device_without_float16_leaves_the_answer_to_the_cpu(tmp_path: Path) -> None:
+    """It loads the model, and fails when that first runs."""
+    artifact = make_artifact(TINY, load_profile("webgpu"), tmp_path / "artifact", all_logits=False)
+    command = [sys.executable, "-c", "from qwen_runtime.cli import main; main()", str(artifact)]
+    command += ["What is yield?", "--temperature", "0", "--max-tokens", "8", "--json"]
+    chosen = dict.fromkeys(("VK_DRIVER_FILES", "VK_ICD_FILENAMES"), str(SWIFTSHADER))
+    done = subprocess.run(command, env=environment() | chosen, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["provider"] == "cpu"
+    reason = "its device has no float16: export with --set activation_dtype=float32"
+    assert f"CPU: WebGPU did not start ({reason})" in done.stderr
+    asked = subprocess.run(
+        [*command, "--provider", "webgpu"], env=environment() | chosen, capture_output=True, text=True
+    )
+    assert asked.returncode == 2 and f"WebGPU could not load the artifact: {reason}" in asked.stderr
