@@ -16,10 +16,10 @@ from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.sensitivity import LayerRole, _Requantised, divergences
 from qwen_export.reference import Weights, forward, log_softmax, logits
 from qwen_export.verify.verification import verify
-from qwen_profiles.schema import WeightFormat, load_profile
+from qwen_profiles.schema import Profile, WeightFormat, load_profile
 from qwen_runtime import Model
 
-from benchmarks.support.artifacts import Quiet, make_artifact
+from benchmarks.support.artifacts import Quiet, directml_profile, make_artifact
 from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE
 
 INT4, INT8 = WeightFormat(precision="int4"), WeightFormat(precision="int8")
@@ -35,14 +35,14 @@ def divergence(artifact: Path, checkpoint: Path) -> float:
 
 
 @pytest.mark.parametrize("checkpoint", [TINY, TINY_MOE], ids=lambda path: path.name)
-@pytest.mark.parametrize("profile", ["cpu", "strix-halo"])
+@pytest.mark.parametrize("profile", [load_profile("cpu"), directml_profile()], ids=lambda p: p.name)
 def test_better_than_the_profiles_own_recipe_at_its_size(
-    checkpoint: Path, profile: str, tmp_path: Path
+    checkpoint: Path, profile: Profile, tmp_path: Path
 ) -> None:
-    usual = make_artifact(checkpoint, load_profile(profile), tmp_path / "usual", all_logits=False)
+    usual = make_artifact(checkpoint, profile, tmp_path / "usual", all_logits=False)
     size = sum(path.stat().st_size for path in usual.iterdir())
     source = Checkpoint.open(str(checkpoint))
-    chosen = auto_precision(source, load_profile(profile), None, Quiet(), size=size)
+    chosen = auto_precision(source, profile, None, Quiet(), size=size)
     artifact = make_artifact(checkpoint, chosen, tmp_path / "auto", all_logits=False)
     assert 0.97 * data_size(usual) < data_size(artifact) <= data_size(usual)
     assert divergence(artifact, checkpoint) < divergence(usual, checkpoint)
