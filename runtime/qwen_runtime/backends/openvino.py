@@ -33,7 +33,7 @@ _INSTALL = "pip install 'qwen-edge[openvino]'"
 _IMAGE_TAG = "<ov_genai_"  # OpenVINO GenAI's own way to write where an image goes
 # OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
 _RENAMED = {"random_seed": "rng_seed"}
-_LARGEST_MIN_P = 0.9999  # it refuses 1
+_LARGEST_MIN_P = 0.9999  # it refuses 1, which leaves the likeliest token alone
 
 
 class OpenVINO:
@@ -97,8 +97,8 @@ class OpenVINO:
     ) -> PipelineGenerator:
         config = self.pipeline.get_config()
         for name, value in {"random_seed": random.randrange(2**31), **options}.items():
-            if name == "min_p":
-                value = min(value, _LARGEST_MIN_P)
+            if name == "min_p" and value > _LARGEST_MIN_P:
+                name, value = "do_sample", False
             setattr(config, _RENAMED.get(name, name), value)
         config.max_length = max_length
         config.stop_token_ids = set() if options.get("ignore_eos") else set(self._artifact.end_tokens)
