@@ -164,7 +164,7 @@ def _compile(template: str) -> Template:
     environment = LimitedEnvironment(
         {"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.globals["raise_exception"] = _refuse
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     with limits(template):
         return environment.from_string(template)
@@ -175,7 +175,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-def _refuse(message: str) -> NoReturn:
+def raise_exception(message: str) -> NoReturn:
     from jinja2 import TemplateError
 
     raise TemplateError(message)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 Node = TypeVar("Node", bound=nodes.Node)
 
@@ -27,6 +28,7 @@ _CHARACTERS = 4 * 1024 * 1024  # and elements of lists
 # Of each character of what is rendered, besides.
 _SECONDS_EACH, _CHARACTERS_EACH = 1e-6, 64
 _LARGEST_BITS = 1_000_000  # of an integer
+_LARGEST_PRECISION = 1000  # digits to round to
 
 
 class LimitExceeded(TemplateError):
@@ -79,7 +81,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # makes text from nothing
         filters = {**self.filters, **filters}
         self.filters = {name: _limited(name, function) for name, function in filters.items()}
-        self.filters |= {_COUNTED: _counted, _JOINED: _joined, _COMPARED: _compared}
+        self.filters |= {_COUNTED: _counted, _JOINED: _joined, _COMPARED: _compared, _CUT: _cut}
         tests: dict[str, Any] = self.tests
         self.tests = tests | {name: _limited_test(tests[name]) for name in _COMPARISONS}
         self.concat = _concat  # type: ignore[method-assign]
@@ -96,7 +98,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "*":
             budget.take(_size(left) * _number(right) + _size(right) * _number(left))
         elif operator == "%":
-            budget.take(_formatted(left, "%", right if isinstance(right, tuple) else (right,)))
+            budget.take(_formatted(left, "%", _flat(right if isinstance(right, tuple) else (right,))))
         elif operator == "+":
             budget.take(_size(left) + _size(right))
         return super().call_binop(context, operator, left, right)
@@ -106,11 +108,20 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         budget.step()
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox has a `format` of its own around text's
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str):
-            budget.take(_predicted(name, owner, [*args, *kwargs.values()]))
+        if isinstance(owner, str | bytes):
+            budget.take(_predicted(name, owner, _flat([*args, *kwargs.values()])))
+        elif name in _COMPARING:
+            _shown([owner, args])
+        elif name == "to_bytes":
+            budget.take(max(map(_number, [*args, *kwargs.values()]), default=0))
         found = super().call(__context, __obj, *args, **kwargs)
         budget.take(_size(found))
         return found
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):  # whose hash reads it whole
+            _shown(argument)
+        return super().getitem(obj, argument)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """With loops and comparisons counted, and `~` a function that can be limited."""
@@ -119,6 +130,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 # No template can write such names.
 _COUNTED, _JOINED, _COMPARED = "counted by the sandbox", "joined by the sandbox", "compared by the sandbox"
+_CUT = "cut by the sandbox"
 _COMPARISONS = (
     "eq",
     "==",
@@ -155,6 +167,8 @@ def _rewritten_node(node: nodes.Node) -> nodes.Node:
     node = _rewritten(node)
     if isinstance(node, nodes.Concat):
         return _filter(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return _filter(node, _CUT)
     return node
 
 
@@ -193,6 +207,12 @@ def _compared(context: Context, value: Any) -> Any:
     return _shown(value)
 
 
+@pass_context
+def _cut(context: Context, part: Any) -> Any:
+    _budget.get().take(_size(part))
+    return part
+
+
 def _limited_test(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda value, *arguments: function(_shown(value), *arguments)
 
@@ -216,9 +236,12 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         budget.step()
         if name in ("join", "sum"):  # they would use an iterator up
             args = (*args[:first], _listed(args[first], budget), *args[first + 1 :])
-        if name in _WRITING:
+        if name in _WRITING or name in _COMPARING:
             _shown(args[first])
-        budget.take(_predicted(name, args[first], [*args[first + 1 :], *kwargs.values()]))
+        others = _flat([*args[first + 1 :], *kwargs.values()])
+        if name == "round" and any(isinstance(n, int) and abs(n) > _LARGEST_PRECISION for n in others):
+            raise LimitExceeded("its numbers are too large")
+        budget.take(_predicted(name, args[first], others))
         found = function(*args, **kwargs)
         budget.take(_size(found))
         return found
@@ -234,21 +257,47 @@ _WRITING = {
 }
 
 
+# Filters, and methods of lists and mappings, that compare or hash what they are given.
+_COMPARING = {
+    *("sort", "max", "min", "unique", "groupby", "dictsort"),
+    *("index", "count", "remove", "get", "pop", "setdefault", "changed", "raise_exception"),
+}
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """The values, and those inside lists and mappings among them."""
+    found = []
+    for value in values:
+        inside = value.values() if isinstance(value, Mapping) else value
+        found += [value, *inside] if isinstance(value, Mapping | list | tuple) else [value]
+    return found
+
+
 def _shown(value: Any) -> Any:
     """`value`, which is about to be read whole: a list may hold another twice, and that one another twice."""
-    if isinstance(value, list | tuple | Mapping):
-        budget, rest = _budget.get(), [value]
+    if isinstance(value, _CONTAINERS):
+        budget, rest = _budget.get(), list[Any]([value])
         while rest:
             item = rest.pop()
             budget.step()
             budget.take(1)
             if isinstance(item, Mapping):
-                rest += item.values()
-            elif isinstance(item, list | tuple):
-                rest += item
+                rest += [*item.keys(), *item.values()]
+            elif isinstance(item, Namespace):
+                rest.append(_attributes(item))
+            elif isinstance(item, _CONTAINERS):
+                rest += list[Any](item)  # type: ignore[arg-type]  # a Namespace was above
             else:
                 budget.take(_size(item))
     return value
+
+
+_CONTAINERS = (list, tuple, Mapping, MappingView, set, frozenset, Namespace)
+
+
+def _attributes(namespace: Namespace) -> Any:
+    """jinja2 keeps them where no attribute of the template's can be in the way."""
+    return object.__getattribute__(namespace, "_Namespace__attrs")
 
 
 def _listed(items: Any, budget: _Budget) -> Any:
@@ -271,6 +320,8 @@ def _predicted(name: str, value: Any, arguments: Sequence[Any]) -> int:
         return size + largest
     if name in ("indent", "expandtabs", "tojson", "translate"):
         return size * max(1, largest, longest)
+    if name in ("wordwrap", "urlize"):
+        return size * max(1, longest)
     if name == "replace":
         old = arguments[0] if arguments and isinstance(arguments[0], str) else ""
         return size + (str(value).count(old) if old else size + 1) * longest
@@ -289,10 +340,13 @@ def _joined_size(items: Any) -> int:
 
 
 _LONG_WIDTH = re.compile(r"\d{5,}")
+_WIDTH = re.compile(r"\d{2,4}")
 _WIDTH_ELSEWHERE = re.compile(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{")
 
 
 def _formatted(form: Any, marks: str, values: Sequence[Any]) -> int:
+    if isinstance(form, bytes):
+        form = form.decode("latin-1")
     if not isinstance(form, str):
         return 0
     for value in values:
@@ -301,7 +355,8 @@ def _formatted(form: Any, marks: str, values: Sequence[Any]) -> int:
         _WIDTH_ELSEWHERE.search(form) and max(map(_number, values), default=0) > 9999
     ):
         raise LimitExceeded("it makes too much text")
-    return len(form) + sum(map(form.count, marks)) * max(map(_size, values), default=0)
+    widths = sum(map(int, _WIDTH.findall(form)))
+    return len(form) + widths + sum(map(form.count, marks)) * max(map(_size, values), default=0)
 
 
 def _size(value: Any) -> int:

@@ -27,6 +27,24 @@ ENDLESS = {
     "nested list formatted": LIST + "{{ '%s' % [ns.x] }}",
     "nested mapping": GROW % ("{}", "{'a': ns.x, 'b': ns.x}") + "{{ ns.x }}",
     "nested lists compared": LIST + LIST.replace("ns", "other") + "{{ ns.x == other.x }}",
+    **{
+        f"nested lists in {name}": LIST + LIST.replace("ns", "other") + "{{ (" + expression + ") and 1 }}"
+        for name, expression in {
+            "sort": "[ns.x, other.x] | sort",
+            "max": "[ns.x, other.x] | max",
+            "unique": "[ns.x, other.x] | unique | list",
+            "groupby": "[{'k': ns.x}, {'k': other.x}] | groupby('k')",
+            "index": "[ns.x].index(other.x)",
+            "count": "[ns.x].count(other.x)",
+            "changed": "[1] | map('string') | list and namespace(x=ns.x) | string",
+            "views": "{'x': ns.x}.values() | string",
+            "items": "'' ~ {'x': ns.x}.items()",
+        }.items()
+    },
+    "nested lists told": LIST + "{{ raise_exception(ns.x) }}",
+    "nested namespace": LIST + "{{ ns }}",
+    "nested key": LIST.replace("[1]", "(1, 1)").replace("[ns.x, ns.x]", "(ns.x, ns.x)")
+    + "{{ {'a': 1}[ns.x] }}",
     "nested lists tested": LIST + LIST.replace("ns", "other") + "{{ ns.x is eq other.x }}",
 }
 LARGE = {
@@ -58,6 +76,20 @@ LARGE = {
     + "{% macro m() %}{% for i in range(9999) %}{{ s }}{% endfor %}{% endmacro %}{{ m() | length }}",
     "output": TEXT + "{% for i in range(9999) %}{{ s }}{% endfor %}",
     "sum": "{% set l = range(99999) | list %}{{ ([l] * 9999) | sum(start=[]) | length }}",
+    "% of a mapping": TEXT + "{{ ('%(a)s' * 99999) % {'a': s} }}",
+    "many widths": "{{ ('{0:9999d}' * 99999).format(3) | length }}",
+    "many widths of %": "{{ (('%(a)9999s' * 99999) % {'a': 1}) | length }}",
+    "translate": TEXT + "{{ ('a' * 99999).translate({97: s}) | length }}",
+    "format_map": TEXT + "{{ ('{a}' * 99999).format_map({'a': s}) | length }}",
+    "bytes": "{{ 'x'.encode().center(4000000000) | length }}",
+    "% of bytes": "{{ ('%1000000000d'.encode() % 3) | length }}",
+    "to_bytes": "{{ (5).to_bytes(1000000000, 'big') | length }}",
+    "wordwrap": TEXT + "{{ ('a b ' * 9999) | wordwrap(1, True, s) | length }}",
+    "urlize": TEXT + "{{ ('www.example.com ' * 9999) | urlize(target=s) | length }}",
+    "slices": TEXT + "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}"
+    "{% set ns.l = ns.l + [s[1:]] %}{% endfor %}",
+    "rounded": "{{ 35 | round(-1000000000) }}",
+    "rounded up": "{{ 3 | round(400000000, 'floor') }}",
     "indent": "{{ ('x\n' * 100000) | indent(99999) | length }}",
     "indent of JSON": "{{ [1, 2, 3] | tojson(indent=4000000000) }}",
     "map": "{{ range(99999) | map('center', 4000000000) | list | length }}",
