@@ -129,7 +129,9 @@ def _try(og: Any, model: Any, artifact: Artifact) -> None:
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=2, do_sample=False)
     generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array([min(artifact.end_tokens)], np.int32))
+    masked = artifact.genai_config["model"].get("pad_token_id")  # GenAI hides it from attention
+    token = next(token for token in range(artifact.vocab_size) if token != masked)
+    generator.append_tokens(np.array([token], np.int32))
     generator.generate_next_token()
 
 
