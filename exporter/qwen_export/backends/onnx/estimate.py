@@ -6,12 +6,14 @@ a model; `python -m benchmarks.plan` compares it with what a process really take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from qwen_common.providers import CPU
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
@@ -48,7 +50,7 @@ class _Sizes:
     Attributes:
         files: graphs and data file.
         data: the data file.
-        cpu: weights in memory on the CPU.
+        cpu: weights in memory on the CPU, of graphs for it.
         decoded: weights that are read for one token.
     """
 
@@ -80,7 +82,7 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
     sizes = _sizes(_Asked(_graphs_depend_on(checkpoint, profile), checkpoint, profile, mtp))
     budget = int(profile.hardware.memory_budget_gb * 1e9)
     per_token = cache_bytes_per_token(config, dtype)
-    load = _RUNTIME_BYTES + (sizes.cpu if profile.provider == "cpu" else sizes.data)
+    load = _RUNTIME_BYTES + (sizes.cpu if profile.provider == CPU.key else sizes.data)
     widest = max(
         2 * config.gate_up_dim if isinstance(config, MoeTextConfig) else 2 * config.intermediate_size,
         config.conv_dim + config.value_dim,
@@ -130,7 +132,8 @@ def _sizes(asked: _Asked) -> _Sizes:
     return _Sizes(
         files=graphs.data_bytes + sum(map(model_size, graphs.every_file.values())),
         data=graphs.data_bytes,
-        cpu=_cpu_bytes(graphs),
+        # The CPU's target is nobody else's, so that no other provider shares this entry.
+        cpu=_cpu_bytes(graphs) if asked.profile.provider == CPU.key else 0,
         decoded=_decode_bytes(asked.checkpoint, graphs),
         by_role=graphs.bytes_by_role(),
         precision=_precisions(graphs),
@@ -209,7 +212,7 @@ def _state_bytes(checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[int]:
         if layer_type == "linear_attention":
             for state in states(config, layer, dtype):
                 sizes = [size for size in state.past_shape if isinstance(size, int)]
-                yield 2 * int(np.prod(sizes)) * state.dtype.itemsize
+                yield 2 * math.prod(sizes) * state.dtype.itemsize
 
 
 def _tokenizer_bytes(root: Path) -> int:

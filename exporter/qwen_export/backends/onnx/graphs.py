@@ -112,7 +112,7 @@ def build_graphs(
         replaced = {
             name: provider_file(name, takers[0])
             for name, graph in own.items()
-            if _content(graph) != _content(by_file[name])
+            if not _equal(graph, by_file[name])
         }
         if replaced:
             own = {file: own[name] for name, file in replaced.items()}
@@ -177,8 +177,12 @@ def _speculative(checkpoint: Checkpoint, recipe: Recipe, layout: DataLayout, run
     return by_file
 
 
+def _equal(one: Graph, other: Graph) -> bool:
+    """Whether two graphs of the same inputs and weights compute the same in the same way."""
+    return len(one.nodes) == len(other.nodes) and _content(one) == _content(other)
+
+
 def _content(graph: Graph) -> tuple[object, ...]:
-    """Equal for two graphs of the same inputs and weights that compute the same in the same way."""
     nodes = [
         (node.op_type, node.name, *(value and value.name for value in node.inputs), dict(node.attributes))
         for node in graph.nodes
