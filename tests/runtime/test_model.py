@@ -10,34 +10,21 @@ import pytest
 import qwen_runtime
 import torch
 from qwen_runtime import Model, Sampling
-from transformers import AutoTokenizer, Qwen3_5ForCausalLM
+from transformers import Qwen3_5ForCausalLM
 
 from benchmarks.support.artifacts import float_profile, make_artifact
 from benchmarks.support.checkpoints import TINY
+from tests.support.greedy import check_greedy_answers
 
 GREEDY = Sampling(temperature=0)
 
 
 @pytest.mark.parametrize("lowering", ["fused", "portable"])
 def test_greedy_answers_are_those_of_transformers(lowering: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
     reference = Qwen3_5ForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     artifact = make_artifact(TINY, float_profile(lowering), tmp_path / "out", all_logits=False)
     with Model.load(artifact) as model:
-        for question in ("What is assert?", "Explain numbers.", "Tell me about yield."):
-            messages = [{"role": "user", "content": question}]
-            prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt"
-            )["input_ids"]
-            with torch.no_grad():
-                expected = reference.generate(prompt, max_new_tokens=64, do_sample=False)[
-                    0, prompt.shape[1] :
-                ]
-            generation = model.generate(messages, max_tokens=64, sampling=GREEDY)
-            text = "".join(generation)
-            ends = set(reference.generation_config.eos_token_id)
-            assert generation.tokens == [token for token in expected.tolist() if token not in ends]
-            assert text == generation.text == tokenizer.decode(generation.tokens)
+        check_greedy_answers(model, TINY, reference)
 
 
 def test_import_is_light() -> None:

@@ -25,11 +25,12 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Guidance, Model, Sampling
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from benchmarks.support.artifacts import FLOAT, Quiet, float_profile, make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_VL
 from benchmarks.support.session import cosine
+from tests.support.greedy import check_greedy_answers
 from tests.support.random_checkpoints import store_head, write_random_checkpoint
 
 pytestmark = pytest.mark.openvino
@@ -104,23 +105,9 @@ def test_uncompressed_logits_are_those_of_transformers(kind: str, tmp_path: Path
 
 
 def test_greedy_answers_are_those_of_transformers(exact: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
     reference = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     with Model.load(exact) as model:
-        for question in ("What is assert?", "Explain numbers.", "Tell me about yield."):
-            messages = [{"role": "user", "content": question}]
-            prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt"
-            )["input_ids"]
-            with torch.no_grad():
-                expected = reference.generate(prompt, max_new_tokens=64, do_sample=False)[
-                    0, prompt.shape[1] :
-                ]
-            generation = model.generate(messages, max_tokens=64, sampling=GREEDY)
-            text = "".join(generation)
-            ends = set(reference.generation_config.eos_token_id)
-            assert generation.tokens == [token for token in expected.tolist() if token not in ends]
-            assert text == generation.text == tokenizer.decode(generation.tokens)
+        check_greedy_answers(model, TINY, reference)
 
 
 def test_the_same_conversation_on_both_backends(exact: Path, tmp_path: Path) -> None:
