@@ -49,6 +49,11 @@ Examples:
     help="Let the model think first where a request does not say.",
 )
 @click.option(
+    "--strict-model",
+    is_flag=True,
+    help="Refuse requests for other models.  [default: the model answers to every name]",
+)
+@click.option(
     "--grace",
     default=30,
     show_default=True,

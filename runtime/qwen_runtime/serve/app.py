@@ -37,6 +37,7 @@ def make_app(
     hosts: list[str] | None = None,
     api_key: str | None = None,
     thinking: bool = False,
+    strict_model: bool = False,
     kiosk: bool = False,
 ) -> Starlette:
     """The web application.
@@ -46,6 +47,7 @@ def make_app(
             site could point its own name at this machine and read the answers.
         api_key: what requests to `/v1` and `/metrics` must carry as a bearer token.
         thinking: whether the model thinks first where a request does not say.
+        strict_model: whether a request for another model is refused, and not answered by the one at hand.
         kiosk: whether the page comes in its kiosk mode without being asked for it.
     """
 
@@ -90,6 +92,7 @@ def make_app(
     )
     app.state.engine = engine
     app.state.thinking = thinking
+    app.state.strict_model = strict_model
     return app
 
 

@@ -15,7 +15,7 @@ from qwen_runtime.grammar import make_guidance
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.request import Request
-from qwen_runtime.serve.common import check_model, sampling, usage_of
+from qwen_runtime.serve.common import engine_for, sampling, usage_of
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
@@ -34,8 +34,8 @@ from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 
 
 async def chat_completions(http: HttpRequest) -> Response:
-    engine: Engine = http.app.state.engine
     asked = parse(ChatRequest, await read_json(http))
+    engine = engine_for(http, asked.model)
     answer, parser = await while_connected(http, answer_for(asked, engine, http.app.state.thinking))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
     if asked.stream:
@@ -53,7 +53,6 @@ async def answer_for(
     Raises:
         ApiError: the request cannot be obeyed, or has to wait for too many others.
     """
-    check_model(asked.model, engine)
     template_kwargs = _template_kwargs(asked, thinking_default)
     thinking = template_kwargs["enable_thinking"]
     tools, guidance = _tools(asked, thinking)

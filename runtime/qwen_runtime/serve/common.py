@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.requests import Request as HttpRequest
+
 from qwen_runtime.sampling import Sampling
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
@@ -12,17 +14,22 @@ from qwen_runtime.serve.schema import SharedRequest
 _EVERY_TOKEN = 2**31 - 1  # what vLLM's clients mean by a top_k of -1 or 0
 
 
-def check_model(name: str | None, engine: Engine) -> None:
-    """Raises:
-    ApiError: another model was asked for.
+def engine_for(http: HttpRequest, name: str | None) -> Engine:
+    """What answers a request for the model `name`. Clients come with names of their own, so the server's model
+    answers to each of them unless it runs with --strict-model.
+
+    Raises:
+        ApiError: another model was asked for, and the server is strict.
     """
-    if name is not None and name != engine.info.name:
+    engine: Engine = http.app.state.engine
+    if http.app.state.strict_model and name is not None and name != engine.info.name:
         raise ApiError(
             404,
             f"no model '{name}': this server has '{engine.info.name}'",
             code="model_not_found",
             parameter="model",
         )
+    return engine
 
 
 def sampling(asked: SharedRequest) -> Sampling:

@@ -13,17 +13,16 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.request import Request
-from qwen_runtime.serve.common import check_model, sampling, usage_of
-from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.serve.common import engine_for, sampling, usage_of
+from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema import CompletionRequest, parse
 
 
 async def completions(http: HttpRequest) -> Response:
-    engine: Engine = http.app.state.engine
     asked = parse(CompletionRequest, await read_json(http))
-    check_model(asked.model, engine)
+    engine = engine_for(http, asked.model)
     prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
     request = Request(
         prompt=prompt,

@@ -31,6 +31,7 @@ def serve(
     parallel: int,
     queue: int,
     thinking: bool,
+    strict_model: bool,
     grace: int,
     kiosk: bool,
 ) -> None:
@@ -58,7 +59,14 @@ def serve(
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
         hosts = [*LOOPBACK, name] if local else None
         config = uvicorn.Config(
-            make_app(engine, hosts=hosts, api_key=api_key, thinking=thinking, kiosk=kiosk),
+            make_app(
+                engine,
+                hosts=hosts,
+                api_key=api_key,
+                thinking=thinking,
+                strict_model=strict_model,
+                kiosk=kiosk,
+            ),
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,

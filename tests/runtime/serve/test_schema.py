@@ -16,7 +16,6 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
 @pytest.mark.parametrize(
     "options,status,message",
     [
-        ({"model": "gpt"}, 404, "no model 'gpt': this server has"),
         ({"n": 2}, 400, "n: only 1 is supported"),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"temperature": 3}, 400, "temperature: "),
