@@ -15,8 +15,9 @@ _EVERY_TOKEN = 2**31 - 1  # what vLLM's clients mean by a top_k of -1 or 0
 
 
 def engine_for(http: HttpRequest, name: str | None) -> Engine:
-    """What answers a request for the model `name`. Clients come with names of their own, so the server's model
-    answers to each of them unless it runs with --strict-model.
+    """What answers a request for the model `name`.
+
+    Clients come with names of their own: the server's model answers to all, unless the server is strict.
 
     Raises:
         ApiError: another model was asked for, and the server is strict.
