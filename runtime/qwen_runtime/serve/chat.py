@@ -20,15 +20,15 @@ from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.parser import AnswerParser
-from qwen_runtime.serve.schema import (
-    ChatRequest,
+from qwen_runtime.serve.schema.base import parse
+from qwen_runtime.serve.schema.chat import ChatRequest
+from qwen_runtime.serve.schema.messages import (
     Content,
     ImagePart,
     JsonObjectFormat,
     JsonSchemaFormat,
     Message,
     NamedTool,
-    parse,
 )
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 
@@ -39,8 +39,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     answer, parser = await while_connected(http, answer_for(asked, engine, http.app.state.thinking))
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
     if asked.stream:
-        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_chunks(answer, parser, head, include_usage), answer.close)
+        return EventStream(_chunks(answer, parser, head, asked.include_usage), answer.close)
     with closing(answer):
         return await while_connected(http, _whole(answer, parser, head))
 
@@ -61,7 +60,7 @@ async def answer_for(
         prompt=[_for_template(message, at) for at, message in enumerate(ordered)],
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         sampling=sampling(asked),
-        stop=asked.stop or (),
+        stop=asked.stops,
         thinking=thinking,
         template_kwargs=template_kwargs,
         tools=tools,

@@ -9,7 +9,7 @@ from starlette.requests import Request as HttpRequest
 from qwen_runtime.sampling import Sampling
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
-from qwen_runtime.serve.schema import SharedRequest
+from qwen_runtime.serve.schema.shared import SharedRequest
 
 _EVERY_TOKEN = 2**31 - 1  # what vLLM's clients mean by a top_k of -1 or 0
 

@@ -17,7 +17,8 @@ from qwen_runtime.serve.common import engine_for, sampling, usage_of
 from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
-from qwen_runtime.serve.schema import CompletionRequest, parse
+from qwen_runtime.serve.schema.base import parse
+from qwen_runtime.serve.schema.completions import CompletionRequest
 
 
 async def completions(http: HttpRequest) -> Response:
@@ -28,7 +29,7 @@ async def completions(http: HttpRequest) -> Response:
         prompt=prompt,
         max_tokens=asked.max_tokens,
         sampling=sampling(asked),
-        stop=asked.stop or (),
+        stop=asked.stops,
         logprobs=asked.logprobs,
     )
     answer = await while_connected(http, engine.submit(request))
@@ -39,8 +40,7 @@ async def completions(http: HttpRequest) -> Response:
         "model": engine.info.name,
     }
     if asked.stream:
-        include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_chunks(answer, head, include_usage), answer.close)
+        return EventStream(_chunks(answer, head, asked.include_usage), answer.close)
     with closing(answer):
         return await while_connected(http, _whole(answer, head))
 

@@ -17,7 +17,8 @@ from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.parser import AnswerParser, Delta
-from qwen_runtime.serve.schema import ResponseRequest, parse
+from qwen_runtime.serve.schema.base import parse
+from qwen_runtime.serve.schema.responses import ResponseRequest
 
 Event = dict[str, Any]
 

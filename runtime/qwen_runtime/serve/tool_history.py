@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from qwen_runtime.serve.errors import ApiError
-from qwen_runtime.serve.schema import Message
+from qwen_runtime.serve.schema.messages import Message
 from qwen_runtime.tool_calls.values import without_surrogates
 
 

@@ -11,7 +11,8 @@ from openai import OpenAI
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 from qwen_runtime import Model, Sampling
-from qwen_runtime.serve.schema import ResponseRequest, parse
+from qwen_runtime.serve.schema.base import parse
+from qwen_runtime.serve.schema.responses import ResponseRequest
 
 from tests.support.servers import Server
 

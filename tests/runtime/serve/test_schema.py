@@ -16,7 +16,9 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
 @pytest.mark.parametrize(
     "options,status,message",
     [
-        ({"n": 2}, 400, "n: only 1 is supported"),
+        ({"extra_body": {"best_of": 3}}, 400, "best_of: only 1 is supported"),
+        ({"extra_body": {"mirostat": 2}}, 400, "mirostat: only 0 is supported"),
+        ({"extra_body": {"grammar": 'root ::= "a"'}}, 400, 'grammar: only "" is supported'),
         ({"max_tokens": 0}, 400, "max_tokens: "),
         ({"temperature": 3}, 400, "temperature: "),
         ({"messages": []}, 400, "messages: "),
@@ -25,6 +27,19 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
         ({"logit_bias": {"1": 101}}, 400, "logit_bias.1: "),
         ({"logit_bias": {"100000000": 1}}, 400, "logit_bias has token 100000000"),
         ({"extra_body": {"min_p": 1.1}}, 400, "min_p: "),
+        ({"max_tokens": 12.5}, 400, "max_tokens: "),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content: "),
+        ({"messages": [{"role": "user"}, {"content": "a"}]}, 400, "messages.1.role: Field required"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}, {"type": "audio"}]}]},
+            400,
+            "messages.0.content.1: type 'audio' is not supported, only 'text', 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "messages.0.content.0.image_url.url: Field required",
+        ),
         ({"audio": {"voice": "alloy", "format": "wav"}}, 400, "audio: not supported"),
     ],
 )
@@ -38,3 +53,20 @@ def test_requests_that_are_refused(
             )
         assert caught.value.status_code == status
         assert message in str(caught.value)
+
+
+def test_numbers_and_nulls_as_clients_write_them(ask: Callable[..., Any]) -> None:
+    """JSON has one kind of number, and `null` leaves a field out. Many stops are no fault either."""
+    whole = ask(max_tokens=12).choices[0].message.content
+    nulls = {
+        "stream": None,
+        "stream_options": None,
+        "n": None,
+        "tools": None,
+        "best_of": None,
+        "logprobs": None,
+    }
+    odd = {**nulls, "max_tokens": 12.0, "seed": 7.0, "top_k": 20.0, "user": "somebody", "nobody_knows": [1]}
+    assert ask(extra_body=odd).choices[0].message.content == whole
+    stops = [f"never {number}" for number in range(40)]
+    assert ask(max_tokens=12, stop=[*stops, whole[8:]]).choices[0].message.content == whole[:8]

@@ -1,0 +1,32 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from qwen_runtime.serve.schema.base import Integer
+from qwen_runtime.serve.schema.messages import Message, NamedTool, ResponseFormat, TemplateKwargs, Tool
+from qwen_runtime.serve.schema.shared import SharedRequest
+from qwen_runtime.serve.schema.unsupported import CHAT
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+class ChatRequest(SharedRequest):
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = CHAT
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: Integer | None = Field(None, ge=1)
+    max_completion_tokens: Integer | None = Field(None, ge=1)
+    chat_template_kwargs: TemplateKwargs | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = Field(None, ge=0, le=20)

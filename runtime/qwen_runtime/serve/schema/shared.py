@@ -1,0 +1,41 @@
+"""What both kinds of completions share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qwen_runtime.serve.schema.base import Body, Integer, Number, Options
+
+
+class StreamOptions(Options):
+    include_usage: bool = False
+
+
+class SharedRequest(Body):
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: Number | None = Field(None, ge=0, le=2)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Integer | None = Field(None, ge=-1)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = Field(None, gt=0)
+    seed: Integer | None = None
+    stop: str | Annotated[list[str], Field(max_length=1000)] | None = None
+    logit_bias: (
+        dict[Annotated[int, Field(strict=False)], Annotated[Number, Field(ge=-100, le=100)]] | None
+    ) = None
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts at which to stop."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
