@@ -129,8 +129,9 @@ class Model:
         """
         return self._backend.tokenizer.encode(text)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._backend.tokenizer.decode(tokens)
+    def decode(self, tokens: Sequence[int], special: bool = False) -> str:
+        """Text of `tokens`; of special tokens like <|im_end|> only if `special`."""
+        return self._backend.tokenizer.decode(tokens, special)
 
     def apply_chat_template(
         self,
@@ -141,6 +142,14 @@ class Model:
     ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own chat template."""
         return self._prompts.render(messages, thinking, tools, template_kwargs)
+
+    def prompt(self, request: Request) -> Prompt:
+        """What the model reads before it answers `request`.
+
+        Raises:
+            UserError: as `generate` says of prompts and images.
+        """
+        return self._prompts.build(request)
 
     def generate(
         self,
@@ -213,7 +222,7 @@ class Model:
             cancelled: stops the answer when it is set, as `Generation.cancel` does.
         """
         request.check()
-        prompt = self._prompts.build(request)
+        prompt = self.prompt(request)
         max_tokens = self._max_tokens(prompt, request)
         options = self._search_options(request.sampling)
         defaults = self._artifact.search_defaults

@@ -24,6 +24,7 @@ from qwen_runtime.serve.completions import completions
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
+from qwen_runtime.serve.llama_server import apply_template, detokenize, props, tokenize
 from qwen_runtime.serve.metrics import Metrics, metrics
 from qwen_runtime.serve.responses import responses
 
@@ -45,7 +46,7 @@ def make_app(
     Args:
         hosts: host names that requests may be addressed to; None allows every one. Without the check a web
             site could point its own name at this machine and read the answers.
-        api_key: what requests to `/v1` and `/metrics` must carry as a bearer token.
+        api_key: what requests must carry as a bearer token or `x-api-key`, but for the page and `/health`.
         thinking: whether the model thinks first where a request does not say.
         strict_model: whether a request for another model is refused, and not answered by the one at hand.
         kiosk: whether the page comes in its kiosk mode without being asked for it.
@@ -61,6 +62,10 @@ def make_app(
     routes = [
         Route("/health", health),
         Route("/metrics", metrics),
+        Route("/props", props),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/apply-template", apply_template, methods=["POST"]),
         Mount(
             "/v1",
             routes=[
@@ -73,12 +78,13 @@ def make_app(
         ),
         Mount("/", _Page(kiosk, directory=Path(__file__).parent / "page", html=True)),
     ]
+    paths = frozenset(_paths(routes))
     middleware = [
-        Middleware(_Count, metrics=engine.metrics, paths=frozenset(_paths(routes))),
+        Middleware(_Count, metrics=engine.metrics, paths=paths),
         Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False),
     ]
     if api_key is not None:
-        middleware.append(Middleware(_KeyCheck, api_key=api_key))
+        middleware.append(Middleware(_KeyCheck, api_key=api_key, paths=paths - {"/", "/health"}))
     app = Starlette(
         routes=routes,
         middleware=middleware,
@@ -157,23 +163,37 @@ class _Count:
 class _KeyCheck:
     """Lets only requests with the key through to what runs the model or tells of it."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, paths: Collection[str]) -> None:
+        """Args:
+        paths: what needs the key, beside all that is below `/v1` and `/api`.
+        """
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._expected = api_key.encode()
+        self._paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(("/v1/", "/metrics")):
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
-                error = ApiError(
-                    401,
-                    "no valid API key: send it as 'Authorization: Bearer KEY'",
-                    code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-                await error.response()(scope, receive, send)
-                return
+        path = scope["path"] if scope["type"] == "http" else ""
+        guarded = path in self._paths or path.startswith(("/v1/", "/api/"))
+        if guarded and not any(hmac.compare_digest(key, self._expected) for key in _keys(scope)):
+            error = ApiError(
+                401,
+                "no valid API key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response(path)(scope, receive, send)
+            return
         await self._app(scope, receive, send)
+
+
+def _keys(scope: Scope) -> Iterator[bytes]:
+    """The keys that a request carries."""
+    for name, value in scope["headers"]:
+        scheme, _, token = value.partition(b" ")
+        if name == b"authorization" and scheme.lower() == b"bearer":
+            yield token.strip()
+        elif name == b"x-api-key":
+            yield value
 
 
 def _on_client_gone(http: HttpRequest, error: Exception) -> Response:

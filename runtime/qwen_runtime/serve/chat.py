@@ -52,6 +52,16 @@ async def answer_for(
     Raises:
         ApiError: the request cannot be obeyed, or has to wait for too many others.
     """
+    request, parser = request_for(asked, thinking_default)
+    return await engine.submit(request), parser
+
+
+def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, AnswerParser]:
+    """What the model is asked, and what takes its answer apart.
+
+    Raises:
+        ApiError: the request cannot be obeyed.
+    """
     template_kwargs = _template_kwargs(asked, thinking_default)
     thinking = template_kwargs["enable_thinking"]
     tools, guidance = _tools(asked, thinking)
@@ -67,7 +77,7 @@ async def answer_for(
         guidance=guidance,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
-    return await engine.submit(request), AnswerParser(thinking, tools, _several(asked))
+    return request, AnswerParser(thinking, tools, _several(asked))
 
 
 async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) -> Response:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 from qwen_common.errors import UserError
 
@@ -25,7 +26,21 @@ from qwen_runtime.request import Request
 from qwen_runtime.serve import worker
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.metrics import Metrics
-from qwen_runtime.serve.worker import Cancel, Done, Failed, Job, ModelSettings, Piece, Ready, Reply, Started
+from qwen_runtime.serve.worker import (
+    Cancel,
+    Done,
+    Failed,
+    Job,
+    ModelSettings,
+    Piece,
+    Query,
+    Ready,
+    Reply,
+    Result,
+    Started,
+)
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +129,7 @@ class Engine:
         self._slots = asyncio.Semaphore(parallel)
         self._ids = itertools.count()
         self._answers: dict[int, Answer] = {}
+        self._queries: dict[int, asyncio.Future[Reply]] = {}
         self._seconds = _FIRST_GUESS  # that an answer takes, lately
         self._info: ModelInfo | None = None
         self._process: BaseProcess | None = None
@@ -205,20 +221,11 @@ class Engine:
             ApiError: too many requests wait, the worker is gone, or the request is at fault.
         """
         if not self.alive:
-            raise ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
+            raise _reloading()
         if self._waiting >= self._limit and self._slots.locked():
-            wait = math.ceil(self._seconds * (1 + self._waiting / self.parallel))
-            raise ApiError(
-                429,
-                f"{self._waiting} requests are waiting already: try again later",
-                code="queue_full",
-                headers={"Retry-After": str(wait)},
-            )
+            raise _full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
         job = Job(next(self._ids), request)
-        try:
-            packed = pickle.dumps(job)  # here, where what cannot be sent is this request's failure alone
-        except RecursionError:
-            raise ApiError(400, "the request is nested too deeply") from None
+        packed = _packed(job)
         self._waiting += 1
         try:
             await self._slots.acquire()
@@ -226,7 +233,7 @@ class Engine:
             self._waiting -= 1
         if not self.alive:
             self._slots.release()
-            raise ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
+            raise _reloading()
         answer = Answer(self, job.id)
         self._answers[answer.id] = answer
         self._outbox.put(packed)
@@ -237,11 +244,41 @@ class Engine:
             raise
         return answer
 
+    async def ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function`, of a module of the package, returns for the worker's model and `arguments`.
+
+        For what is done in no time, and so waits for no turn, though for a chunk of a prompt perhaps.
+
+        Raises:
+            ApiError: too many others ask, the worker is gone, or the arguments are at fault.
+        """
+        if not self.alive:
+            raise _reloading()
+        if len(self._queries) > self._limit:
+            raise _full(len(self._queries), 1)
+        query = Query(next(self._ids), function, arguments)
+        packed = _packed(query)
+        reply = self._queries[query.id] = asyncio.get_running_loop().create_future()
+        try:
+            self._outbox.put(packed)
+            found = await reply
+        finally:
+            del self._queries[query.id]
+        if isinstance(found, Failed):
+            raise ApiError(400 if found.user_error else 500, found.message)
+        assert isinstance(found, Result)
+        value: T = found.value
+        return value
+
     def cancel(self, job_id: int) -> None:
         self._outbox.put(pickle.dumps(Cancel(job_id)))
 
     def _dispatch(self, reply: Reply) -> None:
         assert reply.id is not None
+        if reply.id not in self._answers:  # of a query, whose client may have left
+            if (query := self._queries.get(reply.id)) and not query.done():
+                query.set_result(reply)
+            return
         answer = self._answers[reply.id]
         answer.replies.put_nowait(reply)
         self._measure(answer, reply)
@@ -272,6 +309,9 @@ class Engine:
         for answer in list(self._answers.values()):
             answer.replies.put_nowait(Failed(answer.id, reason, user_error=False))
             self._end(answer)
+        for query_id, query in self._queries.items():
+            if not query.done():
+                query.set_result(Failed(query_id, reason, user_error=False))
 
     def close(self) -> None:
         """End the worker process, whatever it is doing."""
@@ -287,6 +327,27 @@ class Engine:
 
 
 _CLOSE = b""
+
+
+def _packed(message: Job | Query) -> bytes:
+    """Here, where what cannot be sent is this request's failure alone."""
+    try:
+        return pickle.dumps(message)
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply") from None
+
+
+def _reloading() -> ApiError:
+    return ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
+
+
+def _full(waiting: int, seconds: float) -> ApiError:
+    return ApiError(
+        429,
+        f"{waiting} requests are waiting already: try again later",
+        code="queue_full",
+        headers={"Retry-After": str(math.ceil(seconds))},
+    )
 
 
 def _write(connection: Connection, outbox: queue.SimpleQueue[bytes]) -> None:

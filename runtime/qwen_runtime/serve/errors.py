@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them."""
+"""Errors as the clients of each protocol expect them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
+        """As OpenAI's clients expect it."""
         return {
             "error": {
                 "message": str(self),
@@ -41,8 +42,25 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> Response:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, object]:
+        kind = _ANTHROPIC_TYPES.get(
+            self.status, "api_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+
+    @property
+    def ollama_body(self) -> dict[str, object]:
+        return {"error": str(self)}
+
+    def response(self, path: str) -> Response:
+        """In the shape of the protocol that is spoken at `path`."""
+        body = self.body
+        if path.startswith("/v1/messages"):
+            body = self.anthropic_body
+        elif path.startswith("/api/"):
+            body = self.ollama_body
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 _TYPES = {
@@ -51,11 +69,19 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 def on_api_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(http.url.path)
 
 
 def on_http_error(http: HttpRequest, error: Exception) -> Response:
@@ -63,8 +89,8 @@ def on_http_error(http: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 500)
     allowed = getattr(error, "headers", None) or {}
     message = f"{http.method} {http.url.path}: {getattr(error, 'detail', 'error')}"
-    return ApiError(status, message, headers=dict(allowed)).response()
+    return ApiError(status, message, headers=dict(allowed)).response(http.url.path)
 
 
 def on_crash(http: HttpRequest, error: Exception) -> Response:
-    return ApiError(500, "internal error: see the server's log").response()
+    return ApiError(500, "internal error: see the server's log").response(http.url.path)

@@ -3,8 +3,8 @@
 ONNX Runtime GenAI keeps Python's global lock while it reads a prompt, seconds for a large model. In a process
 of its own it stalls nobody else, and a crash in native code does not take the server along.
 
-Both sides send pickled objects through one pipe: `Job` and `Cancel` towards the worker; `Ready` or `Failed`,
-then `Started`, `Piece`, `Done` and `Failed` from it.
+Both sides send pickled objects through one pipe: `Job`, `Cancel` and `Query` towards the worker; `Ready` or
+`Failed`, then `Started`, `Piece`, `Done`, `Result` and `Failed` from it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from qwen_common.errors import UserError
 
@@ -59,6 +61,21 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Query:
+    """What takes no turn: a function of the model, such as one that counts tokens, and its arguments."""
+
+    id: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    id: int
+    value: Any
+
+
+@dataclass(frozen=True)
 class Started:
     """The prompt was accepted and is being read."""
 
@@ -93,7 +110,7 @@ class Failed:
     user_error: bool
 
 
-Reply = Started | Piece | Done | Failed
+Reply = Started | Piece | Done | Result | Failed
 
 
 def main(settings: ModelSettings, connection: Connection) -> None:
@@ -131,13 +148,15 @@ class _Worker:
             if isinstance(message, Cancel):
                 if cancelled := self._cancelled.get(message.id):
                     cancelled.set()
+            elif isinstance(message, Query):
+                threading.Thread(target=self._look_up, args=(message,), daemon=True).start()
             else:
                 cancelled = self._cancelled[message.id] = threading.Event()
                 threading.Thread(target=self._answer, args=(message, cancelled), daemon=True).start()
         for cancelled in list(self._cancelled.values()):
             cancelled.set()
 
-    def _receive(self) -> Job | Cancel | None:
+    def _receive(self) -> Job | Cancel | Query | None:
         try:
             return self.connection.recv()
         except (EOFError, OSError):  # the server is gone
@@ -178,6 +197,15 @@ class _Worker:
             os._exit(FAILED)
         if ahead:
             ahead.read()
+
+    def _look_up(self, query: Query) -> None:
+        try:
+            found: Reply = Result(query.id, query.function(self.model, *query.arguments))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                _log.exception("a query failed")
+            found = Failed(query.id, _line(error), isinstance(error, UserError))
+        self._send(found)
 
     def _send(self, reply: Reply) -> None:
         try:

@@ -83,7 +83,13 @@ def test_key_is_demanded(cpu_artifact: Path, model: Model) -> None:
     )
     assert refused.returncode == 2 and "give an --api-key" in refused.stderr
     with serving(cpu_artifact, "--host", "0.0.0.0", "--api-key", "sesame") as server:
-        assert request(server, "GET", "/metrics")[0] == request(server, "GET", "/v1/models")[0] == 401
+        for path in ("/metrics", "/props", "/v1/models", "/v1/invented", "/api/invented"):
+            assert request(server, "GET", path)[0] == 401, path
+        for path in ("/tokenize", "/detokenize", "/apply-template", "/v1/chat/completions"):
+            assert request(server, "POST", path, b"{}")[0] == 401, path
+        for keys in ({"Authorization": "bearer sesame"}, {"x-api-key": "sesame"}):
+            assert request(server, "GET", "/v1/models", None, **keys)[0] == 200, keys
+        assert request(server, "GET", "/v1/models", None, **{"x-api-key": ""})[0] == 401
         with pytest.raises(openai.AuthenticationError, match="no valid API key"):
             server.client("wrong").models.list()
         assert [found.id for found in server.client("sesame").models.list()] == [model.info.name]

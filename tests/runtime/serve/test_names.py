@@ -1,4 +1,4 @@
-"""Which names the server's model answers to, on every endpoint that makes answers."""
+"""Which names the server's model answers to, on every endpoint that is asked for one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 2},
     "/v1/completions": {"prompt": "The", "max_tokens": 2},
     "/v1/responses": {"input": "The", "max_output_tokens": 2},
+    "/tokenize": {"content": "The"},
+    "/detokenize": {"tokens": [1]},
+    "/apply-template": {"messages": MESSAGES},
 }
 
 

@@ -1,0 +1,67 @@
+"""llama-server's endpoints beside answers: text to tokens and back, the chat template, and what is served."""
+
+from __future__ import annotations
+
+from qwen_common.version import own_version
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.serve import queries
+from qwen_runtime.serve.chat import request_for
+from qwen_runtime.serve.common import engine_for
+from qwen_runtime.serve.http import read_json, while_connected
+from qwen_runtime.serve.schema.base import parse
+from qwen_runtime.serve.schema.chat import ChatRequest
+from qwen_runtime.serve.schema.llama_server import DetokenizeRequest, TokenizeRequest
+
+# What a sampling option is called there, by its name here.
+_PARAMS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+
+
+async def tokenize(http: HttpRequest) -> Response:
+    asked = parse(TokenizeRequest, await read_json(http))
+    engine = engine_for(http, asked.model)
+    tokens = await while_connected(http, engine.ask(queries.tokenize, asked.content))
+    return JSONResponse({"tokens": tokens})
+
+
+async def detokenize(http: HttpRequest) -> Response:
+    asked = parse(DetokenizeRequest, await read_json(http))
+    engine = engine_for(http, asked.model)
+    text = await while_connected(http, engine.ask(queries.detokenize, asked.tokens))
+    return JSONResponse({"content": text})
+
+
+async def apply_template(http: HttpRequest) -> Response:
+    """The prompt that `/v1/chat/completions` makes of the same body."""
+    asked = parse(ChatRequest, await read_json(http))
+    engine = engine_for(http, asked.model)
+    request, _ = request_for(asked, http.app.state.thinking)
+    return JSONResponse({"prompt": await while_connected(http, engine.ask(queries.prompt_text, request))})
+
+
+async def props(http: HttpRequest) -> Response:
+    engine = engine_for(http, http.query_params.get("model"))
+    artifact = Artifact.open(engine.info.path)
+    defaults = artifact.search_defaults
+    return JSONResponse(
+        {
+            "default_generation_settings": {
+                "n_ctx": engine.info.context_length,
+                "params": {theirs: defaults[ours] for ours, theirs in _PARAMS.items() if ours in defaults},
+            },
+            "total_slots": engine.parallel,
+            "model_alias": engine.info.name,
+            "model_path": str(engine.info.path),
+            "chat_template": next(iter(artifact.chat_templates.values()), ""),
+            "modalities": {"vision": engine.info.images, "audio": False},
+            "build_info": f"qwen-edge {own_version()}",
+        }
+    )

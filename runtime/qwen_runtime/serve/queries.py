@@ -1,0 +1,25 @@
+"""What is asked of the model's process beside answers. Each function runs there; see `Engine.ask`."""
+
+from __future__ import annotations
+
+from qwen_runtime.model import Model
+from qwen_runtime.request import Request
+
+
+def tokenize(model: Model, text: str) -> list[int]:
+    return model.encode(text)
+
+
+def detokenize(model: Model, tokens: list[int]) -> str:
+    """With the special tokens, so that it can be tokenized again."""
+    return model.decode(tokens, special=True)
+
+
+def prompt_text(model: Model, request: Request) -> str:
+    """As the chat template makes it."""
+    return model.prompt(request).text
+
+
+def prompt_tokens(model: Model, request: Request) -> int:
+    """How many a request's prompt has, those of its images included."""
+    return len(model.prompt(request).tokens)
