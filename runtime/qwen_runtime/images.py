@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 from qwen_common.errors import UserError
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MOST_PIXELS = 100_000_000  # of a file: a small one can unpack to gigabytes
 _LONGEST_NAME = 120  # characters of a path in a message
+# White space is left out, and the alphabet that is safe in URLs becomes the usual one.
+_WRITTEN_OTHERWISE = str.maketrans({**dict.fromkeys(" \t\r\n\f"), "-": "+", "_": "/"})
 _MOST_STRETCHED = 200  # longer to shorter side; transformers' limit
 
 
@@ -122,13 +125,15 @@ def take_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str
 
 
 def _from_data_url(url: Any) -> bytes:
-    if not isinstance(url, str) or not url.startswith("data:"):
+    """The bytes in a data URL, in base64 of either alphabet, in lines or not, with its `=` or without."""
+    if not isinstance(url, str) or url[:5].lower() != "data:":
         raise UserError("an image's URL is not a data URL (data:image/png;base64,...): none is fetched")
     header, _, body = url.partition(",")
-    if not header.endswith(";base64"):
+    if not header.lower().endswith(";base64"):
         raise UserError("a data URL is not in base64: give data:image/png;base64,...")
+    body = unquote(body).translate(_WRITTEN_OTHERWISE).rstrip("=")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"a data URL is not valid base64 ({error}): encode the image again") from error
 
@@ -147,7 +152,7 @@ def open_image(source: Any) -> Image:
         raise UserError("images need Pillow: pip install 'qwen-edge[vision]'") from error
 
     name = "the image"
-    if isinstance(source, str) and source.startswith(("data:", "http:", "https:")):
+    if isinstance(source, str) and source.lower().startswith(("data:", "http:", "https:")):
         source = _from_data_url(source)
     elif isinstance(source, str | Path):
         name = str(source)[:_LONGEST_NAME]

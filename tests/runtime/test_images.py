@@ -22,7 +22,7 @@ from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.checkpoint.config import load_vision_config
 from qwen_runtime import Model, Sampling
 from qwen_runtime.cli import main
-from qwen_runtime.images import ImageSettings, cut_patches, expand, open_image, vision_inputs
+from qwen_runtime.images import ImageSettings, cut_patches, expand, open_image, take_images, vision_inputs
 from transformers import AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -119,6 +119,25 @@ def test_files_are_read_as_transformers_reads_them(checkpoint: Path, settings: A
     found = cut_patches(open_image(FILES[kind]), settings, ALL)
     assert expected["image_grid_thw"].tolist() == [[1, found.height, found.width]]
     np.testing.assert_allclose(found.values, expected["pixel_values"], atol=1e-6)
+
+
+def test_data_urls_as_clients_write_them() -> None:
+    file = FILES["png"]
+    usual = base64.b64encode(file).decode()
+    safe = base64.urlsafe_b64encode(file).decode()
+    lines = base64.encodebytes(file).decode()
+    expected = open_image(file).tobytes()
+    for url in [
+        f"data:image/png;base64,{usual}",
+        f"DATA:image/PNG;BASE64,{usual}",
+        f"data:image/png;base64,{lines}",
+        f"data:image/png;base64, {usual.rstrip('=')}",
+        f"data:image/png;base64,{safe}",
+        f"data:;base64,{usual.replace('+', '%2B').replace('/', '%2F').replace('=', '%3D')}",
+    ]:
+        assert open_image(url).tobytes() == expected
+        _, [source] = take_images([{"content": [{"type": "image_url", "image_url": {"url": url}}]}])
+        assert source == file
 
 
 def test_genais_own_processor_agrees(artifact: Path, settings: ImageSettings, tmp_path: Path) -> None:

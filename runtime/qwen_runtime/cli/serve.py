@@ -15,6 +15,7 @@ Examples:
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
   QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu --allowed-host chat.example.org --cors-origin https://app.example.org
 """
 
 
@@ -23,6 +24,20 @@ Examples:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
 @click.option("--api-key", envvar="QWEN_EDGE_API_KEY", help="Demand this key; also from QWEN_EDGE_API_KEY.")
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Answer to this name too, of a proxy or a container; *.NAME for all below it. May be repeated.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of this site use the API, such as https://chat.example.org. May be repeated.",
+)
 @click.option(
     "--parallel", default=1, show_default=True, type=click.IntRange(1), help="Answers made at a time."
 )

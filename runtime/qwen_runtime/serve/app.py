@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_runtime.serve.access import Access
 from qwen_runtime.serve.chat import chat_completions
 from qwen_runtime.serve.completions import completions
 from qwen_runtime.serve.engine import Engine
@@ -28,14 +28,13 @@ from qwen_runtime.serve.llama_server import apply_template, detokenize, props, t
 from qwen_runtime.serve.metrics import Metrics, metrics
 from qwen_runtime.serve.responses import responses
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
 
 
 def make_app(
     engine: Engine,
     *,
-    hosts: list[str] | None = None,
+    access: Access | None = None,
     api_key: str | None = None,
     thinking: bool = False,
     strict_model: bool = False,
@@ -44,8 +43,8 @@ def make_app(
     """The web application.
 
     Args:
-        hosts: host names that requests may be addressed to; None allows every one. Without the check a web
-            site could point its own name at this machine and read the answers.
+        access: which names it answers to, and to which sites' pages; None is every name, and no other
+            site.
         api_key: what requests must carry as a bearer token or `x-api-key`, but for the page and `/health`.
         thinking: whether the model thinks first where a request does not say.
         strict_model: whether a request for another model is refused, and not answered by the one at hand.
@@ -81,7 +80,7 @@ def make_app(
     paths = frozenset(_paths(routes))
     middleware = [
         Middleware(_Count, metrics=engine.metrics, paths=paths),
-        Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False),
+        *(access or Access()).middleware(),
     ]
     if api_key is not None:
         middleware.append(Middleware(_KeyCheck, api_key=api_key, paths=paths - {"/", "/health"}))

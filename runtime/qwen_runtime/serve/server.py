@@ -7,12 +7,14 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 
 import uvicorn
 from qwen_common.errors import UserError
 
-from qwen_runtime.serve.app import LOOPBACK, make_app
+from qwen_runtime.serve.access import access
+from qwen_runtime.serve.app import make_app
 from qwen_runtime.serve.connection import Connection
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.http import SEND_TIMEOUT
@@ -28,6 +30,8 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    allowed_hosts: Sequence[str],
+    cors_origins: Sequence[str],
     parallel: int,
     queue: int,
     thinking: bool,
@@ -39,6 +43,8 @@ def serve(
 
     Args:
         port: 0 takes any that is free.
+        allowed_hosts: names beside its own that it answers to.
+        cors_origins: of other sites' pages that may use it.
         parallel: most answers that are made at the same time.
         queue: most requests that wait for their turn.
 
@@ -49,6 +55,7 @@ def serve(
     name = f"[{host}]" if ":" in host else host
     if not local and not api_key:
         raise UserError(f"{host} can be reached from other machines: give an --api-key")
+    allowed = access(name, local=local, allowed_hosts=allowed_hosts, origins=cors_origins, api_key=api_key)
     with _listen(host, port) as listener, closing(Engine(settings, parallel, queue)) as engine:
         # Until uvicorn listens to signals, and when it has shut down, for it raises them again then.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -57,11 +64,10 @@ def serve(
         engine.load()
         print(engine.info.reason, flush=True)
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
-        hosts = [*LOOPBACK, name] if local else None
         config = uvicorn.Config(
             make_app(
                 engine,
-                hosts=hosts,
+                access=allowed,
                 api_key=api_key,
                 thinking=thinking,
                 strict_model=strict_model,
