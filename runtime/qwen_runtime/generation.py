@@ -52,6 +52,7 @@ class _Progress:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_string: str | None = None
 
 
 class Generation:
@@ -101,6 +102,11 @@ class Generation:
     def finish_reason(self) -> str | None:
         """ "stop" at an end token or stop string, "length", "cancelled"; None while it runs."""
         return self._progress.finish_reason
+
+    @property
+    def stop_string(self) -> str | None:
+        """The text that stopped it; None where it was none."""
+        return self._progress.stop_string
 
     def cancel(self) -> None:
         """Stop before the next token. Safe to call from another thread."""
@@ -200,7 +206,7 @@ def _decode(
         piece = stop.feed(text)
         decoded, shown = decoded + len(text), shown + len(piece)
         if stop.stopped:  # before the last piece, so that nobody hears of what was cut off
-            progress.finish_reason = "stop"
+            progress.finish_reason, progress.stop_string = "stop", stop.found
             del progress.logprobs[within(progress.logprobs, shown) :]
         if piece:
             yield piece
@@ -211,7 +217,7 @@ def _decode(
             break
     rest = stop.feed(stream.flush())
     if stop.stopped:
-        progress.finish_reason = "stop"
+        progress.finish_reason, progress.stop_string = "stop", stop.found
     if rest := rest + stop.flush():
         yield rest
 

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
 from qwen_runtime.serve.llama_server import apply_template, detokenize, props, tokenize
+from qwen_runtime.serve.messages import count_tokens, messages
 from qwen_runtime.serve.metrics import Metrics, metrics
 from qwen_runtime.serve.responses import responses
 
@@ -73,6 +75,8 @@ def make_app(
                 Route("/chat/completions", chat_completions, methods=["POST"]),
                 Route("/completions", completions, methods=["POST"]),
                 Route("/responses", responses, methods=["POST"]),
+                Route("/messages", messages, methods=["POST"]),
+                Route("/messages/count_tokens", count_tokens, methods=["POST"]),
             ],
         ),
         Mount("/", _Page(kiosk, directory=Path(__file__).parent / "page", html=True)),
@@ -212,7 +216,10 @@ async def health(http: HttpRequest) -> Response:
 
 
 async def models(http: HttpRequest) -> Response:
-    return JSONResponse({"object": "list", "data": [_model(http)]})
+    """As OpenAI has them, and as Anthropic has them."""
+    found = [_model(http)]
+    ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
+    return JSONResponse({"object": "list", "data": found, **ends})
 
 
 async def model(http: HttpRequest) -> Response:
@@ -223,11 +230,14 @@ async def model(http: HttpRequest) -> Response:
 
 
 def _model(http: HttpRequest) -> dict[str, object]:
-    info = http.app.state.engine.info
+    info, loaded = http.app.state.engine.info, int(http.app.state.engine.loaded)
     return {
         "id": info.name,
         "object": "model",
-        "created": int(http.app.state.engine.loaded),
+        "type": "model",
+        "display_name": info.name,
+        "created": loaded,
+        "created_at": datetime.fromtimestamp(loaded, UTC).isoformat(),
         "owned_by": "qwen-edge",
         "context_length": info.context_length,
         "images": info.images,

@@ -90,7 +90,7 @@ async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) 
         "index": 0,
         "message": parser.message,
         "logprobs": _logprobs([*logprobs, *answer.logprobs]),
-        "finish_reason": _finish_reason(answer, parser),
+        "finish_reason": finish_reason(answer, parser),
     }
     return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(answer)})
 
@@ -118,7 +118,7 @@ async def _chunks(
     untold += answer.logprobs
     for delta in parser.finish():
         yield chunk(delta)
-    yield chunk({}, _finish_reason(answer, parser))
+    yield chunk({}, finish_reason(answer, parser))
     if include_usage:
         yield {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(answer)}
     yield None
@@ -173,7 +173,7 @@ def _several(asked: ChatRequest) -> bool:
     return asked.parallel_tool_calls is not False and not isinstance(asked.tool_choice, NamedTool)
 
 
-def _finish_reason(answer: Answer, parser: AnswerParser) -> str:
+def finish_reason(answer: Answer, parser: AnswerParser) -> str:
     """ "tool_calls" promises arguments that can be read, which a stop string may have cut off."""
     whole = answer.finish_reason == "stop" or parser.ended
     called = whole and "tool_calls" in parser.message and not parser.in_call

@@ -59,6 +59,7 @@ class Answer:
         completion_tokens: number of tokens of the answer, once it has ended.
         logprobs: of the tokens whose text was not in a piece, once it has ended.
         finish_reason: "stop" or "length", once it has ended.
+        stop_string: the text that stopped it, if it was one.
     """
 
     def __init__(self, engine: Engine, job_id: int) -> None:
@@ -68,6 +69,7 @@ class Answer:
         self.completion_tokens = 0
         self.logprobs: tuple[TokenLogprob, ...] = ()
         self.finish_reason = ""
+        self.stop_string: str | None = None
         self.replies: asyncio.Queue[Reply] = asyncio.Queue()
         self.ended = False  # the worker has nothing more to say about it
         self.begun = time.monotonic()
@@ -95,6 +97,7 @@ class Answer:
         assert isinstance(reply, Done)
         self.completion_tokens = reply.completion_tokens
         self.finish_reason = reply.finish_reason
+        self.stop_string = reply.stop_string
         self.logprobs = reply.logprobs
         raise StopAsyncIteration
 

@@ -22,7 +22,7 @@ def arguments_of(text: str, at: int) -> dict[str, Any]:
         ApiError: they are JSON of something else, or nested too deeply.
     """
     try:
-        found = _read(text)
+        found = read_arguments(text)
     except RecursionError:
         raise ApiError(
             400, f"messages.{at}.tool_calls: arguments are nested too deeply", parameter="messages"
@@ -69,8 +69,8 @@ def _call_of(result: Message, at: int, calls: dict[str, tuple[int, int]]) -> tup
     return calls[result.tool_call_id]
 
 
-def _read(text: str) -> Any:
-    """The value of JSON that may be cut off; None where nothing can be read.
+def read_arguments(text: str) -> Any:
+    """The value of a call's arguments, JSON that may be cut off; None where nothing can be read.
 
     Raises:
         RecursionError: it is nested too deeply.

@@ -97,6 +97,7 @@ class Piece:
 class Done:
     id: int
     finish_reason: str
+    stop_string: str | None
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...]
 
@@ -177,6 +178,7 @@ class _Worker:
                 last: Reply = Done(
                     job.id,
                     generation.finish_reason or "cancelled",
+                    generation.stop_string,
                     len(generation.tokens),
                     tuple(generation.logprobs[told:]),
                 )

@@ -16,6 +16,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 2},
     "/v1/completions": {"prompt": "The", "max_tokens": 2},
     "/v1/responses": {"input": "The", "max_output_tokens": 2},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
     "/tokenize": {"content": "The"},
     "/detokenize": {"tokens": [1]},
     "/apply-template": {"messages": MESSAGES},

@@ -63,7 +63,7 @@ def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 class Function(Part):
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.-]+$")
     description: str | None = None
     parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = None
     strict: bool | None = None
