@@ -42,7 +42,8 @@ def gated_rms_norm(
     wider = scale.storage != g.dtype
     if g.target.has("GatedRMSNorm") and g.target.silu_inside:
         gate = g.cast(gate, np.float32) if wider else gate
-        gated = g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon, activation="silu")
+        # SiLU is the default of its attribute `activation`, which onnxruntime 1.30 does not know.
+        gated = g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon)
         return g.cast(gated, g.dtype) if wider else gated
     (head_dim,) = scale.shape
     normed = rms_norm(g, g.reshape(x, 0, 0, heads, head_dim), weight, epsilon)
