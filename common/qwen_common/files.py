@@ -48,10 +48,11 @@ def parse_json(data: bytes, where: Path, advice: str) -> dict[str, Any]:
         advice: what to do where it is none.
 
     Raises:
-        UserError: not UTF-8, not JSON (NaN is not), nested too deeply, or not an object.
+        UserError: not UTF-8, not JSON (NaN is not), nested too deeply, not an object, or a name stands twice
+            in one: of those, readers take the first, the last, or both.
     """
     try:
-        content = json.loads(data.decode(), parse_constant=_refuse)
+        content = json.loads(data.decode(), parse_constant=_refuse, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {advice}") from error
     if not isinstance(content, dict):
@@ -74,3 +75,10 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return content

@@ -22,7 +22,7 @@ OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
 FORMAT_VERSION = 1
 HASHED_BYTES = 16 * 1024 * 1024  # files below are hashed whenever an artifact is opened
 _SHOWN = 100  # characters of what stands in a manifest, in a message
-_ADVICE = "copy the artifact again, or export it again"
+ADVICE = "copy the artifact again, or export it again"
 
 
 class BackendName(StrEnum):
@@ -192,7 +192,7 @@ def read(artifact: Path) -> Manifest:
         raise UserError(f"no folder {artifact}: make an artifact with qwen-export first")
     if not path.is_file():
         raise UserError(f"{artifact} has no {MANIFEST}: it is not a finished artifact, export it again")
-    content = files.read_json(path, _ADVICE)
+    content = files.read_json(path, ADVICE)
     content |= {field: value for field, value in _BEFORE.items() if field not in content}
     version = content.get("format_version")
     if type(version) is int and version != FORMAT_VERSION:
@@ -211,7 +211,7 @@ def read(artifact: Path) -> Manifest:
         missing = [field for field in fields if field not in content]
         fault = next(iter(missing), None if content["context_length"] > 0 else "context_length")
     if fault is not None:
-        raise UserError(f"{path} has no valid '{_shown(fault)}': {_ADVICE}")
+        raise UserError(f"{path} has no valid '{_shown(fault)}': {ADVICE}")
     listed = [needed]
     for further in content.get("further_graphs", []):
         listed += [*further["files"].values(), further["overlay"]]
@@ -244,19 +244,19 @@ def check_files(artifact: Path, manifest: Manifest, every: bool = False) -> None
         if os.path.islink(path):
             raise UserError(f"{artifact / MANIFEST} names a file outside the folder: {_shown(name)}")
         if not os.path.isfile(path):  # pathlib's raises where the system takes no such name
-            raise UserError(f"{_shown(name)} is missing from {artifact}: {_ADVICE}")
+            raise UserError(f"{_shown(name)} is missing from {artifact}: {ADVICE}")
         changed = path.stat().st_size != entry["size"]
         if not changed and (every or entry["size"] < HASHED_BYTES):
             changed = files.sha256(path) != entry["sha256"]
         if changed:
-            raise UserError(f"{path} changed since the export: {_ADVICE}")
+            raise UserError(f"{path} changed since the export: {ADVICE}")
 
 
 def listed_files(artifact: Path) -> set[str] | None:
     """Names of the files that an export put into `artifact`, the manifest's among them, whatever became of
     them since and of whatever format version; None where the folder has no manifest of ours."""
     try:
-        content = files.read_json(artifact / MANIFEST, _ADVICE)
+        content = files.read_json(artifact / MANIFEST, ADVICE)
     except UserError:
         return None
     return None if first_fault(content, _Ours) else {MANIFEST, *content["files"]}

@@ -31,6 +31,8 @@ class Provider:
         vendors: keys of `PCI_VENDORS`, or `APPLE`, of which it needs a device; None: it needs none.
         own_memory: weights are not in the computer's memory.
         options: what every artifact needs on it, whoever opens it.
+        settings: further options of it that an artifact may set. None names a file, a library, or an address
+            in memory.
         appends: whether a generator takes its prompt in several pieces.
         speculative: whether speculative decoding runs on it: in onnxruntime itself, with states in NumPy.
         replaces: in a bundle, which distributions it takes the place of, and the requirement to take instead,
@@ -53,6 +55,7 @@ class Provider:
     vendors: frozenset[str] | None = None
     own_memory: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
+    settings: frozenset[str] = frozenset()
     appends: bool = True
     speculative: bool = False
     replaces: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +88,24 @@ OPENVINO_EP = Provider(
     plugin="onnxruntime_ep_openvino",
     systems=frozenset({"linux", "win32"}),
     vendors=frozenset({INTEL}),
+    settings=frozenset(
+        {
+            # The provider's own.
+            *("device_type", "precision", "num_of_threads", "num_streams", "model_priority"),
+            *("enable_opencl_throttling", "enable_qdq_optimizer", "disable_dynamic_shapes"),
+            # OpenVINO's, which the backend of that name takes.
+            *("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION", "EXECUTION_MODE_HINT", "PERFORMANCE_HINT"),
+            *("DYNAMIC_QUANTIZATION_GROUP_SIZE", "ACTIVATIONS_SCALE_FACTOR", "MODEL_PRIORITY"),
+            *("NUM_STREAMS", "INFERENCE_NUM_THREADS", "ENABLE_HYPER_THREADING", "SCHEDULING_CORE_TYPE"),
+            *("ENABLE_CPU_PINNING", "ENABLE_CPU_RESERVATION", "COMPILATION_NUM_THREADS"),
+            *(
+                "KEY_CACHE_PRECISION",
+                "VALUE_CACHE_PRECISION",
+                "KEY_CACHE_GROUP_SIZE",
+                "VALUE_CACHE_GROUP_SIZE",
+            ),
+        }
+    ),
     replaces={"onnxruntime-ep-openvino": "onnxruntime-ep-openvino>=1.8,<2"},
 )
 _RECORDS = (
@@ -99,6 +120,14 @@ _RECORDS = (
         systems=frozenset({"linux", "win32"}),
         vendors=frozenset({NVIDIA}),
         own_memory=True,
+        settings=frozenset(
+            {
+                *("device_id", "gpu_mem_limit", "arena_extend_strategy", "enable_cuda_graph", "use_tf32"),
+                *("enable_skip_layer_norm_strict_mode", "prefer_nhwc", "sdpa_kernel", "fuse_conv_bias"),
+                *("do_copy_in_default_stream", "use_ep_level_unified_stream", "tunable_op_enable"),
+                *("cudnn_conv_algo_search", "cudnn_conv_use_max_workspace", "cudnn_conv1d_pad_to_nc1d"),
+            }
+        ),
         replaces={
             "onnxruntime": "onnxruntime-gpu",
             "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19",
@@ -118,6 +147,7 @@ _RECORDS = (
         # size: an attention mask of max_length, and a KV cache that never grows. The exporter writes this
         # into genai_config.json; the runtime says it again where it chooses the provider itself.
         options={"enable_graph_capture": "0"},
+        settings=frozenset({"device_id", "performance_preference", "device_filter", "disable_metacommands"}),
         appends=False,  # ONNX Runtime GenAI refuses a second append to a generator
         replaces={"onnxruntime": "", "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19"},
         lowerings=frozenset({"portable"}),
@@ -137,6 +167,13 @@ _RECORDS = (
         plugin="onnxruntime_ep_webgpu",
         systems=frozenset({"linux", "win32", "darwin"}),
         vendors=frozenset({*PCI_VENDORS, APPLE}),
+        settings=frozenset(
+            {
+                *("preferredLayout", "enableGraphCapture", "validationMode", "powerPreference", "deviceId"),
+                *("storageBufferCacheMode", "uniformBufferCacheMode", "queryResolveBufferCacheMode"),
+                *("defaultBufferCacheMode", "dawnBackendType", "enableInt64"),
+            }
+        ),
         replaces={"onnxruntime-ep-webgpu": "onnxruntime-ep-webgpu>=0.4,<1"},
         # Of 0.4.0. Its QMoE takes no zero points, and is wrong without a word with 8 experts and more than 4
         # tokens.

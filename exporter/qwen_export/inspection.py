@@ -7,7 +7,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from qwen_common import manifest as manifests
+from qwen_common.artifact_folder import open_folder
 from qwen_common.manifest import Manifest, StoredAs
 
 from qwen_export.backends.registry import export_backend
@@ -22,10 +22,9 @@ def inspect(artifact: Path) -> dict[str, Any]:
     """What `artifact` is: the manifest's facts, sizes and precisions by role, and what its backend finds.
 
     Raises:
-        UserError: not an artifact, or its files are not those that its manifest lists.
+        UserError: as `open_folder`.
     """
-    manifest = manifests.read(artifact)
-    manifests.check_files(artifact, manifest)
+    manifest = open_folder(artifact)
     found = {
         "artifact": artifact.name,
         **{fact: value for fact, value in manifest.items() if fact in _FACTS},

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 from qwen_common.errors import UserError
+from qwen_common.genai_config import option_fault
 from qwen_common.manifest import BackendName
 from qwen_common.providers import PROVIDERS
 
@@ -128,7 +129,7 @@ class Profile(_Frozen):
     """What kind of device the provider runs on."""
 
     provider_options: dict[str, str] = {}
-    """The provider's own options, added to those that every artifact needs on it."""
+    """The provider's own options, added to those that every artifact needs on it. None that names a file."""
 
     lowering: Literal["fused", "portable"]
     """`fused` uses the newest fused operators, `portable` only what DirectML has a kernel for. A fallback
@@ -195,6 +196,9 @@ class Profile(_Frozen):
                 f"provider {self.provider} has no kernels for lowering {self.lowering}: "
                 f"set lowering to {' or '.join(sorted(known))}"
             )
+        for option, setting in self.provider_options.items():
+            if fault := option_fault(self.provider, option, setting):
+                raise ValueError(fault)
         return self
 
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from qwen_common import manifest as manifests
+from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError, one_line
 from qwen_common.files import read_json
-from qwen_common.manifest import GENAI_CONFIG, MANIFEST, BackendName, Manifest
+from qwen_common.manifest import ADVICE, GENAI_CONFIG, MANIFEST, BackendName, Manifest
 from qwen_common.shape import first_fault
 
 from qwen_runtime.images import ImageSettings
 from qwen_runtime.template import read_templates
-
-_ADVICE = "copy the artifact again, or export it again"
 
 
 class _SessionOptions(TypedDict):
@@ -85,15 +84,15 @@ class Artifact:
         Sizes are always compared, the SHA-256 of files under 16 MiB too; `verify` hashes every file.
 
         Raises:
-            UserError: not a finished artifact, of another format, malformed, or changed since the export.
+            UserError: not a finished artifact, of another format, malformed, changed since the export, or
+                more than data; see `open_folder`.
         """
         root = Path(path)
-        manifest = manifests.read(root)
-        manifests.check_files(root, manifest, every=verify)
+        manifest = open_folder(root, every=verify)
         if manifest["backend"] == BackendName.OPENVINO:
             config, where, name = manifest["runtime"], root / MANIFEST, "runtime"
         else:
-            config, where, name = read_json(root / GENAI_CONFIG, _ADVICE), root / GENAI_CONFIG, ""
+            config, where, name = read_json(root / GENAI_CONFIG, ADVICE), root / GENAI_CONFIG, ""
         fault = first_fault(config, _GenAIConfig, name)
         seeing = fault is None and "vision" in config["model"]
         if seeing:
@@ -101,9 +100,7 @@ class Artifact:
         if seeing and "image_prompt_tokens" not in manifest:
             where, fault = root / MANIFEST, "image_prompt_tokens"
         if fault is not None:
-            raise UserError(f"{where} has no valid '{one_line(fault)}': {_ADVICE}")
-        if seeing and (file := config["model"]["vision"]["config_filename"]) not in manifest["files"]:
-            raise UserError(f"{root / MANIFEST} does not list {one_line(file)}: export the artifact again")
+            raise UserError(f"{where} has no valid '{one_line(fault)}': {ADVICE}")
         return cls(root, manifest, config)
 
     @property
@@ -136,7 +133,7 @@ class Artifact:
         vision = self.genai_config["model"].get("vision")
         if vision is None:
             return None
-        return ImageSettings.from_processor(read_json(self.root / vision["config_filename"], _ADVICE))
+        return ImageSettings.from_processor(read_json(self.root / vision["config_filename"], ADVICE))
 
     @property
     def image_token(self) -> int:
@@ -156,7 +153,7 @@ class Artifact:
         """What is different from `genai_config` for the graphs that an execution provider takes; {} where it
         takes the main ones."""
         further = manifests.further_graphs(self.manifest, provider)
-        return {} if further is None else read_json(self.root / further["overlay"], _ADVICE)
+        return {} if further is None else read_json(self.root / further["overlay"], ADVICE)
 
     def rewinds(self, provider: str) -> bool:
         """Whether a generator on an execution provider can return to an earlier point.

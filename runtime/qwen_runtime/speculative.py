@@ -88,7 +88,7 @@ class Sessions:
         """
         import onnxruntime as ort
 
-        if _HEAD not in artifact.manifest["files"]:
+        if not {_DECODER, _HEAD} <= artifact.manifest["files"].keys():
             raise UserError(
                 f"{artifact.root} has no MTP head: export a checkpoint that has one, for a profile that can "
                 "use it, or leave speculative decoding off"

@@ -58,7 +58,7 @@ def replace_by_link(name: str):
         (edit("manifest.json", b'{"format_version": 1}'), "manifest.json has no valid 'qwen_edge'"),
         (rewrite_manifest('"files"', '"file"'), "manifest.json has no valid 'files'"),
         (rewrite_manifest('"size"', '"bytes"'), "has no valid 'files.chat_template.jinja.size'"),
-        (rewrite_manifest('"genai_config.json"', '"merges.txt"'), "does not list genai_config.json"),
+        (rewrite_manifest('"genai_config.json"', '"other.json"'), "does not list genai_config.json"),
         (rewrite_manifest('"provider": "cpu"', '"provider": "tpu"'), "was made for 'tpu'"),
         (replace_by_link("model.onnx.data"), "names a file outside the folder: model.onnx.data"),
         (

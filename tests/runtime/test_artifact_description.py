@@ -32,7 +32,8 @@ def written(folder: Path, description: object, backend: str, **fields: Any) -> P
     """An artifact whose files are as its manifest says, with this description of its model."""
     folder.mkdir()
     names = {"onnx": "genai_config.json", "openvino": "openvino_tokenizer.xml"}
-    (folder / names[backend]).write_text(json.dumps(description))
+    text = {"onnx": json.dumps(description), "openvino": "<net/>"}
+    (folder / names[backend]).write_text(text[backend])
     (folder / "processor_config.json").write_text("{}")
     needs = {
         "onnx": {"lowering": "fused", "onnxruntime": ">=1.30"},
@@ -143,3 +144,20 @@ def test_what_is_no_description(text: str, tmp_path: Path) -> None:
     manifests.put_files(folder, manifest, {"genai_config.json": text.encode()})
     with pytest.raises(UserError, match=r"genai_config\.json is not "):
         Artifact.open(folder)
+
+
+@pytest.mark.parametrize("content", [b"\x08\x0a\x3a\x00", b"", b" <net/>", b"\x1f\x8b<net"])
+def test_another_format_under_an_irs_name(content: bytes, tmp_path: Path) -> None:
+    """OpenVINO 2026.4 reads an ONNX graph of that name, with weights from wherever it says (measured)."""
+    folder = written(tmp_path / "out", DESCRIPTION, "openvino")
+    manifests.put_files(folder, manifests.read(folder), {"openvino_model.xml": content})
+    with pytest.raises(UserError, match=r"openvino_model.xml is no OpenVINO IR"):
+        Artifact.open(folder)
+
+
+@pytest.mark.parametrize("option", ["CACHE_DIR", "CONFIG_FILE", "WEIGHTS_PATH", "MODEL_PTR"])
+def test_properties_of_openvino_that_name_files(option: str, tmp_path: Path) -> None:
+    description = json.loads(json.dumps(DESCRIPTION))
+    description["model"]["decoder"]["session_options"] = {"provider_options": [{"openvino": {option: "x"}}]}
+    with pytest.raises(UserError, match=f"'{option}' of openvino is not an option that an artifact may set"):
+        Artifact.open(written(tmp_path / "out", description, "openvino"))

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 from pydantic import ValidationError
 from qwen_common import manifest as manifests
+from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError
 from qwen_common.manifest import Manifest
 from qwen_common.providers import PROVIDERS
@@ -68,8 +69,7 @@ def verify(
         UserError: not an artifact, not of this checkpoint or version, the provider does not run it, or the
             text is too short.
     """
-    manifest = manifests.read(artifact)
-    manifests.check_files(artifact, manifest)
+    manifest = open_folder(artifact)
     profile, backend = _profile(artifact, manifest), export_backend(manifest["backend"])
     if manifest["model"]["model_type"].endswith("_text"):  # exported without the tower
         checkpoint = replace(checkpoint, vision=None)
