@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_runtime.serve import ollama, ollama_models
 from qwen_runtime.serve.access import Access
 from qwen_runtime.serve.chat import chat_completions
 from qwen_runtime.serve.completions import completions
@@ -77,6 +78,17 @@ def make_app(
                 Route("/responses", responses, methods=["POST"]),
                 Route("/messages", messages, methods=["POST"]),
                 Route("/messages/count_tokens", count_tokens, methods=["POST"]),
+            ],
+        ),
+        Mount(
+            "/api",
+            routes=[
+                Route("/chat", ollama.chat, methods=["POST"]),
+                Route("/generate", ollama.generate, methods=["POST"]),
+                Route("/tags", ollama_models.tags),
+                Route("/show", ollama_models.show, methods=["POST"]),
+                Route("/ps", ollama_models.ps),
+                Route("/version", ollama_models.version),
             ],
         ),
         Mount("/", _Page(kiosk, directory=Path(__file__).parent / "page", html=True)),

@@ -98,13 +98,24 @@ class EventStream(Response):
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
-            data = "[DONE]" if event is None else json.dumps(event, ensure_ascii=False)
-            name = f"event: {event['type']}\n" if event is not None and "type" in event else ""
-            text = f"{name}data: {data}\n\n"
-            body = {"type": "http.response.body", "body": text.encode(), "more_body": True}
+            body = {"type": "http.response.body", "body": self._text(event).encode(), "more_body": True}
             async with asyncio.timeout(SEND_TIMEOUT):
                 await send(body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _text(self, event: dict[str, Any] | None) -> str:
+        data = "[DONE]" if event is None else json.dumps(event, ensure_ascii=False)
+        name = f"event: {event['type']}\n" if event is not None and "type" in event else ""
+        return f"{name}data: {data}\n\n"
+
+
+class JsonLines(EventStream):
+    """The same as lines of JSON, as Ollama's clients read them."""
+
+    media_type = "application/x-ndjson"
+
+    def _text(self, event: dict[str, Any] | None) -> str:
+        return json.dumps(event, ensure_ascii=False) + "\n"
 
 
 async def _race(work: Coroutine[Any, Any, T], receive: Receive) -> T:

@@ -1,0 +1,104 @@
+"""`/api/tags`, `/api/show`, `/api/ps`, `/api/version`: what Ollama's clients ask of the models."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from typing import Any
+
+from qwen_common.manifest import MANIFEST
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.model import ModelInfo
+from qwen_runtime.serve.common import engine_for
+from qwen_runtime.serve.http import read_json
+from qwen_runtime.serve.schema.base import parse
+from qwen_runtime.serve.schema.ollama import ShowRequest
+
+# Of Ollama's API as it is spoken here. Editors refuse servers that are older than what they need.
+API_VERSION = "0.12.11"
+# What a chat template has in it that can do something.
+_CAPABILITIES = {"tools": "tools", "thinking": "enable_thinking"}
+
+
+async def tags(http: HttpRequest) -> Response:
+    return JSONResponse({"models": [_entry(engine_for(http, None).info)]})
+
+
+async def ps(http: HttpRequest) -> Response:
+    info = engine_for(http, None).info
+    entry = _entry(info)
+    running = {
+        **entry,
+        "expires_at": "9999-12-31T23:59:59Z",
+        "size_vram": 0 if info.provider == "cpu" else entry["size"],
+        "context_length": info.context_length,
+    }
+    return JSONResponse({"models": [running]})
+
+
+async def show(http: HttpRequest) -> Response:
+    asked = parse(ShowRequest, await read_json(http))
+    info = engine_for(http, asked.model or asked.name).info
+    artifact = Artifact.open(info.path)
+    templates = artifact.chat_templates.values()
+    family = artifact.manifest["model"]["model_type"]
+    decoder = artifact.genai_config["model"].get("decoder", {})
+    shape = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers"}
+    capabilities = [
+        "completion",
+        *(name for name, word in _CAPABILITIES.items() if any(word in template for template in templates)),
+        *(["vision"] if info.images else []),
+    ]
+    return JSONResponse(
+        {
+            "modelfile": f"FROM {info.name}",
+            "parameters": "",
+            "template": next(iter(templates), ""),
+            "details": _details(artifact),
+            "model_info": {
+                "general.architecture": family,
+                "general.basename": info.name,
+                f"{family}.context_length": info.context_length,
+                **{f"{family}.{name}": decoder[key] for name, key in shape.items() if key in decoder},
+            },
+            "capabilities": capabilities,
+            "modified_at": _modified(artifact),
+        }
+    )
+
+
+async def version(http: HttpRequest) -> Response:
+    return JSONResponse({"version": API_VERSION})
+
+
+def _entry(info: ModelInfo) -> dict[str, Any]:
+    artifact = Artifact.open(info.path)
+    return {
+        "name": info.name,
+        "model": info.name,
+        "modified_at": _modified(artifact),
+        "size": sum(entry["size"] for entry in artifact.manifest["files"].values()),
+        "digest": hashlib.sha256((artifact.root / MANIFEST).read_bytes()).hexdigest(),
+        "details": _details(artifact),
+    }
+
+
+def _details(artifact: Artifact) -> dict[str, Any]:
+    """The manifest does not say how many parameters there are."""
+    family = artifact.manifest["model"]["model_type"]
+    return {
+        "parent_model": "",
+        "format": artifact.backend.value,
+        "family": family,
+        "families": [family],
+        "parameter_size": "",
+        "quantization_level": artifact.manifest["profile"],
+    }
+
+
+def _modified(artifact: Artifact) -> str:
+    seconds = (artifact.root / MANIFEST).stat().st_mtime
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
