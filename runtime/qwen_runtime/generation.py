@@ -53,6 +53,7 @@ class _Progress:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop_string: str | None = None
+    prompt_read: int = 0
 
 
 class Generation:
@@ -85,13 +86,18 @@ class Generation:
         self.prompt_tokens = prefill.prompt_tokens
         self.cached_tokens = prefill.cached_tokens
         self.acceptance = acceptance
-        self._progress = _Progress(cancelled or threading.Event())
+        self._progress = _Progress(cancelled or threading.Event(), prompt_read=prefill.cached_tokens)
         self._pieces = _generate(prefill, decoding, tokenizer, self._progress)
 
     @property
     def tokens(self) -> list[int]:
         """Ids generated so far, without the one that ended the answer."""
         return self._progress.tokens
+
+    @property
+    def prompt_read(self) -> int:
+        """How many tokens of the prompt are read, those of `cached_tokens` among them; it grows by chunks."""
+        return self._progress.prompt_read
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
@@ -162,7 +168,13 @@ def _generate(
 ) -> abc.Generator[str]:
     usable = True
     try:
-        if prefill.read(progress.cancelled.is_set):
+
+        def cancelled(done: int) -> bool:
+            progress.prompt_read = done
+            return progress.cancelled.is_set()
+
+        if prefill.read(cancelled):
+            progress.prompt_read = prefill.prompt_tokens
             yield from _decode(prefill.generator, decoding, tokenizer, progress)
         else:
             progress.finish_reason = "cancelled"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import math
 import os
@@ -87,6 +88,12 @@ class Patches:
     width: int
     tokens: int
     pixels: np.ndarray
+
+    @property
+    def key(self) -> int:
+        """A negative number that tells this image from others."""
+        digest = hashlib.sha256(repr(self.pixels.shape).encode() + self.pixels.tobytes()).digest()
+        return -1 - (int.from_bytes(digest[:8], "little") >> 1)
 
 
 def take_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Any]]:

@@ -16,28 +16,25 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.load import load as load_backend
+from qwen_runtime.backends.load import load_ort
 from qwen_runtime.backends.protocol import (
     Backend,
-    Generator,
-    ImageGenerator,
     Logits,
     OutputGenerator,
-    RewindableGenerator,
 )
 from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.logits import LogitsProcessor
-from qwen_runtime.prefill import Prefill, prefill_images, prefill_tokens
-from qwen_runtime.prefix import State, StateCache
+from qwen_runtime.prefill import prefill_tokens
 from qwen_runtime.prompt import Prompt, PromptBuilder
+from qwen_runtime.reading import KeepingReader, PromptReader
 from qwen_runtime.request import Message, Request
 from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
+from qwen_runtime.states import States, StateSettings
 
 _DEFAULT_MAX_TOKENS = 4096
-_ROOM_TO_GROW = 4096  # tokens by which the KV cache of a kept state is rounded up
-_AHEAD_CHUNK = 64  # tokens; a question that comes meanwhile waits for one chunk
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,16 @@ class ModelInfo:
 class Model:
     """A loaded artifact. Use it as a context manager, or call `close`."""
 
-    def __init__(self, artifact: Artifact, info: ModelInfo, backend: Backend, states: StateCache) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        info: ModelInfo,
+        backend: Backend,
+        prompts: PromptBuilder,
+        reader: PromptReader,
+    ) -> None:
         self.info = info
-        self._states = states
+        self._prompts, self._reader = prompts, reader
         self._artifact = artifact
         self._loaded: Backend | None = backend  # None once closed
         self._sessions: Sessions | None = None
@@ -72,6 +76,7 @@ class Model:
         *,
         context_length: int | None = None,
         keep: int = 0,
+        states: StateSettings | None = None,
     ) -> Model:
         """Load the artifact in the folder `path`.
 
@@ -84,13 +89,17 @@ class Model:
             keep: how many states to keep after their answers, each with a KV cache of some 4096 tokens more
                 than it needs. A prompt that goes on from one, as the next turn of a conversation does, is
                 read from there on; but not with a seed, nor where the sampling differs.
+            states: run the graph in ONNX Runtime itself, on the CPU, and keep states as arrays, and in a
+                folder. Then a prompt may go on from several points of one, whatever the sampling, with
+                images and portable artifacts too. A seed gives other tokens than without.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
                 provider is not in this install.
         """
         artifact = Artifact.open(path, verify)
-        backend = load_backend(artifact, provider, keep)
+        ort = None if states is None else load_ort(artifact, provider)
+        backend = ort or load_backend(artifact, provider, keep)
         info = ModelInfo(
             name=artifact.manifest["model"]["name"],
             path=artifact.root,
@@ -100,11 +109,17 @@ class Model:
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
         )
-        return cls(artifact, info, backend, StateCache(keep if backend.rewinds else 0))
+        prompts = PromptBuilder(artifact, backend.tokenizer.encode)
+        reader = PromptReader(backend, prompts, info.context_length, keep)
+        if ort is not None and states is not None:
+            kept = States(states, ort, ort.digest, keep)
+            reader = KeepingReader(ort, prompts, info.context_length, kept)
+        return cls(artifact, info, backend, prompts, reader)
 
     def close(self) -> None:
-        """Free the model's memory. Safe to call twice."""
-        self._states.clear()
+        """Free the model's memory, and write the states that are not on disk yet. Safe to call twice."""
+        self._reader.flush()
+        self._reader.clear()
         self._loaded = self._sessions = None
 
     @property
@@ -244,9 +259,8 @@ class Model:
         else:
             acceptance = None
             open_generator = self._backend.logits_generator if logits else self._backend.generator
-            prefill = self._prefill(
-                prompt, request, options, max_length, partial(open_generator, options, request.guidance)
-            )
+            open_generator = partial(open_generator, options, request.guidance)
+            prefill = self._reader.prefill(prompt, request, options, max_length, open_generator)
         return Generation(
             prefill, decoding, self._backend.tokenizer, cancelled=cancelled, acceptance=acceptance
         )
@@ -261,39 +275,6 @@ class Model:
                 "shorten it"
             )
         return min(room, request.max_tokens or _DEFAULT_MAX_TOKENS)
-
-    def _prefill(
-        self,
-        prompt: Prompt,
-        request: Request,
-        options: Mapping[str, Any],
-        max_length: int,
-        open_generator: Callable[[int], Generator],
-    ) -> Prefill:
-        """How the prompt is read, by a new generator or one that was kept.
-
-        Args:
-            open_generator: of the most tokens that it must hold.
-        """
-        tokens, chunk_size = prompt.tokens, self._backend.chunk_size
-        if prompt.images:
-            inputs = self._backend.image_inputs(prompt.text, tokens, prompt.images)
-            generator = open_generator(max_length)
-            assert isinstance(generator, ImageGenerator)  # see `Backend.generator`
-            return prefill_images(generator, len(tokens), inputs)
-        # What a state has drawn so far would change what it draws next.
-        if not self._states.size or "random_seed" in options:
-            return prefill_tokens(open_generator(max_length), tokens, chunk_size)
-        snapshot = self._prompts.shared(prompt, request)
-        key = {**options, "guidance": request.guidance}
-        state = self._states.take(tokens, key, max_length)
-        if state is None:
-            grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
-            max_length = min(grown, self.info.context_length)
-            kept = open_generator(max_length)
-            assert isinstance(kept, RewindableGenerator)  # else no states are kept, see `load`
-            state = State(kept, key, max_length)
-        return state.prefill(tokens, snapshot, chunk_size, self._states.put)
 
     def score(self, tokens: Sequence[int], prompt: int) -> Iterator[Logits]:
         """Logits [vocab] after the first `prompt` of `tokens`, then after each of the others: the prompt is
@@ -348,19 +329,42 @@ class Model:
             sampling, tools, guidance, template_kwargs: as `generate` was given.
             cancelled: asked every 64 tokens; what was read until then is kept.
         """
-        if not self._states.size:
-            return
-        tokens = self._prompts.history(messages, tools, template_kwargs)
         key = {**self._search_options(sampling or Sampling()), "guidance": guidance}
-        state = self._states.take(tokens, key, len(tokens) + 1)
-        if state is not None:
-            chunk_size = min(_AHEAD_CHUNK, self._backend.chunk_size or _AHEAD_CHUNK)
-            state.read(tokens, len(tokens), chunk_size, cancelled)
-            self._states.put(state)
+        self._reader.read_ahead(messages, tools, template_kwargs, key, cancelled)
 
-    @property
-    def _prompts(self) -> PromptBuilder:
-        return PromptBuilder(self._artifact, self.encode)
+    def flush_states(self) -> None:
+        """Write the states of the answers that have ended to the folder that `load` was given for them."""
+        self._reader.flush()
+
+    def save_state(self, path: str | Path, prompt: str | Sequence[Message], **options: Any) -> int:
+        """Read a prompt, as far as the next turn of its conversation agrees with it, and write the state to a
+        file of NumPy's npz format, which only the user can read.
+
+        Args:
+            options: as `generate` takes them; tools and thinking are part of the prompt.
+
+        Returns:
+            How many tokens need not be read again.
+
+        Raises:
+            UserError: as `generate`, `load` was not given `states`, or the file cannot be written.
+        """
+        request = Request(prompt=prompt, **options)
+        request.check()
+        built = self._prompts.build(request)
+        self._max_tokens(built, request)
+        return self._reader.save(built, request, Path(path))
+
+    def load_state(self, path: str | Path) -> int:
+        """Keep the state in `path`, which `save_state` wrote: prompts that begin with its tokens go on there.
+
+        Returns:
+            How many they are.
+
+        Raises:
+            UserError: `load` was not given `states`, or the file is damaged or another model's.
+        """
+        return self._reader.load(Path(path))
 
     @property
     def _scorer(self) -> Scorer:
@@ -379,5 +383,6 @@ class Model:
         if self._sessions is None:
             self._sessions = Sessions.load(self._artifact, self.info.provider)
         generator = self._backend.generator(GREEDY, None, max_length)
-        assert isinstance(generator, OutputGenerator)  # `Sessions` come only with ONNX Runtime
+        if not isinstance(generator, OutputGenerator):
+            raise UserError("speculative decoding reads its prompts anew: load the model without states")
         return Speculator(self._sessions, generator, max_length)

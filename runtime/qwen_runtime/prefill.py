@@ -10,7 +10,8 @@ import numpy as np
 
 from qwen_runtime.backends.protocol import Generator, ImageGenerator
 
-Cancelled = Callable[[], bool]
+# Asked before each chunk with the tokens of the prompt that are held: whether to stop there.
+Cancelled = Callable[[int], bool]
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,24 @@ def prefill_images(generator: ImageGenerator, prompt_tokens: int, inputs: Any) -
     return Prefill(generator, prompt_tokens, read)
 
 
-def append(generator: Generator, tokens: Sequence[int], chunk_size: int | None, cancelled: Cancelled) -> int:
+def append(
+    generator: Generator,
+    tokens: Sequence[int],
+    chunk_size: int | None,
+    cancelled: Cancelled,
+    before: int = 0,
+) -> int:
     """Append `tokens` in chunks, so that cancelling works in a long prompt too.
 
     Args:
         chunk_size: most tokens at a time; None: all of them.
-        cancelled: asked before each chunk.
+        before: tokens of the prompt that the generator holds.
 
     Returns:
         How many were appended: all, unless cancelled.
     """
     done = 0
-    while done < len(tokens) and not cancelled():
+    while done < len(tokens) and not cancelled(before + done):
         chunk = tokens[done : done + (chunk_size or len(tokens))]
         generator.append_tokens(np.asarray(chunk, np.int32))
         done += len(chunk)

@@ -73,13 +73,13 @@ class State:
         if start:
             self.generator.rewind_to(start)
         if done < snapshot:
-            done += append(self.generator, prompt[done:snapshot], chunk_size, cancelled)
+            done += append(self.generator, prompt[done:snapshot], chunk_size, cancelled, done)
             if done > start and done % _ROWS == 0:
                 self.generator.snapshot_state()
                 self.tokens = prompt[:done]
             if done < snapshot:
                 return False
-        return done + append(self.generator, prompt[done:], chunk_size, cancelled) == len(prompt)
+        return done + append(self.generator, prompt[done:], chunk_size, cancelled, done) == len(prompt)
 
 
 class StateCache:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
@@ -17,6 +19,7 @@ from qwen_runtime.template import render
 from qwen_runtime.video import with_frames
 
 _MAX_IMAGE_TOKENS = 1024
+_INSTRUCTING = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,44 @@ class PromptBuilder:
         if prompt.messages is None:
             return len(prompt.tokens) - 1
         later = [*prompt.messages, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+        return self._common(prompt, request, later)
+
+    def beginning(self, prompt: Prompt, request: Request) -> int:
+        """How far the prompt of another conversation with the same tools and instructions will agree with
+        `prompt`, in tokens; 0 of a raw text."""
+        roles = [message.get("role") for message in prompt.messages or ()]
+        count = next((at for at, role in enumerate(roles) if role not in _INSTRUCTING), 0)
+        if not count and not request.tools:
+            return 0
+        instructions = (prompt.messages or [])[:count]
+        # Two, for one may begin as the question does.
+        return min(
+            self._common(prompt, request, [*instructions, {"role": "user", "content": text}])
+            for text in ("A", "\n\nB")
+        )
+
+    def keys(self, prompt: Prompt) -> npt.NDArray[np.int64]:
+        """A number for each token: its id, and of an image's features a negative one that tells the image."""
+        keys = np.asarray(prompt.tokens, np.int64)
+        if prompt.images:
+            places = keys == self.artifact.image_token
+            keys[places] = [image.key for image in prompt.images for _ in range(image.tokens)]
+        return keys
+
+    def _common(self, prompt: Prompt, request: Request, other: Sequence[Message]) -> int:
         try:
-            text = self.render(later, request.thinking, request.tools, request.template_kwargs)
-            return common_prefix(prompt.tokens, self.encode(text))
+            text = self.render(other, request.thinking, request.tools, request.template_kwargs)
         except UserError:  # a template with rules of its own about who speaks when
             return 0
+        tokens: Sequence[int] = self.encode(text)
+        if prompt.images:
+            image_token, images = self.artifact.image_token, iter(prompt.images)
+            tokens = [
+                same
+                for token in tokens
+                for same in [token] * (next(images).tokens if token == image_token else 1)
+            ]
+        return common_prefix(prompt.tokens, tokens)
 
     def history(
         self,

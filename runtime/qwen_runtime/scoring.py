@@ -34,7 +34,7 @@ class Scorer:
         if not appends and not self.end_tokens.isdisjoint(tokens[prompt:]):
             raise UserError(f"on {self.backend.provider} the text must not have tokens that end an answer")
         generator = self.backend.logits_generator(GREEDY, None, len(tokens) + 1)
-        append(generator, tokens[:prompt], self.backend.chunk_size, lambda: False)
+        append(generator, tokens[:prompt], self.backend.chunk_size, lambda done: False)
         for token in [*tokens[prompt:], None]:
             logits = generator.get_logits()
             yield logits.reshape(-1, logits.shape[-1])[-1].copy()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from qwen_common.errors import UserError
 from qwen_common.manifest import BackendName
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Backend
+
+if TYPE_CHECKING:
+    from qwen_runtime.backends.ort import Ort
 
 
 def load(artifact: Artifact, provider: str, keep: int) -> Backend:
@@ -25,3 +31,16 @@ def load(artifact: Artifact, provider: str, keep: int) -> Backend:
     from qwen_runtime.backends.genai import GenAI
 
     return GenAI.load(artifact, provider)
+
+
+def load_ort(artifact: Artifact, provider: str) -> Ort:
+    """The artifact in ONNX Runtime itself, for states that are kept as arrays.
+
+    Raises:
+        UserError: the artifact or the provider is not one for that.
+    """
+    from qwen_runtime.backends.ort import Ort
+
+    if artifact.backend == BackendName.OPENVINO:
+        raise UserError("OpenVINO GenAI keeps states by itself, and none on disk: leave --state-dir off")
+    return Ort.load(artifact, provider)

@@ -14,6 +14,7 @@ _EPILOG = """\b
 Examples:
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu --state-dir ~/.cache/qwen-edge/states
   QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --allowed-host chat.example.org --cors-origin https://app.example.org
 """
@@ -52,6 +53,25 @@ Examples:
     help="Conversations whose history need not be read again.",
 )
 @click.option(
+    "--state-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep what was read of prompts in this folder, so that it is not read again after a restart.",
+)
+@click.option(
+    "--state-disk",
+    default=8.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Most GB in --state-dir.",
+)
+@click.option(
+    "--state-memory",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="With --state-dir, most GB of conversations in memory.",
+)
+@click.option(
     "--context",
     "context_length",
     type=click.IntRange(1),
@@ -85,6 +105,9 @@ def serve(
     verify: bool,
     context_length: int | None,
     keep: int,
+    state_dir: Path | None,
+    state_disk: float,
+    state_memory: float,
     debug: bool,
     **options: Any,
 ) -> None:
@@ -93,6 +116,10 @@ def serve(
         try:
             from qwen_runtime.serve.server import serve as listen
             from qwen_runtime.serve.worker import ModelSettings
+            from qwen_runtime.states import GB, StateSettings
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'qwen-edge[serve]'") from error
-        listen(ModelSettings(artifact, provider, verify, context_length, keep), **options)
+        states = None
+        if state_dir is not None:
+            states = StateSettings(state_dir, round(state_disk * GB), round(state_memory * GB))
+        listen(ModelSettings(artifact, provider, verify, context_length, keep, states), **options)

@@ -25,6 +25,7 @@ from qwen_runtime.logits import TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.request import Request
 from qwen_runtime.serve.parser import AnswerParser
+from qwen_runtime.states import StateSettings
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class ModelSettings:
     verify: bool = False
     context_length: int | None = None
     keep: int = 0
+    states: StateSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
             settings.verify,
             context_length=settings.context_length,
             keep=settings.keep,
+            states=settings.states,
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
@@ -199,6 +202,14 @@ class _Worker:
             os._exit(FAILED)
         if ahead:
             ahead.read()
+        if not self._cancelled:  # else whoever ends last does it
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            self.model.flush_states()
+        except Exception:
+            _log.exception("states were not written to disk")
 
     def _look_up(self, query: Query) -> None:
         try:

@@ -1,0 +1,166 @@
+"""How a model reads prompts: with what, and from where on, for earlier answers have read parts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qwen_common.errors import UserError
+
+from qwen_runtime.backends.ort import Ort, OrtGenerator
+from qwen_runtime.backends.protocol import Backend, Generator, ImageGenerator, RewindableGenerator
+from qwen_runtime.images import take_images
+from qwen_runtime.prefill import Prefill, prefill_images, prefill_tokens
+from qwen_runtime.prefix import State, StateCache
+from qwen_runtime.prompt import Prompt, PromptBuilder
+from qwen_runtime.request import Message, Request
+from qwen_runtime.sampling import GREEDY
+from qwen_runtime.states import States
+
+_ROOM_TO_GROW = 4096  # tokens by which the KV cache of a kept state is rounded up
+_AHEAD_CHUNK = 64  # tokens; a question that comes meanwhile waits for one chunk
+
+OpenGenerator = Callable[[int], Generator]  # of the most tokens that it must hold
+
+
+class PromptReader:
+    """With generators of the backend, which are kept where they can return to an earlier point."""
+
+    def __init__(self, backend: Backend, prompts: PromptBuilder, context_length: int, keep: int) -> None:
+        """Args:
+        keep: most generators that are kept.
+        """
+        self._backend, self._prompts, self._context_length = backend, prompts, context_length
+        self._states = StateCache(keep if backend.rewinds else 0)
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        request: Request,
+        options: Mapping[str, Any],
+        max_length: int,
+        open_generator: OpenGenerator,
+    ) -> Prefill:
+        """How `prompt` is read.
+
+        Args:
+            options: as `Sampling.search_options` gives them.
+            max_length: most tokens of prompt and answer.
+        """
+        tokens, chunk_size = prompt.tokens, self._backend.chunk_size
+        if prompt.images:
+            inputs = self._backend.image_inputs(prompt.text, tokens, prompt.images)
+            generator = open_generator(max_length)
+            assert isinstance(generator, ImageGenerator)  # see `Backend.generator`
+            return prefill_images(generator, len(tokens), inputs)
+        # What a state has drawn so far would change what it draws next.
+        if not self._states.size or "random_seed" in options:
+            return prefill_tokens(open_generator(max_length), tokens, chunk_size)
+        snapshot = self._prompts.shared(prompt, request)
+        key = {**options, "guidance": request.guidance}
+        state = self._states.take(tokens, key, max_length)
+        if state is None:
+            grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
+            max_length = min(grown, self._context_length)
+            kept = open_generator(max_length)
+            assert isinstance(kept, RewindableGenerator)  # else no states are kept
+            state = State(kept, key, max_length)
+        return state.prefill(tokens, snapshot, chunk_size, self._states.put)
+
+    def read_ahead(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        key: Mapping[str, Any],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """As `Model.read_ahead`.
+
+        Args:
+            key: search options, and the guidance.
+        """
+        if not self._states.size:
+            return
+        tokens = self._prompts.history(messages, tools, template_kwargs)
+        state = self._states.take(tokens, key, len(tokens) + 1)
+        if state is not None:
+            chunk_size = min(_AHEAD_CHUNK, self._backend.chunk_size or _AHEAD_CHUNK)
+            state.read(tokens, len(tokens), chunk_size, lambda done: cancelled())
+            self._states.put(state)
+
+    def flush(self) -> None:
+        """Write to disk what is kept there."""
+
+    def clear(self) -> None:
+        """Keep nothing in memory."""
+        self._states.clear()
+
+    def save(self, prompt: Prompt, request: Request, path: Path) -> int:
+        """As `Model.save_state`."""
+        raise UserError(_NO_STATES)
+
+    def load(self, path: Path) -> int:
+        """As `Model.load_state`."""
+        raise UserError(_NO_STATES)
+
+
+_NO_STATES = "this model's states cannot be saved or set: load it with states=StateSettings()"
+
+
+class KeepingReader(PromptReader):
+    """With states that are kept as arrays."""
+
+    def __init__(self, backend: Ort, prompts: PromptBuilder, context_length: int, states: States) -> None:
+        super().__init__(backend, prompts, context_length, keep=0)
+        self._ort, self._kept = backend, states
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        request: Request,
+        options: Mapping[str, Any],
+        max_length: int,
+        open_generator: OpenGenerator,
+    ) -> Prefill:
+        generator = open_generator(max_length)
+        assert isinstance(generator, OrtGenerator)
+        stops = [self._prompts.beginning(prompt, request), self._prompts.shared(prompt, request)]
+        self._show(generator, prompt)
+        return self._kept.prefill(generator, prompt.tokens, self._prompts.keys(prompt), stops)
+
+    def read_ahead(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        key: Mapping[str, Any],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        if take_images(messages)[1]:  # they would have to be decoded once more
+            return
+        tokens = self._prompts.history(messages, tools, template_kwargs)
+        generator = self._ort.generator(GREEDY, None, len(tokens) + _ROOM_TO_GROW)
+        keys = np.asarray(tokens, np.int64)
+        self._kept.read_ahead(generator, tokens, keys, lambda done: cancelled())
+
+    def flush(self) -> None:
+        self._kept.flush()
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def save(self, prompt: Prompt, request: Request, path: Path) -> int:
+        generator = self._ort.generator(GREEDY, None, len(prompt.tokens) + 1)
+        self._show(generator, prompt)
+        stop = self._prompts.shared(prompt, request)
+        return self._kept.save(generator, prompt.tokens, self._prompts.keys(prompt), stop, path)
+
+    def load(self, path: Path) -> int:
+        return self._kept.load(path)
+
+    def _show(self, generator: OrtGenerator, prompt: Prompt) -> None:
+        if prompt.images:
+            generator.set_inputs(self._ort.image_inputs(prompt.text, prompt.tokens, prompt.images))

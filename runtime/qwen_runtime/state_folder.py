@@ -1,0 +1,182 @@
+"""States in a folder, so that a prompt that was read once need not be read again after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from qwen_common.errors import UserError
+
+from qwen_runtime import state as states
+from qwen_runtime.state import KeptState
+
+_log = logging.getLogger(__name__)
+
+_SUFFIX = ".npz"
+_WORTH = 64  # tokens more than what is there already, for a file to be written
+_LONGEST_WRITE = 600.0  # seconds
+
+Keys = npt.NDArray[np.int64]
+
+
+class StateFolder:
+    """The states of one model in a folder, which several models may share. Safe to use from several threads.
+
+    Nobody but the user can read it: a state tells the text that it was made of.
+
+    Args:
+        root: made if it is not there.
+        model: digest of what the states belong to.
+        size: most bytes of all states in `root`, whoever's they are; those used longest ago go first.
+
+    Raises:
+        UserError: `root` cannot be made or written to.
+    """
+
+    def __init__(self, root: Path, model: str, size: int) -> None:
+        self._root, self._model, self._size = root, model, size
+        self._folder = root / model[:16]
+        self._keys: dict[Path, Keys] = {}
+        self._refused: set[Path] = set()
+        self._lock = threading.Lock()
+        try:
+            for folder in (root, self._folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for left in self._folder.glob(".*.partial"):  # by a process that was interrupted
+                if time.time() - left.lstat().st_mtime > _LONGEST_WRITE:
+                    left.unlink()
+        except OSError as error:
+            raise UserError(
+                f"states cannot be kept in {root} ({error.strerror}): choose another folder"
+            ) from error
+
+    def find(self, keys: Keys, more_than: int) -> KeptState | None:
+        """The state that spares most of a text of `keys`, if it spares more than so many tokens."""
+        for path, held in sorted(self._index().items(), key=lambda entry: -len(entry[1])):
+            if len(held) <= more_than:
+                break
+            if len(held) < len(keys) and np.array_equal(held, keys[: len(held)]):
+                try:
+                    found = states.read(path, self._model)
+                    os.utime(path)
+                except (ValueError, OSError) as error:
+                    self._refuse(path, error)
+                    continue
+                return found
+        return None
+
+    def refuse(self, keys: Keys) -> None:
+        """The model does not take the state of `keys`."""
+        self._refuse(self._path(keys), ValueError("its arrays are not this model's"))
+
+    def put(self, kept: KeptState, replaces: int = 0) -> None:
+        """Write `kept`, unless what is there spares nearly as much of it.
+
+        A failure is told in a line, and nothing is written.
+
+        Args:
+            replaces: a state of its beginning that is longer than so many tokens, and written before, goes.
+        """
+        keys = kept.keys[: kept.length]
+        index = self._index()
+        prefixes = {path: held for path, held in index.items() if _begins(keys, held)}
+        if kept.length < max(map(len, prefixes.values()), default=0) + _WORTH:
+            return
+        path = self._path(keys)
+        try:
+            write_state(path, kept, self._model)
+        except OSError as error:
+            _log.warning("a state was not written to %s: %s", path, error.strerror)
+            return
+        with self._lock:
+            self._keys[path] = keys
+        for older, held in prefixes.items():
+            if len(held) > replaces:
+                self._remove(older)
+        self._make_room(path)
+
+    def _path(self, keys: Keys) -> Path:
+        return self._folder / (hashlib.sha256(keys.tobytes()).hexdigest()[:32] + _SUFFIX)
+
+    def _index(self) -> dict[Path, Keys]:
+        """The keys of each state that is there and can be used."""
+        with self._lock:
+            there = {path for path, _ in _files(self._folder)}
+            for path in self._keys.keys() - there:  # another process made room
+                del self._keys[path]
+            for path in there - self._keys.keys() - self._refused:
+                try:
+                    self._keys[path] = states.read_keys(path, self._model)
+                except ValueError as error:
+                    self._refused.add(path)
+                    _log.warning("%s is ignored: %s", path, error)
+            return dict(self._keys)
+
+    def _refuse(self, path: Path, error: Exception) -> None:
+        with self._lock:
+            self._refused.add(path)
+            self._keys.pop(path, None)
+        _log.warning("%s is ignored: %s", path, error)
+
+    def _remove(self, path: Path) -> None:
+        with self._lock:
+            self._keys.pop(path, None)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+    def _make_room(self, newest: Path) -> None:
+        found = [entry for folder in self._root.iterdir() if _is_folder(folder) for entry in _files(folder)]
+        total = sum(status.st_size for _, status in found)
+        for path, status in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
+            if total <= self._size:
+                break
+            if path == newest:
+                _log.warning("a state of %d bytes does not fit the limit of %d", status.st_size, self._size)
+            self._remove(path)
+            total -= status.st_size
+
+
+def write_state(path: Path, kept: KeptState, model: str) -> None:
+    """Write `kept` to `path` in one step, for nobody but the user to read.
+
+    Raises:
+        OSError: it cannot be written; then nothing is left there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            states.write(file, kept, model)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _begins(keys: Keys, held: Keys) -> bool:
+    return len(held) <= len(keys) and np.array_equal(held, keys[: len(held)])
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Those that may be states; no links."""
+    for path in folder.glob("*" + _SUFFIX):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode):
+                yield path, status

@@ -1,0 +1,269 @@
+"""States kept as arrays, in memory and in a folder: the same tokens as without, and how much they spare."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from qwen_common.errors import UserError
+from qwen_profiles.schema import load_profile
+from qwen_runtime import Guidance, Model, Sampling, StateSettings
+
+from benchmarks.support.artifacts import directml_profile
+from benchmarks.support.checkpoints import TINY, TINY_VL
+from tests.support.exported import Exported
+
+GREEDY = Sampling(temperature=0)
+SYSTEM = {"role": "system", "content": "The statement is a word. " * 40}
+QUESTION = {"role": "user", "content": "What is assert?"}
+NEXT = {"role": "user", "content": "What is yield?"}
+
+
+@pytest.fixture(scope="module", params=["fused", "portable"])
+def artifact(request: pytest.FixtureRequest, cpu_artifact: Path, exported: Exported) -> Path:
+    return cpu_artifact if request.param == "fused" else exported(TINY, directml_profile())
+
+
+@pytest.fixture(scope="module")
+def fresh(artifact: Path) -> Iterator[Model]:
+    with Model.load(artifact, "cpu") as model:
+        yield model
+
+
+def answer(model: Model, messages: Any, **options: Any) -> Any:
+    generation = model.generate(messages, **{"max_tokens": 20, "sampling": GREEDY, **options})
+    generation.run()
+    return generation
+
+
+def keeping(artifact: Path, folder: Path | None = None, keep: int = 2, **options: Any) -> Model:
+    return Model.load(artifact, keep=keep, states=StateSettings(folder, **options))
+
+
+def conversation(model: Model, fresh: Model, turns: int) -> list[Any]:
+    """Whose every answer has the tokens of a model that keeps nothing; how many were not read, by turn."""
+    messages, cached = [SYSTEM, QUESTION], []
+    for _ in range(turns):
+        found = answer(model, messages)
+        assert found.tokens == answer(fresh, messages).tokens
+        cached.append(found.cached_tokens)
+        messages += [{"role": "assistant", "content": found.text}, NEXT]
+    return cached
+
+
+def test_a_conversation_goes_on_after_a_restart(artifact: Path, fresh: Model, tmp_path: Path) -> None:
+    with keeping(artifact, tmp_path) as model:
+        first = conversation(model, fresh, 3)
+    assert first[0] == 0 < first[1] <= first[2]
+    with keeping(artifact, tmp_path) as model:
+        again = conversation(model, fresh, 3)
+    # The first question is not the last thing on disk, but what all conversations begin with is.
+    assert 0 < again[0] <= first[1]
+    assert again[1:] >= first[1:]
+
+
+def test_another_question_begins_after_the_same_instructions(
+    artifact: Path, fresh: Model, tmp_path: Path
+) -> None:
+    other = [SYSTEM, {"role": "user", "content": "Assert something else, please."}]
+    system = len(fresh.encode(fresh.apply_chat_template([SYSTEM, QUESTION]))) - 60
+    with keeping(artifact, tmp_path) as model:
+        answer(model, [SYSTEM, QUESTION])
+        assert answer(model, other).cached_tokens > system - 128
+    with keeping(artifact, tmp_path) as model:
+        found = answer(model, other)
+        assert found.cached_tokens > system - 128
+        assert found.tokens == answer(fresh, other).tokens
+
+
+def test_conversations_do_not_disturb_each_other(cpu_artifact: Path) -> None:
+    one, two = [SYSTEM, QUESTION], [SYSTEM, NEXT]
+    with Model.load(cpu_artifact) as plain, keeping(cpu_artifact, keep=3) as model:
+        for _ in range(2):
+            for messages in (one, two):
+                found = answer(model, messages)
+                assert found.tokens == answer(plain, messages).tokens
+                messages += [{"role": "assistant", "content": found.text}, QUESTION]
+        assert answer(model, one).cached_tokens > 300 < answer(model, two).cached_tokens
+
+
+def test_memory_limit(cpu_artifact: Path) -> None:
+    def ask(model: Model, name: str) -> int:
+        prompt = f"{name} " * 100
+        return int(answer(model, prompt, max_tokens=2).cached_tokens)
+
+    with keeping(cpu_artifact, keep=8) as model:
+        assert [ask(model, name) > 0 for name in ("one", "two", "one", "two")] == [False, False, True, True]
+    with keeping(cpu_artifact, keep=8, memory_bytes=1) as model:  # the last one is kept whatever its size
+        assert [ask(model, name) > 0 for name in ("one", "two", "one", "one")] == [False, False, False, True]
+
+
+def test_images(exported: Exported, tmp_path: Path) -> None:
+    artifact = exported(TINY_VL, load_profile("cpu"))
+    random = np.random.default_rng(0)
+    one, other = (Image.fromarray(random.integers(0, 255, (120, 200, 3), dtype=np.uint8)) for _ in range(2))
+
+    def look(image: Image.Image) -> list[Any]:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]
+        return [SYSTEM, {"role": "user", "content": content}]
+
+    with Model.load(artifact) as fresh, keeping(artifact, tmp_path) as model:
+        messages = look(one)
+        for held in (False, True, True):
+            found = answer(model, messages)
+            assert found.tokens == answer(fresh, messages).tokens
+            assert (found.cached_tokens > 0) == held
+            messages += [{"role": "assistant", "content": found.text}, look(other)[1]]
+        seen = answer(model, look(other))  # of the same size
+        assert 0 < seen.cached_tokens < answer(model, look(one)).cached_tokens
+        assert seen.tokens == answer(fresh, look(other)).tokens
+    with Model.load(artifact) as fresh, keeping(artifact, tmp_path) as model:
+        found = answer(model, messages)
+        assert found.tokens == answer(fresh, messages).tokens
+        assert found.cached_tokens > 300
+
+
+def test_reading_ahead(cpu_artifact: Path, tmp_path: Path) -> None:
+    messages = [SYSTEM, QUESTION]
+    with Model.load(cpu_artifact) as fresh, keeping(cpu_artifact, tmp_path) as model:
+        found = answer(model, messages)
+        messages.append({"role": "assistant", "content": found.text})
+        model.read_ahead(messages, sampling=GREEDY)
+        ahead = answer(model, [*messages, NEXT])
+        assert ahead.cached_tokens >= found.prompt_tokens
+        assert ahead.tokens == answer(fresh, [*messages, NEXT]).tokens
+
+
+def test_a_prompt_that_is_cancelled_is_taken_up(cpu_artifact: Path) -> None:
+    prompt = "The statement is a word. " * 400
+    with Model.load(cpu_artifact) as fresh, keeping(cpu_artifact) as model:
+        generation = model.generate(prompt, max_tokens=5, sampling=GREEDY)
+        read_once = generation._progress.cancelled.is_set
+        asked = []
+
+        def second_time() -> bool:
+            asked.append(generation.prompt_read)
+            return len(asked) > 1 or read_once()
+
+        generation._progress.cancelled.is_set = second_time  # type: ignore[method-assign]
+        assert generation.run() == "" and generation.finish_reason == "cancelled"
+        assert asked == [0, 512]
+        found = answer(model, prompt)
+        assert found.cached_tokens == 512
+        assert found.tokens == answer(fresh, prompt).tokens
+
+
+def test_options_that_change_nothing_of_what_was_read(cpu_artifact: Path) -> None:
+    messages = [SYSTEM, QUESTION]
+    with keeping(cpu_artifact) as model:
+        answer(model, messages)
+        held = answer(model, messages).cached_tokens
+        assert held > 250
+        seeded = [
+            answer(model, messages, sampling=Sampling(temperature=1.5, seed=seed), max_tokens=12)
+            for seed in (5, 5, 6)
+        ]
+        assert seeded[0].tokens == seeded[1].tokens != seeded[2].tokens
+        held_to = answer(model, messages, guidance=Guidance("regex", "[0-9]{5}"), logprobs=1)
+        assert held_to.text.isdigit() and len(held_to.text) == 5 and len(held_to.logprobs) > 0
+        assert {found.cached_tokens for found in (*seeded, held_to)} == {held}
+        with pytest.raises(UserError, match="the guidance is not valid"):
+            answer(model, messages, guidance=Guidance("regex", "[0-9"))
+
+
+def test_json_is_what_llguidance_in_genai_makes(cpu_artifact: Path) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]}
+    guidance = Guidance("json_schema", json.dumps({**schema, "additionalProperties": False}))
+    with Model.load(cpu_artifact) as fresh, keeping(cpu_artifact) as model:
+        found = answer(model, [QUESTION], guidance=guidance, max_tokens=60)
+        assert found.tokens == answer(fresh, [QUESTION], guidance=guidance, max_tokens=60).tokens
+
+
+def test_save_and_load(cpu_artifact: Path, copied: Path, tmp_path: Path) -> None:
+    messages, file = [SYSTEM, QUESTION], tmp_path / "state.npz"
+    with keeping(cpu_artifact) as model:
+        length = model.save_state(file, messages)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        with np.load(file, allow_pickle=False) as arrays:  # anybody can look into it
+            assert len(arrays["keys"]) == length
+    with Model.load(cpu_artifact) as fresh, keeping(cpu_artifact) as model:
+        assert model.load_state(file) == length
+        found = answer(model, messages)
+        assert found.cached_tokens == length
+        assert found.tokens == answer(fresh, messages).tokens
+        with pytest.raises(UserError, match="load it with states=StateSettings"):
+            fresh.load_state(file)
+        with pytest.raises(UserError, match="too short to keep"):
+            model.save_state(file, "A")
+        with pytest.raises(UserError, match="No such file"):
+            model.load_state(tmp_path / "none")
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(UserError, match="is no state of this model"):
+            model.load_state(file)
+    with keeping(copied, tmp_path) as model:
+        model.save_state(file, messages)
+        manifest = json.loads((copied / "manifest.json").read_text())
+        (copied / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with keeping(copied, tmp_path) as model, pytest.raises(UserError, match="another model"):
+        model.load_state(file)
+
+
+def test_damaged_and_foreign_files_are_ignored(
+    cpu_artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with keeping(cpu_artifact, tmp_path) as model:
+        tokens = answer(model, [SYSTEM, QUESTION]).tokens
+    [folder] = tmp_path.iterdir()
+    good = sorted(folder.iterdir())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path, folder)} <= {0o700, 0o755}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in good} == {0o600}
+    for path in good:  # one byte of an array
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    (folder / "text.npz").write_text("nothing")
+    np.savez(folder / "other.npz", keys=np.arange(3))
+    np.savez(folder / "objects.npz", keys=np.array([{}], object), allow_pickle=True)
+    os.symlink("/dev/zero", folder / "link.npz")
+    os.mkfifo(folder / "pipe.npz")
+    with caplog.at_level(logging.WARNING), keeping(cpu_artifact, tmp_path) as model:
+        found = answer(model, [SYSTEM, QUESTION])
+        assert found.tokens == tokens and found.cached_tokens == 0
+        answer(model, [QUESTION])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(good) + 3 and all("is ignored" in line and "\n" not in line for line in said)
+
+
+def test_the_folder_has_a_limit(cpu_artifact: Path, tmp_path: Path) -> None:
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.rglob("*.npz"))
+
+    names = ("1", "2", "3")
+    with keeping(cpu_artifact, tmp_path) as model:
+        answer(model, "1 " * 200, max_tokens=2)
+        model.flush_states()
+        limit = int(2.5 * size())
+    with keeping(cpu_artifact, tmp_path, disk_bytes=limit) as model:
+        for name in names:
+            answer(model, f"{name} " * 200, max_tokens=2)
+            model.flush_states()
+            assert size() <= limit
+    with keeping(cpu_artifact, tmp_path, keep=0) as model:
+        held = {name: answer(model, f"{name} " * 200, max_tokens=2).cached_tokens > 0 for name in names}
+    assert held == {"1": False, "2": True, "3": True}
+
+
+def test_refusals(cpu_artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="on the CPU only, not on CUDA"):
+        Model.load(cpu_artifact, "cuda", states=StateSettings())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another folder"):
+        keeping(cpu_artifact, tmp_path / "file" / "states")
