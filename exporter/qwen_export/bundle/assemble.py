@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jinja2
 from qwen_common.errors import UserError
 from qwen_common.files import as_json, sha256
-from qwen_common.manifest import file_entry
+from qwen_common.manifest import MANIFEST, file_entry
 from qwen_common.providers import PROVIDERS
 from qwen_common.version import own_version
 from qwen_runtime.artifact import Artifact
@@ -21,6 +22,7 @@ from qwen_runtime.kiosk.bundle import (
     ARTIFACT,
     CONTENTS,
     FORMAT_VERSION,
+    MOST_BYTES,
     REQUIREMENTS,
     SIGNATURE,
     WHEELS,
@@ -30,14 +32,17 @@ from qwen_runtime.kiosk.bundle import (
 from qwen_runtime.kiosk.self_test import make_self_test
 
 from qwen_export.bundle.keys import sign
-from qwen_export.bundle.notices import write_notices
+from qwen_export.bundle.notices import model_part, wheel_part, write_notices
+from qwen_export.bundle.own_wheel import build_own_wheel
 from qwen_export.bundle.platforms import PLATFORMS, Platform
-from qwen_export.bundle.wheels import Wheel, build_own_wheel, download
+from qwen_export.bundle.wheels import Wheel, download, system_needed
 
 _SCRIPTS = {
     True: ("install.ps1", "start.ps1", "task.xml"),
     False: ("install.sh", "start.sh", "qwen-edge.service"),
 }
+
+_FIRST_YEAR = 2026
 
 
 def bundle(
@@ -74,7 +79,7 @@ def bundle(
         note("recording the self-test's answer")
         self_test = make_self_test(artifact)
         note("copying the artifact")
-        shutil.copytree(artifact, staged / ARTIFACT)
+        _copy(source, staged / ARTIFACT)
         note(f"downloading wheels for {platform_name}, CPython {python}")
         provider = source.manifest["provider"]
         wheels = _wheels(platform, python, provider, staged / WHEELS)
@@ -85,13 +90,15 @@ def bundle(
         )
         (staged / REQUIREMENTS).write_text("".join(lines), encoding="utf-8")
         model = source.manifest["model"]["name"]
-        write_notices(staged, f"qwen-edge kiosk, {model}", version, wheels, hashes)
+        parts = [model_part(source), *(wheel_part(wheel, hashes[wheel.path.name]) for wheel in wheels)]
+        write_notices(staged, f"qwen-edge kiosk, {model}", version, parts)
         _write_scripts(staged, platform, python, model)
         facts = {
             "name": model,
             "version": version,
             "platform": platform_name,
             "python": python,
+            "needs": system_needed(wheels),
             "provider": provider,
             "self_test": self_test,
         }
@@ -104,6 +111,17 @@ def bundle(
     return contents
 
 
+def default_version(now: datetime) -> str:
+    """The date and time.
+
+    Raises:
+        UserError: it is before this program was written, so that every device would have a newer version.
+    """
+    if now.year < _FIRST_YEAR:
+        raise UserError(f"the clock says {now.year}: set it, or give --version")
+    return now.strftime("%Y.%m.%d.%H%M%S")
+
+
 def seal(folder: Path, facts: Mapping[str, Any], private_key: Path) -> dict[str, Any]:
     """Write the list of every file in `folder`, with `facts` about the whole, and sign it; returns it."""
     contents = {
@@ -113,9 +131,18 @@ def seal(folder: Path, facts: Mapping[str, Any], private_key: Path) -> dict[str,
         "files": {name: file_entry(folder / name) for name in sorted(files_in(folder))},
     }
     data = as_json(contents)
+    if len(data) > MOST_BYTES:
+        raise UserError(f"the list of {folder}'s files is larger than {MOST_BYTES} bytes: leave some out")
     (folder / CONTENTS).write_bytes(data)
     (folder / SIGNATURE).write_bytes(sign(data, private_key))
     return contents
+
+
+def _copy(artifact: Artifact, folder: Path) -> None:
+    """What the manifest lists, and nothing that lies beside it."""
+    folder.mkdir()
+    for name in (MANIFEST, *artifact.manifest["files"]):
+        shutil.copyfile(artifact.root / name, folder / name)
 
 
 def _wheels(platform: Platform, python: str, provider: str, folder: Path) -> list[Wheel]:
@@ -140,6 +167,7 @@ def _write_scripts(folder: Path, platform: Platform, python: str, model: str) ->
 
 def _zip(folder: Path, archive: Path) -> None:
     """Stored, not compressed: weights do not shrink, and a device unpacks faster."""
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
+    # A ZIP has years from 1980 to 2107, and clocks have others.
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED, allowZip64=True, strict_timestamps=False) as file:
         for name in sorted(files_in(folder)):
             file.write(folder / name, name)

@@ -21,19 +21,35 @@ def make_keys(private: Path) -> Path:
     """Write a new private key, readable by its owner only, and its public key beside it; returns the latter.
 
     Raises:
-        UserError: one of the files exists.
+        UserError: one of the files exists, or the private key is named as the public one would be.
     """
     public = private.with_name(private.stem + ".pub")
+    if public.name.lower() == private.name.lower():  # as disks compare them that know no case
+        raise UserError(
+            f"{private} is what the public key is called: name the private one {private.stem}.key"
+        )
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     open_ = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    for path in (private, public):
-        if path.exists():
-            raise UserError(f"{path} exists: choose another name, so that no key is lost")
-    with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(secret)
-    public.write_bytes(open_)
+    _write_new(private, secret, 0o600)
+    try:
+        _write_new(public, open_, 0o644)
+    except BaseException:
+        private.unlink()  # nothing is signed with it yet
+        raise
     return public
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Only where there is nothing, not even a link that leads nowhere, and on the disk when this returns."""
+    try:
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    except FileExistsError as error:
+        raise UserError(f"{path} exists: choose another name, so that no key is lost") from error
+    with os.fdopen(number, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sign(data: bytes, private: Path) -> bytes:

@@ -11,7 +11,7 @@ class Platform:
     """A platform as pip and PEP 508 call it.
 
     Attributes:
-        tags: pip's `--platform`, the best first.
+        tags: pip's `--platform`, what the oldest systems run first: of several wheels pip takes the first.
         markers: the environment markers that depend on it.
         windows: which scripts it runs.
     """
@@ -25,10 +25,11 @@ class Platform:
 
 
 def _linux(machine: str) -> Platform:
-    tags = tuple(f"manylinux_2_{minor}_{machine}" for minor in range(34, 16, -1))
+    tags = tuple(f"manylinux_2_{minor}_{machine}" for minor in range(18, 40))
     markers = {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix"}
     return Platform(
-        (*tags, f"manylinux2014_{machine}", f"linux_{machine}"), markers | {"platform_machine": machine}
+        (f"manylinux_2_17_{machine}", f"manylinux2014_{machine}", *tags, f"linux_{machine}"),
+        markers | {"platform_machine": machine},
     )
 
 
@@ -39,7 +40,7 @@ def _windows(tag: str, machine: str) -> Platform:
 
 def _macos() -> Platform:
     markers = {"sys_platform": "darwin", "platform_system": "Darwin", "os_name": "posix"}
-    tags = tuple(f"macosx_{major}_0_arm64" for major in range(15, 10, -1))
+    tags = tuple(f"macosx_{major}_0_arm64" for major in range(11, 16))
     return Platform(tags, markers | {"platform_machine": "arm64"})
 
 

@@ -6,6 +6,7 @@ that only the target has (`; sys_platform == "win32"`) are found from the wheels
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,6 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from qwen_common.errors import UserError
-from qwen_common.version import DISTRIBUTION
 
 from qwen_export.bundle.platforms import Platform
 
@@ -44,6 +44,11 @@ class Wheel:
     def version(self) -> str:
         return self.path.name.split("-")[1]
 
+    @property
+    def tags(self) -> list[str]:
+        """Platforms that it is for; each of them will do."""
+        return self.path.stem.split("-")[-1].split(".")
+
     def needs(self, environment: Mapping[str, str], extras: Iterable[str]) -> list[Requirement]:
         """Its requirements in `environment`, those of `extras` among them."""
         requirements = [Requirement(text) for text in self.distribution.requires or []]
@@ -63,7 +68,7 @@ def download(
     python: str,
     folder: Path,
 ) -> list[Wheel]:
-    """Put the wheel `root` and everything that it needs on `platform` into `folder`.
+    """Put everything that the wheel `root` needs on `platform` beside it; its own name is asked of no index.
 
     Args:
         extras: of the root.
@@ -80,11 +85,14 @@ def download(
         "implementation_name": "cpython",
         "platform_python_implementation": "CPython",
     }
-    wanted = [item for item in Wheel(root).needs(environment, extras) if item.name not in replaced]
+    own = Wheel(root)
+    wanted = [item for item in _own_needs(own, environment, extras) if item.name not in replaced]
     wanted += [Requirement(text) for text in replaced.values() if text]
     while True:
         _pip_download([_plain(item) for item in wanted], platform, python, folder)
         wheels = {wheel.name: wheel for wheel in map(Wheel, folder.glob("*.whl")) if wheel.path != root}
+        if own.name in wheels:
+            raise UserError(f"a package asks an index for {own.name}, which is this program: leave it out")
         reached, missing = _closure(wanted, wheels, environment)
         if not missing:
             break
@@ -92,6 +100,44 @@ def download(
     for name in wheels.keys() - reached:  # what only this machine would need
         wheels.pop(name).path.unlink()
     return sorted([*wheels.values(), Wheel(root)], key=lambda wheel: wheel.name)
+
+
+def _own_needs(own: Wheel, environment: Mapping[str, str], extras: Iterable[str]) -> list[Requirement]:
+    """What the root needs with `extras`, and with those of its own that they name."""
+    names = set(extras)
+    while True:
+        needed = own.needs(environment, sorted(names))
+        more = {extra for item in needed if canonicalize_name(item.name) == own.name for extra in item.extras}
+        if more <= names:
+            return [item for item in needed if canonicalize_name(item.name) != own.name]
+        names |= more
+
+
+def system_needed(wheels: Iterable[Wheel]) -> dict[str, str]:
+    """The oldest system that all of `wheels` run on: {"glibc": "2.28"}, {"macos": "14.0"}, or {}.
+
+    manylinux's tags name the glibc (PEP 600, whose older ones are aliases), macosx's the system.
+    """
+    needed: dict[str, tuple[int, ...]] = {}
+    for wheel in wheels:
+        for system, pattern in _SYSTEMS.items():
+            found = [match for tag in wheel.tags if (match := pattern.fullmatch(_ALIASES.sub(_alias, tag)))]
+            if found:
+                oldest = min((int(match[1]), int(match[2])) for match in found)
+                needed[system] = max(needed.get(system, oldest), oldest)
+    return {system: ".".join(map(str, version)) for system, version in needed.items()}
+
+
+_SYSTEMS = {
+    "glibc": re.compile(r"manylinux_(\d+)_(\d+)_\w+"),
+    "macos": re.compile(r"macosx_(\d+)_(\d+)_\w+"),
+}
+_ALIASES = re.compile(r"^(manylinux1|manylinux2010|manylinux2014)(?=_)")
+_OLDER = {"manylinux1": "2_5", "manylinux2010": "2_12", "manylinux2014": "2_17"}
+
+
+def _alias(match: re.Match[str]) -> str:
+    return f"manylinux_{_OLDER[match[1]]}"
 
 
 def _closure(
@@ -131,27 +177,3 @@ def _pip_download(requirements: list[str], platform: Platform, python: str, fold
             f"pip could not get the wheels: {(errors or [result.stderr.strip()])[-1]}: "
             "check the network, the platform and --python"
         )
-
-
-def build_own_wheel(folder: Path) -> Path:
-    """This program's own wheel: built from its source tree, or downloaded where there is none.
-
-    Raises:
-        UserError: neither works.
-    """
-    import json
-    from importlib.metadata import distribution
-    from urllib.parse import urlparse
-    from urllib.request import url2pathname
-
-    own = distribution(DISTRIBUTION)
-    origin = json.loads(own.read_text("direct_url.json") or "{}")  # PEP 610
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-    if origin.get("url", "").startswith("file:"):
-        command.append(url2pathname(urlparse(origin["url"]).path))
-    else:
-        command.append(f"{DISTRIBUTION}=={own.version}")
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f"pip could not make qwen-edge's own wheel: {' '.join(result.stderr.split())[-300:]}")
-    return next(folder.glob("qwen_edge-*.whl"))

@@ -51,8 +51,9 @@ def bundle(
         from rich.console import Console
 
         from qwen_export.bundle.assemble import bundle as assemble
+        from qwen_export.bundle.assemble import default_version
 
-        version = version or datetime.now(UTC).strftime("%Y.%m.%d.%H%M%S")
+        version = version or default_version(datetime.now(UTC))
         console = Console(stderr=True)
         contents = assemble(artifact, output, platform, python, version, key, console.print)
         if as_json:

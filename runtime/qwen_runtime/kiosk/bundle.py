@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypedDict, cast
 
 from packaging.version import InvalidVersion, Version
-from qwen_common.errors import UserError
+from qwen_common.errors import UserError, one_line
 from qwen_common.files import parse_json, sha256
 from qwen_common.manifest import FileEntry
 from qwen_common.shape import first_fault
@@ -27,6 +27,9 @@ SIGNATURE = "bundle.json.sig"
 ARTIFACT = "artifact"
 WHEELS = "wheels"
 REQUIREMENTS = "requirements.txt"
+MOST_BYTES = 16 * 1024 * 1024  # of bundle.json, of which nothing is known before it was read
+_MOST_SIGNATURE = 1024
+_LONGEST_VERSION = 64
 _ADVICE = "make the bundle again"
 
 
@@ -75,8 +78,8 @@ class Bundle:
         for name in (CONTENTS, SIGNATURE):
             if not (root / name).is_file() or (root / name).is_symlink():
                 raise UserError(f"{root} has no {name}: it is not a bundle, or was copied in part")
-        data = (root / CONTENTS).read_bytes()
-        check_signature(data, (root / SIGNATURE).read_bytes(), public_key, root / CONTENTS)
+        data = _read(root / CONTENTS, MOST_BYTES)
+        check_signature(data, _read(root / SIGNATURE, _MOST_SIGNATURE), public_key, root / CONTENTS)
         contents = parse_json(data, root / CONTENTS, _ADVICE)
         if contents.get("format_version") != FORMAT_VERSION:
             raise UserError(
@@ -85,6 +88,7 @@ class Bundle:
             )
         if (fault := first_fault(contents, Contents)) is not None:
             raise UserError(f"{root / CONTENTS} has no valid '{fault}': {_ADVICE}")
+        version_key(contents["version"])  # a folder is named by it
         return cls(root, cast(Contents, contents))
 
     @property
@@ -113,14 +117,23 @@ def version_key(version: str) -> Version:
     """What orders versions (PEP 440).
 
     Raises:
-        UserError: it is not a version, or has white space, which a release's folder is not named with.
+        UserError: it is not a version, or has white space or a length that no release's folder is named with.
     """
     try:
-        if version.strip() == version:
+        if version.strip() == version and len(version) <= _LONGEST_VERSION:
             return Version(version)
     except InvalidVersion:
         pass
-    raise UserError(f"'{version}' is not a version: write numbers with dots between them")
+    shown = one_line(version[:_LONGEST_VERSION])
+    raise UserError(f"'{shown}' is not a version: write numbers with dots between them")
+
+
+def _read(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"{path} is larger than {most} bytes: {_ADVICE}")
+    return data
 
 
 def check_signature(data: bytes, signature: bytes, public_key: Path, what: Path) -> None:

@@ -8,16 +8,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from qwen_common.errors import UserError
-from qwen_export.bundle.assemble import seal
+from qwen_export.bundle.assemble import _copy, _zip, default_version, seal
 from qwen_export.bundle.keys import make_keys, sign
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.bundle.wheels import Wheel, download
+from qwen_runtime.artifact import Artifact
 from qwen_runtime.cli import main
 from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE, Bundle, check_signature
 from qwen_runtime.kiosk.self_test import make_self_test, run_self_test
@@ -214,3 +216,33 @@ def test_the_checkpoints_licence_comes_along(tmp_path: Path) -> None:
     artifact = make_artifact(checkpoint, float_profile("fused"), tmp_path / "artifact", all_logits=False)
     assert (artifact / "LICENSE").read_text() == "terms"
     assert "LICENSE" in json.loads((artifact / "manifest.json").read_text())["files"]
+
+
+@pytest.mark.parametrize("year", [1970, 2040, 2112])
+def test_files_of_any_clock_are_packed(year: int, sealed: Path, key: Path, tmp_path: Path) -> None:
+    """A ZIP has years from 1980 to 2107."""
+    moment = datetime(year, 1, 1, tzinfo=UTC).timestamp()
+    for path in sealed.rglob("*"):
+        os.utime(path, (moment, moment))
+    _zip(sealed, tmp_path / "bundle.zip")
+    shutil.unpack_archive(tmp_path / "bundle.zip", tmp_path / "unpacked")
+    check(tmp_path / "unpacked", key)
+
+
+def test_a_clock_that_was_never_set_names_no_version() -> None:
+    assert default_version(datetime(2040, 1, 2, 3, 4, 5, tzinfo=UTC)) == "2040.01.02.030405"
+    with pytest.raises(UserError, match="the clock says 1970: set it, or give --version"):
+        default_version(datetime(1970, 1, 1, tzinfo=UTC))
+
+
+def test_what_lies_beside_the_artifact_stays_there(cpu_artifact: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(cpu_artifact, tmp_path / "artifact")
+    (artifact / "NOTES.md").write_text("private")
+    (artifact / ".git").mkdir()
+    (artifact / ".git" / "config").write_text("password")
+    _copy(Artifact.open(artifact), tmp_path / "copied")
+    assert {path.name for path in (tmp_path / "copied").iterdir()} == {
+        "manifest.json",
+        *Artifact.open(artifact).manifest["files"],
+    }
+    Artifact.open(tmp_path / "copied", verify=True)

@@ -11,7 +11,7 @@ from packaging.version import Version
 from qwen_common.errors import UserError
 from qwen_export.bundle.assemble import seal
 from qwen_export.bundle.keys import make_keys, sign
-from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE, Bundle, version_key
+from qwen_runtime.kiosk.bundle import CONTENTS, MOST_BYTES, SIGNATURE, Bundle, version_key
 
 FACTS = {
     "name": "tiny",
@@ -38,7 +38,9 @@ def test_versions_in_their_order(older: str, newer: str) -> None:
     assert version_key(newer) == Version(newer)
 
 
-@pytest.mark.parametrize("text", ["", "1..2", "one", "1.2/../..", "../1", " 1.2", "1.2\n", "1,2", "１.２"])
+@pytest.mark.parametrize(
+    "text", ["", "1..2", "one", "1.2/../..", "../1", " 1.2", "1.2\n", "1,2", "１.２", "1." * 40 + "1"]
+)
 def test_what_is_no_version(text: str) -> None:
     with pytest.raises(UserError, match="is not a version: write numbers with dots between them"):
         version_key(text)
@@ -49,6 +51,8 @@ def test_what_is_no_version(text: str) -> None:
     [
         ({"format_version": 2}, "has bundle format 2"),
         ({"version": 1.2}, "has no valid 'version'"),
+        ({"version": "../../etc"}, "'../../etc' is not a version"),
+        ({"version": "1.0\n"}, "is not a version"),
         ({"self_test": {"prompt": "Hello", "tokens": ["1"]}}, "has no valid 'self_test.tokens.0'"),
         ({"files": {"a": {"size": "1", "sha256": "0"}}}, "has no valid 'files.a.size'"),
         ({"files": []}, "has no valid 'files'"),
@@ -65,4 +69,17 @@ def test_what_is_signed_and_malformed(change: dict[str, Any] | None, message: st
     (folder / CONTENTS).write_bytes(data)
     (folder / SIGNATURE).write_bytes(sign(data, key))
     with pytest.raises(UserError, match=message):
+        Bundle.open(folder, public)
+
+
+@pytest.mark.parametrize("name,most", [(CONTENTS, MOST_BYTES), (SIGNATURE, 1024)])
+def test_a_list_without_end(name: str, most: int, tmp_path: Path) -> None:
+    """What is not known to be signed is not read whole."""
+    key, folder = tmp_path / "kiosk.key", tmp_path / "bundle"
+    public = make_keys(key)
+    folder.mkdir()
+    seal(folder, FACTS, key)
+    with (folder / name).open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match=f"{name} is larger than {most} bytes"):
         Bundle.open(folder, public)
