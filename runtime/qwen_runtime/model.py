@@ -25,6 +25,7 @@ from qwen_runtime.backends.protocol import (
 from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.logits import LogitsProcessor
+from qwen_runtime.pooling import Pooler, Pooling, Vector
 from qwen_runtime.prefill import prefill_tokens
 from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
@@ -307,6 +308,14 @@ class Model:
             UserError: the tokens do not fit the context.
         """
         return self._scorer.pace(tokens, prompt)
+
+    def embed(self, tokens: Sequence[int], pooling: Pooling = "mean") -> Vector:
+        """A text as a vector of length 1, float32 [hidden_size]: the mean of its hidden states, or the last.
+
+        Raises:
+            UserError: there are no tokens, too many or unknown ones, or the artifact shows no hidden states.
+        """
+        return Pooler(self._artifact, self._backend, self.info.context_length).embed(tokens, pooling)
 
     def read_ahead(
         self,

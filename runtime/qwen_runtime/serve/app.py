@@ -23,6 +23,7 @@ from qwen_runtime.serve import ollama, ollama_models
 from qwen_runtime.serve.access import Access
 from qwen_runtime.serve.chat import chat_completions
 from qwen_runtime.serve.completions import completions
+from qwen_runtime.serve.embeddings import embeddings, ollama_embed, ollama_embeddings
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
@@ -75,6 +76,7 @@ def make_app(
                 Route("/models/{name:path}", model),
                 Route("/chat/completions", chat_completions, methods=["POST"]),
                 Route("/completions", completions, methods=["POST"]),
+                Route("/embeddings", embeddings, methods=["POST"]),
                 Route("/responses", responses, methods=["POST"]),
                 Route("/messages", messages, methods=["POST"]),
                 Route("/messages/count_tokens", count_tokens, methods=["POST"]),
@@ -85,6 +87,8 @@ def make_app(
             routes=[
                 Route("/chat", ollama.chat, methods=["POST"]),
                 Route("/generate", ollama.generate, methods=["POST"]),
+                Route("/embed", ollama_embed, methods=["POST"]),
+                Route("/embeddings", ollama_embeddings, methods=["POST"]),
                 Route("/tags", ollama_models.tags),
                 Route("/show", ollama_models.show, methods=["POST"]),
                 Route("/ps", ollama_models.ps),

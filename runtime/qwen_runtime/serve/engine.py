@@ -223,20 +223,10 @@ class Engine:
         Raises:
             ApiError: too many requests wait, the worker is gone, or the request is at fault.
         """
-        if not self.alive:
-            raise _reloading()
-        if self._waiting >= self._limit and self._slots.locked():
-            raise _full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
+        self._check_queue()
         job = Job(next(self._ids), request)
         packed = _packed(job)
-        self._waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
-        if not self.alive:
-            self._slots.release()
-            raise _reloading()
+        await self._turn()
         answer = Answer(self, job.id)
         self._answers[answer.id] = answer
         self._outbox.put(packed)
@@ -246,6 +236,37 @@ class Engine:
             answer.close()
             raise
         return answer
+
+    def _check_queue(self) -> None:
+        """Raises:
+        ApiError: too many requests wait, or the worker is gone.
+        """
+        if not self.alive:
+            raise _reloading()
+        if self._waiting >= self._limit and self._slots.locked():
+            raise _full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
+
+    async def _turn(self) -> None:
+        """Wait for a place, which the caller must release."""
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        if not self.alive:
+            self._slots.release()
+            raise _reloading()
+
+    async def ask_in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
+        """As `ask`, of what takes the model some time, and so waits for a place as answers do.
+
+        It is done to its end, and only then is the place free, also where the client leaves.
+        """
+        self._check_queue()
+        await self._turn()
+        asked = asyncio.ensure_future(self.ask(function, *arguments))
+        asked.add_done_callback(lambda _: self._slots.release())
+        return await asyncio.shield(asked)
 
     async def ask(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function`, of a module of the package, returns for the worker's model and `arguments`.

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.model import ModelInfo
+from qwen_runtime.pooling import has_hidden_states
 from qwen_runtime.serve.common import engine_for
 from qwen_runtime.serve.http import read_json
 from qwen_runtime.serve.schema.base import parse
@@ -51,6 +52,7 @@ async def show(http: HttpRequest) -> Response:
         "completion",
         *(name for name, word in _CAPABILITIES.items() if any(word in template for template in templates)),
         *(["vision"] if info.images else []),
+        *(["embedding"] if has_hidden_states(artifact) else []),
     ]
     return JSONResponse(
         {

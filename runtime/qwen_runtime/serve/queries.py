@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwen_runtime.model import Model
+from qwen_runtime.pooling import Pooling, Vector
 from qwen_runtime.request import Request
 
 
@@ -23,3 +26,9 @@ def prompt_text(model: Model, request: Request) -> str:
 def prompt_tokens(model: Model, request: Request) -> int:
     """How many a request's prompt has, those of its images included."""
     return len(model.prompt(request).tokens)
+
+
+def embed(model: Model, text: str | Sequence[int], pooling: Pooling) -> tuple[Vector, int]:
+    """The vector, and how many tokens the text has."""
+    tokens = model.encode(text) if isinstance(text, str) else text
+    return model.embed(tokens, pooling), len(tokens)

@@ -1,0 +1,53 @@
+"""Embeddings are transformers' hidden states, pooled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from qwen_common.errors import UserError
+from qwen_runtime import Model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.checkpoints import TINY, TRAINED_HEAD
+from benchmarks.support.mtp import with_head
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, with the trained head, and read in chunks of 16 tokens."""
+    folder = tmp_path_factory.mktemp("pooling")
+    profile = float_profile("fused", prefill_chunk=16).model_copy(update={"mtp": True})
+    return make_artifact(with_head(TINY, load_file(TRAINED_HEAD), folder / "tiny"), profile, folder / "out")
+
+
+def test_vectors_are_those_of_transformers(seeing: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    with Model.load(seeing) as model:
+        for text in ("A", "A list is mutable.", "A tuple is not, and a set is. " * 9):
+            tokens = model.encode(text)
+            with torch.no_grad():
+                hidden = reference.model(torch.tensor([tokens])).last_hidden_state[0].numpy()
+            for pooling, expected in (("mean", hidden.mean(axis=0)), ("last", hidden[-1])):
+                found = model.embed(tokens, pooling)  # type: ignore[arg-type]
+                assert found.dtype == np.float32 and np.linalg.norm(found) == pytest.approx(1)
+                np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-4)
+        assert len(tokens) > 48
+
+
+def test_what_has_no_vector(seeing: Path, cpu_artifact: Path) -> None:
+    with Model.load(seeing) as model:
+        for tokens, says in (
+            ([], "no tokens"),
+            ([-1], "no token -1"),
+            ([10**6], "no token 1000000"),
+            ([1] * model.info.context_length, "do not fit the context"),
+        ):
+            with pytest.raises(UserError, match=says):
+                model.embed(tokens)
+    with Model.load(cpu_artifact) as model, pytest.raises(UserError, match=r"no hidden states.*mtp=true"):
+        model.embed([1])
