@@ -25,14 +25,19 @@ def partial(path: Path) -> Path:
 def replace(path: Path, content: bytes) -> None:
     """Write `content` to `path` in one step: whatever interrupts it, the file is the old one or the new one.
 
-    Its bytes are on the disk before its name is.
+    Its bytes are on the disk before its name is. A link that somebody put where they are written first is not
+    followed.
     """
     temporary = partial(path)
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=_no_link) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def as_json(content: Any) -> bytes:

@@ -79,3 +79,14 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_first_fault(value: object, kind: object, fault: str | None) -> None:
     assert first_fault(value, kind) == fault
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="the system has no such links")
+def test_a_link_where_bytes_are_written_first_is_not_followed(tmp_path: Path) -> None:
+    """Who may write into a folder could else have somebody with more rights overwrite any file."""
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("mine")
+    files.partial(path).symlink_to(victim)
+    with pytest.raises(OSError):
+        files.replace(path, b"evil")
+    assert victim.read_text() == "mine"

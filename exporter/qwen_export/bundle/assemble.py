@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from qwen_common.errors import UserError
+from qwen_common.errors import UserError, one_line
 from qwen_common.files import as_json, sha256
-from qwen_common.manifest import MANIFEST, file_entry
+from qwen_common.manifest import MANIFEST, Manifest, file_entry
 from qwen_common.providers import PROVIDERS
 from qwen_common.version import own_version
 from qwen_runtime.artifact import Artifact
@@ -35,6 +34,7 @@ from qwen_export.bundle.keys import sign
 from qwen_export.bundle.notices import model_part, wheel_part, write_notices
 from qwen_export.bundle.own_wheel import build_own_wheel
 from qwen_export.bundle.platforms import PLATFORMS, Platform
+from qwen_export.bundle.rendering import render
 from qwen_export.bundle.wheels import Wheel, download, system_needed
 
 _SCRIPTS = {
@@ -43,6 +43,7 @@ _SCRIPTS = {
 }
 
 _FIRST_YEAR = 2026
+_PYTHON = re.compile(r"3\.[1-9][0-9]")
 
 
 def bundle(
@@ -63,9 +64,11 @@ def bundle(
 
     Raises:
         UserError: the artifact is damaged, the output exists, pip has no wheels for the platform, or the key
-            is none.
+            or a version is none.
     """
     version_key(version)
+    if not _PYTHON.fullmatch(python):
+        raise UserError(f"'{one_line(python)}' is no version of CPython: write it as 3.12")
     if output.exists():
         raise UserError(f"{output} already exists: choose another place with -o, or remove it")
     sign(b"", private_key)  # a wrong key is known before the work
@@ -92,7 +95,7 @@ def bundle(
         model = source.manifest["model"]["name"]
         parts = [model_part(source), *(wheel_part(wheel, hashes[wheel.path.name]) for wheel in wheels)]
         write_notices(staged, f"qwen-edge kiosk, {model}", version, parts)
-        _write_scripts(staged, platform, python, model)
+        _write_scripts(staged, platform, python=python, model=model, devices=_devices(source.manifest))
         facts = {
             "name": model,
             "version": version,
@@ -152,17 +155,19 @@ def _wheels(platform: Platform, python: str, provider: str, folder: Path) -> lis
     return download(own, ["kiosk"], replaced, platform, python, folder)
 
 
-def _write_scripts(folder: Path, platform: Platform, python: str, model: str) -> None:
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+def _write_scripts(folder: Path, platform: Platform, **values: object) -> None:
     for name in ("README.txt", *_SCRIPTS[platform.windows]):
-        template = files("qwen_export.bundle").joinpath("templates", f"{name}.jinja")
-        text = environment.from_string(template.read_text(encoding="utf-8")).render(
-            python=python, model=model, windows=platform.windows
-        )
+        text = render(name, windows=platform.windows, **values)
         newline = "\r\n" if platform.windows else "\n"
         (folder / name).write_text(text, encoding="utf-8", newline=newline)
         if name.endswith(".sh"):
             (folder / name).chmod(0o755)
+
+
+def _devices(manifest: Manifest) -> bool:
+    """Whether it runs on more than the CPU."""
+    provider = PROVIDERS.get(manifest["provider"])
+    return manifest.get("device", "cpu") != "cpu" or bool(provider and provider.vendors)
 
 
 def _zip(folder: Path, archive: Path) -> None:

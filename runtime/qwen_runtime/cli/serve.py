@@ -24,7 +24,17 @@ Examples:
 @ARTIFACT
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
-@click.option("--api-key", envvar="QWEN_EDGE_API_KEY", help="Demand this key; also from QWEN_EDGE_API_KEY.")
+@click.option(
+    "--api-key",
+    envvar="QWEN_EDGE_API_KEY",
+    help="Demand this key; also from QWEN_EDGE_API_KEY. Others on this machine see it in the command.",
+)
+@click.option(
+    "--api-key-file",
+    envvar="QWEN_EDGE_API_KEY_FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Demand the key in this file; also from QWEN_EDGE_API_KEY_FILE.",
+)
 @click.option(
     "--allowed-host",
     "allowed_hosts",
@@ -108,6 +118,7 @@ def serve(
     state_dir: Path | None,
     state_disk: float,
     state_memory: float,
+    api_key_file: Path | None,
     debug: bool,
     **options: Any,
 ) -> None:
@@ -119,7 +130,24 @@ def serve(
             from qwen_runtime.states import GB, StateSettings
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is missing: pip install 'qwen-edge[serve]'") from error
+        if api_key_file is not None:
+            if options["api_key"] is not None:
+                raise UserError("there is an API key, and a file with one: leave one off")
+            options["api_key"] = _key_in(api_key_file)
         states = None
         if state_dir is not None:
             states = StateSettings(state_dir, round(state_disk * GB), round(state_memory * GB))
         listen(ModelSettings(artifact, provider, verify, context_length, keep, states), **options)
+
+
+def _key_in(path: Path) -> str:
+    """The one line of a file."""
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read an API key in {path}: write it there, on one line") from error
+    if len(lines) != 1:
+        raise UserError(
+            f"{path} has {'no' if not lines else 'more than one'} API key: write one, on one line"
+        )
+    return lines[0]
