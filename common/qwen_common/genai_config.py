@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen_common.errors import UserError, one_line
 from qwen_common.manifest import ADVICE, MANIFEST
-from qwen_common.providers import PROVIDERS
+from qwen_common.providers import PROVIDERS, named
 
 _SHOWN = 100  # characters of a name in a message
 _GRAPH = ".onnx"  # what ONNX Runtime reads as protobuf, whose references are checked; .ort's are not
@@ -124,10 +124,10 @@ class _Checker:
             raise self._malformed(path)
         for index, entry in enumerate(value):
             for provider, options in entry.items():
-                if provider not in PROVIDERS or not isinstance(options, dict):
+                if (record := named(provider)) is None or not isinstance(options, dict):
                     raise self._refused(f"{path}.{index}.{provider}")
                 for option, setting in options.items():
-                    if fault := option_fault(provider, option, setting):
+                    if fault := option_fault(record.key, option, setting):
                         raise UserError(f"{self._where}: {fault}: {ADVICE}")
 
     def _refused(self, path: str) -> UserError:

@@ -23,12 +23,18 @@ class Provider:
         title: its usual name.
         onnxruntime_name: what onnxruntime.InferenceSession calls it.
         genai_name: what onnxruntime_genai's Config.append_provider calls it; None runs on the CPU.
-        package: what to install to get it.
+        package: what has it: a distribution on PyPI, unless `install` is given.
+        install: what to do to get it, where installing `package` from PyPI does not do.
         probe: function of onnxruntime_genai that says whether this install has it; None: always.
-        plugin: module of `package`, where it is a plug-in: a library that ONNX Runtime loads, and that lists
-            the devices it can use.
+        plugin: `module:function` of `package`, where it is a plug-in: a library that ONNX Runtime loads, and
+            that lists the devices it can use. The function returns the library's path.
+        variable: environment variable that may hold the library's path.
+        beside_onnxruntime: by sys.platform, the library's name where it may lie beside ONNX Runtime's own.
+        in_catalogue: whether Windows ML's catalogue of providers, part of Windows 11, offers the library.
         systems: values of sys.platform that it is there for; None: every.
         vendors: keys of `PCI_VENDORS`, or `APPLE`, of which it needs a device; None: it needs none.
+        float16_varies: whether it has float16 depends on the device.
+        software_variable: environment variable that must be 1 for it to run on software in place of a GPU.
         own_memory: weights are not in the computer's memory.
         options: what every artifact needs on it, whoever opens it.
         settings: further options of it that an artifact may set. None names a file, a library, or an address
@@ -49,10 +55,16 @@ class Provider:
     onnxruntime_name: str
     genai_name: str | None
     package: str
+    install: str | None = None
     probe: str | None = None
     plugin: str | None = None
+    variable: str | None = None
+    beside_onnxruntime: Mapping[str, str] = field(default_factory=dict)
+    in_catalogue: bool = False
     systems: frozenset[str] | None = None
     vendors: frozenset[str] | None = None
+    float16_varies: bool = False
+    software_variable: str | None = None
     own_memory: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
     settings: frozenset[str] = frozenset()
@@ -65,6 +77,11 @@ class Provider:
     zero_points_required: bool = False
     exact_blocks: bool = False
     silu_inside: bool = True
+
+    @property
+    def advice(self) -> str:
+        """What to do to get it."""
+        return self.install or f"pip install {self.package}"
 
 
 CPU = Provider(
@@ -85,8 +102,9 @@ OPENVINO_EP = Provider(
     onnxruntime_name="OpenVINOExecutionProvider",
     genai_name="OpenVINO",
     package="onnxruntime-ep-openvino",
-    plugin="onnxruntime_ep_openvino",
+    plugin="onnxruntime_ep_openvino:get_library_path",
     systems=frozenset({"linux", "win32"}),
+    in_catalogue=True,
     vendors=frozenset({INTEL}),
     settings=frozenset(
         {
@@ -134,6 +152,35 @@ _RECORDS = (
         },
         lacks=frozenset({"QMoE"}),  # it has one, which wants the experts' codes in another order (read)
     ),
+    # AMD's umbrella over three of its own: with profile "hip" it is hip-ep, which compiles for the GPU.
+    # PyPI has a placeholder, onnxruntime-ep-amdgpu 0.0.0. Nothing of it has run: names, files and the option
+    # are from the sources of onnxruntime-genai, of github.com/onnxruntime/onnxruntime-ep-amdgpu, and from
+    # docs/quick_start.md of github.com/ROCm/hip-ep (August 2026).
+    Provider(
+        key="amdgpu",
+        title="AMDGPU",
+        onnxruntime_name="AMDGPUExecutionProvider",
+        genai_name="AMDGPU",
+        package="amdgpu-ep of github.com/ROCm/hip-ep",
+        install="get amdgpu-ep from github.com/ROCm/hip-ep and put its path into AMDGPU_EP_PATH",
+        plugin="onnxruntime_ep_amdgpu:get_library_path",
+        variable="AMDGPU_EP_PATH",
+        beside_onnxruntime={"win32": "amdgpu-ep.dll", "linux": "libamdgpu-ep.so"},
+        in_catalogue=True,
+        systems=frozenset({"linux", "win32"}),
+        vendors=frozenset({AMD}),
+        options={"profile": "hip"},
+        settings=frozenset(
+            {
+                *("device_id", "disable_caching", "force_recompile", "exhaustive_tune"),
+                *("cpu_control_flow", "hip_graph_enable"),
+            }
+        ),
+        # Not on the list of hip-ep's docs/supported-operations.md; its QMoE is, and has not been run.
+        lacks=frozenset(
+            {"FusedMatMul", "GatedRMSNorm", "LinearAttentionGate", "MoE", "QMoE", "QuickGelu"},
+        ),
+    ),
     Provider(
         key="dml",
         title="DirectML",
@@ -164,9 +211,11 @@ _RECORDS = (
         onnxruntime_name="WebGpuExecutionProvider",
         genai_name="webgpu",
         package="onnxruntime-ep-webgpu",
-        plugin="onnxruntime_ep_webgpu",
+        plugin="onnxruntime_ep_webgpu:get_library_path",
         systems=frozenset({"linux", "win32", "darwin"}),
         vendors=frozenset({*PCI_VENDORS, APPLE}),
+        float16_varies=True,  # shader-f16 is an optional feature of WebGPU
+        software_variable="ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER",
         settings=frozenset(
             {
                 *("preferredLayout", "enableGraphCapture", "validationMode", "powerPreference", "deviceId"),
@@ -179,7 +228,48 @@ _RECORDS = (
         # tokens.
         lacks=frozenset({"FusedMatMul", "MoE", "QMoE"}),
     ),
+    # Its library has the operators, as strings (0.31.0); its predecessor's source has no FusedMatMul, MoE or
+    # QuickGelu. QMoE has not been run. ONNX Runtime GenAI 0.18 does not know it by name, and hands names that
+    # it does not know to ONNX Runtime, with states in the CPU's memory, which a Mac's GPU shares.
+    Provider(
+        key="mlx",
+        title="MLX",
+        onnxruntime_name="MLXExecutionProvider",
+        genai_name="MLXExecutionProvider",
+        package="onnxruntime-ep-mlx",
+        plugin="onnxruntime_ep_mlx:library_path",
+        systems=frozenset({"darwin"}),
+        vendors=frozenset({APPLE}),
+        replaces={"onnxruntime-ep-mlx": "onnxruntime-ep-mlx>=0.31,<1"},
+        lacks=frozenset({"FusedMatMul", "MoE", "QMoE", "QuickGelu"}),
+    ),
     OPENVINO_EP,
+    # GenAI needs its CUDA library beside it, and describes to it the inputs of models without Gated DeltaNet
+    # (read in GenAI's source): it is tried last, and is in no profile.
+    Provider(
+        key="nvtensorrtrtx",
+        title="TensorRT-RTX",
+        onnxruntime_name="NvTensorRTRTXExecutionProvider",
+        genai_name="NvTensorRtRtx",
+        package="onnxruntime-ep-nv-tensorrt-rtx",
+        install="pip install onnxruntime-ep-nv-tensorrt-rtx, and onnxruntime-genai-cuda for GenAI's part",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx:get_library_path",
+        in_catalogue=True,
+        systems=frozenset({"linux", "win32"}),
+        vendors=frozenset({NVIDIA}),
+        own_memory=True,
+        replaces={
+            "onnxruntime-ep-nv-tensorrt-rtx": "onnxruntime-ep-nv-tensorrt-rtx>=0.5,<1",
+            "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19",
+        },
+        lowerings=frozenset({"portable"}),
+    ),
 )
 # By key, in the order in which they are tried.
 PROVIDERS = {provider.key: provider for provider in _RECORDS}
+
+
+def named(name: str) -> Provider | None:
+    """The provider of a key, or of ONNX Runtime GenAI's name, as genai_config.json has it."""
+    found = (provider for provider in PROVIDERS.values() if name in (provider.key, provider.genai_name))
+    return next(found, None)

@@ -13,6 +13,7 @@ from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError, one_line
 from qwen_common.files import read_json
 from qwen_common.manifest import ADVICE, GENAI_CONFIG, MANIFEST, BackendName, Manifest
+from qwen_common.providers import named
 from qwen_common.shape import first_fault
 
 from qwen_runtime.images import ImageSettings
@@ -115,7 +116,15 @@ class Artifact:
     def provider_options(self, provider: str) -> dict[str, str]:
         """What the artifact asks of an execution provider; {} of one that it was not made for."""
         entries = self.genai_config["model"]["decoder"]["session_options"]["provider_options"]
-        return next((dict(entry[provider]) for entry in entries if provider in entry), {})
+        return next(
+            (
+                dict(options)
+                for entry in entries
+                for name, options in entry.items()
+                if (record := named(name)) is not None and record.key == provider
+            ),
+            {},
+        )
 
     @property
     def chunk_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from qwen_common.providers import APPLE, PCI_VENDORS, PROVIDERS
+from qwen_common.providers import APPLE, PCI_VENDORS, PROVIDERS, Provider
 from qwen_profiles.reading import profile_names, read_fields, shipped_text
 
-from qwen_runtime.provider import has_device, is_available
+from qwen_runtime import plugins, windows_ml
+from qwen_runtime.adapters import Adapter, vulkan_adapters, windows_adapters
+from qwen_runtime.float16_probe import computes_float16
+from qwen_runtime.provider import is_available
 
 _PCI = Path("/sys/bus/pci/devices")
 _DISPLAY, _ACCELERATOR = "0x03", "0x12"  # PCI base classes
@@ -54,6 +58,7 @@ class Machine:
     Attributes:
         system: as sys.platform has it.
         cpu_flags: instruction sets, as Linux's /proc/cpuinfo calls them.
+        adapters: what Vulkan or Direct3D runs on, as far as that is known; of Windows the software ones.
     """
 
     system: str
@@ -61,16 +66,25 @@ class Machine:
     cpu_flags: frozenset[str]
     memory_bytes: int
     devices: tuple[Device, ...]
+    adapters: tuple[Adapter, ...] = ()
 
 
 @dataclass(frozen=True)
 class Usable:
-    """One execution provider here. `advice` is the one thing to do where it is not usable."""
+    """One execution provider here.
+
+    Attributes:
+        advice: the one thing to do where it is not usable; "" where it is.
+        note: what to know where it is; "" for nothing.
+        sources: what may have it on this system: a package, an environment variable, a place, Windows.
+    """
 
     name: str
     title: str
     usable: bool
     advice: str
+    note: str = ""
+    sources: tuple[str, ...] = ()
 
 
 def find_machine() -> Machine:
@@ -79,17 +93,14 @@ def find_machine() -> Machine:
     import cpuinfo
 
     info = cpuinfo.get_cpu_info()
-    devices: Callable[[], list[Device]] = {
-        "linux": linux_devices,
-        "win32": _windows_devices,
-        "darwin": _apple_devices,
-    }.get(sys.platform, list)
+    devices, adapters = _FOUND_BY.get(sys.platform, lambda: ([], []))()
     return Machine(
         system=sys.platform,
         cpu=info.get("brand_raw", platform.machine()),
         cpu_flags=frozenset(map(_linux_name, info.get("flags", ()))),
         memory_bytes=psutil.virtual_memory().total,
-        devices=tuple(devices()),
+        devices=tuple(devices),
+        adapters=tuple(adapters),
     )
 
 
@@ -123,13 +134,13 @@ def linux_devices(root: Path = _PCI) -> list[Device]:
     return found
 
 
-def _windows_devices() -> list[Device]:
+def _on_windows() -> tuple[list[Device], list[Adapter]]:
     command = ["powershell", "-NoProfile", "-NonInteractive", "-Command", _WINDOWS_QUERY]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return windows_devices(answer)
+        return [], vulkan_adapters()
+    return windows_devices(answer), windows_adapters(json.loads(answer)["gpu"])
 
 
 def windows_devices(answer: str) -> list[Device]:
@@ -148,6 +159,13 @@ def _apple_devices() -> list[Device]:
     return [Device("gpu", "Apple GPU", f"{APPLE}:")] if platform.machine() == "arm64" else []
 
 
+_FOUND_BY: dict[str, Callable[[], tuple[list[Device], list[Adapter]]]] = {
+    "linux": lambda: (linux_devices(), vulkan_adapters()),
+    "win32": _on_windows,
+    "darwin": lambda: (_apple_devices(), []),
+}
+
+
 def providers(machine: Machine, og: Any) -> list[Usable]:
     """Every execution provider, and whether it can be used on `machine` with this install.
 
@@ -156,19 +174,84 @@ def providers(machine: Machine, og: Any) -> list[Usable]:
     """
     found = []
     for name, provider in PROVIDERS.items():
-        systems, vendors = provider.systems, provider.vendors
-        if systems is not None and machine.system not in systems:
-            advice = f"not on {machine.system}"
-        elif vendors is not None and not any(device.vendor in vendors for device in machine.devices):
-            advice = "no device here that it runs on"
-        elif not is_available(provider, og):
-            advice = f"pip install {provider.package}"
-        elif not has_device(provider):
-            advice = "its plug-in finds no device here"
-        else:
-            advice = ""
-        found.append(Usable(name, provider.title, not advice, advice))
+        advice = _obstacle(provider, machine, og)
+        note = "" if advice else _note(provider, machine)
+        found.append(
+            Usable(name, provider.title, not advice, advice, note, _sources(provider, machine.system))
+        )
     return found
+
+
+def _obstacle(provider: Provider, machine: Machine, og: Any) -> str:
+    """What there is to do before the provider can be used; "" for nothing."""
+    if provider.systems is not None and machine.system not in provider.systems:
+        return f"not on {machine.system}"
+    software = _only_software(provider, machine)
+    if software is not None and not _is_set(provider.software_variable):
+        setting = provider.software_variable
+        test = f"; to test with it all the same, set {setting}=1" if setting else ""
+        return (
+            f"only a software adapter here, {software.name} (says {software.source}), which computes on the "
+            f"CPU: install the graphics driver, or take the CPU provider{test}"
+        )
+    if provider.vendors is not None and not software and not _has_device_of(provider, machine):
+        return "no device here that it runs on"
+    if not is_available(provider, og):
+        return _how_to_get(provider, machine.system)
+    if provider.plugin is not None and not plugins.devices(provider):
+        return "its plug-in finds no device here"
+    return ""
+
+
+def _note(provider: Provider, machine: Machine) -> str:
+    """What to know of a provider that can be used; "" for nothing."""
+    notes = []
+    if software := _only_software(provider, machine):
+        notes.append(f"on the CPU, by {software.name} (says {software.source}): slower than the CPU provider")
+    if provider.float16_varies:
+        found = computes_float16(provider.onnxruntime_name, plugins.library(provider))
+        if found is False:
+            notes.append("no float16 (found by a run): export with --set activation_dtype=float32")
+    return "; ".join(notes)
+
+
+def _has_device_of(provider: Provider, machine: Machine) -> bool:
+    return provider.vendors is not None and any(d.vendor in provider.vendors for d in machine.devices)
+
+
+def _only_software(provider: Provider, machine: Machine) -> Adapter | None:
+    """The software adapter that is all that a provider for GPUs of any vendor would find."""
+    any_gpu = provider.vendors is not None and provider.vendors >= PCI_VENDORS.keys()
+    if not any_gpu or any(not adapter.software for adapter in machine.adapters):
+        return None
+    if any(adapter.source == "Windows" for adapter in machine.adapters) and _has_device_of(provider, machine):
+        return None  # Windows lists its own beside the GPU's
+    return next(iter(machine.adapters), None)
+
+
+def _is_set(variable: str | None) -> bool:
+    return variable is not None and os.environ.get(variable) == "1"
+
+
+def _how_to_get(provider: Provider, system: str) -> str:
+    if not provider.in_catalogue or system != "win32":
+        return provider.advice
+    if windows_ml.offered(provider):
+        return f"Windows offers it: qwen-run devices --get {provider.key}; or {provider.advice}"
+    if windows_ml.is_installed():
+        return provider.advice
+    return f"{provider.advice}; or pip install {windows_ml.PACKAGE}, with which Windows may offer it"
+
+
+def _sources(provider: Provider, system: str) -> tuple[str, ...]:
+    found = [provider.package]
+    if provider.variable:
+        found.append(f"environment variable {provider.variable}")
+    if name := provider.beside_onnxruntime.get(system):
+        found.append(f"{name} beside onnxruntime")
+    if provider.in_catalogue and system == "win32":
+        found.append(f"Windows ML's catalogue, through {windows_ml.PACKAGE}")
+    return tuple(found)
 
 
 def fitting_profiles(machine: Machine) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from qwen_common.errors import UserError
 from qwen_common.providers import CPU, PROVIDERS, Provider
+
+from qwen_runtime import plugins
 
 T = TypeVar("T")
 
@@ -20,9 +20,6 @@ _CAUSES = {
     "requires f16 but the device": "its device has no float16: export with --set activation_dtype=float32",
 }
 _LONGEST_CAUSE = 240  # characters; OpenVINO's fill a page
-
-
-_registered: set[str] = set()  # plug-ins, of this process
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,12 @@ def load_first(
         if not is_available(provider, og):
             missing = f"{provider.title} is not in this install"
             if wanted != "auto":
-                raise UserError(f"{missing}: install {provider.package}")
+                raise UserError(f"{missing}: {provider.advice}")
             if name == made_for or name in fallbacks:  # the others were never promised
                 refusals.append(f"{missing} ({provider.package} has it)")
             continue
         try:
-            _register(provider, og)
+            plugins.register(provider, og)
             loaded = load(name)
         except Exception as error:
             if name == CPU.key:
@@ -95,27 +92,8 @@ def _candidates(wanted: str, made_for: str, fallbacks: Sequence[str]) -> Iterato
 def is_available(provider: Provider, og: Any) -> bool:
     """Whether this install has it. ONNX Runtime GenAI's own answer is yes for every plug-in."""
     if provider.plugin is not None:
-        return find_spec(provider.plugin) is not None
+        return plugins.is_here(provider)
     return provider.probe is None or bool(getattr(og, provider.probe)())
-
-
-def has_device(provider: Provider) -> bool:
-    """Whether a plug-in that is installed finds something to run on here; of others True."""
-    if provider.plugin is None:
-        return True
-    import onnxruntime
-
-    plugin = import_module(provider.plugin)
-    if all(device.ep_name != plugin.get_ep_name() for device in onnxruntime.get_ep_devices()):
-        onnxruntime.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
-    return any(device.ep_name == plugin.get_ep_name() for device in onnxruntime.get_ep_devices())
-
-
-def _register(provider: Provider, og: Any) -> None:
-    if provider.plugin is not None and provider.plugin not in _registered:
-        plugin = import_module(provider.plugin)
-        og.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
-        _registered.add(provider.plugin)
 
 
 def _cause(error: Exception) -> str:

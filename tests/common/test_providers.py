@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from qwen_common.errors import UserError
-from qwen_common.providers import AMD, PCI_VENDORS, PROVIDERS, Provider
+from qwen_common.providers import AMD, PCI_VENDORS, PROVIDERS, Provider, named
 from qwen_export.backends.onnx import kernels
 from qwen_export.graph.targets import FUSED, PORTABLE, target_for
 from qwen_export.inspection import inspect
@@ -58,7 +58,10 @@ def test_every_provider_has_a_record_and_an_entry_among_the_kernels() -> None:
         assert provider.lowerings and provider.lowerings <= {FUSED.name, PORTABLE.name}
         assert provider.probe is None or provider.plugin is None
         taken = [requirement.partition(">")[0] for requirement in provider.replaces.values()]
-        assert provider.key == "cpu" or provider.package in taken  # what `devices` says to install
+        if provider.key not in ("cpu", "amdgpu"):  # PyPI has no AMDGPU
+            assert provider.package in taken and provider.package in provider.advice
+        if provider.variable:
+            assert provider.variable in provider.advice
     used = {load_profile(name).provider for name in profile_names()}
     assert used <= PROVIDERS.keys()
 
@@ -81,7 +84,10 @@ def test_another_provider_in_profiles(pretend: Provider) -> None:
         load_profile("cpu", ["provider=pretend"])
     with pytest.raises(UserError) as raised:
         load_profile("cpu", ["provider=tpu"])
-    message = "Input should be 'cpu', 'cuda', 'dml', 'webgpu', 'openvino' or 'pretend'"
+    message = (
+        "Input should be 'cpu', 'cuda', 'amdgpu', 'dml', 'webgpu', 'mlx', 'openvino', 'nvtensorrtrtx' "
+        "or 'pretend'"
+    )
     assert str(raised.value) == f"profile 'cpu', field 'provider': {message}"
 
 
@@ -128,10 +134,24 @@ def test_another_provider_in_inspect(pretend: Provider, cpu_artifact: Path) -> N
 def test_another_provider_in_help(arguments: tuple[str, str]) -> None:
     command = [sys.executable, "-c", COMMANDS, *arguments, "--help"]
     shown = " ".join(subprocess.check_output(command, text=True).split())
-    assert "auto, cpu, cuda, dml," in shown and "pretend" in shown
+    assert "pretend" in shown and all(key in shown for key in PROVIDERS)
 
 
 def test_another_provider_in_the_devices_command() -> None:
     command = [sys.executable, "-c", COMMANDS, "run", "devices", "--json"]
     found = json.loads(subprocess.check_output(command, text=True))
-    assert found["providers"][-1] == {"name": "pretend", "title": "Pretend", "usable": True, "advice": ""}
+    assert found["providers"][-1] == {
+        "name": "pretend",
+        "title": "Pretend",
+        "usable": True,
+        "advice": "",
+        "note": "",
+        "sources": ["onnxruntime-genai-pretend"],
+    }
+
+
+def test_a_provider_is_found_by_its_key_and_by_genais_name() -> None:
+    for provider in PROVIDERS.values():
+        assert named(provider.key) is provider
+        assert provider.genai_name is None or named(provider.genai_name) is provider
+    assert named("WebGpuExecutionProvider") is None

@@ -57,7 +57,7 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
     assert sum(manifest["bytes_by_role"].values()) <= graphs.data_bytes
     assert not list(tmp_path.glob(".*"))
     session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
-    expected = {"cpu": [], "strix-halo": [{"webgpu": {}}]}
+    expected = {"cpu": [], "strix-halo": [{"AMDGPU": {"profile": "hip"}}]}
     assert session["provider_options"] == expected[profile]
 
 
@@ -155,7 +155,7 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
 def test_profiles_are_checked() -> None:
     with pytest.raises(UserError, match="no profile 'strixhalo': did you mean 'strix-halo'"):
         load_profile("strixhalo")
-    with pytest.raises(UserError, match="no profile 'x': there are: apple-m4, cpu, "):
+    with pytest.raises(UserError, match="no profile 'x': there are: apple-m4, browser, "):
         load_profile("x")
     with pytest.raises(UserError, match="profile 'mine' is not valid TOML"):
         parse_profile("mine", "a = ")

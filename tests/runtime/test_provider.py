@@ -32,7 +32,7 @@ def fake_webgpu_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
         "def get_ep_name(): return 'WebGpuExecutionProvider'\ndef get_library_path(): return 'webgpu.so'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("qwen_runtime.provider._registered", set())
+    monkeypatch.setattr("qwen_runtime.plugins._registered", set())
     monkeypatch.delitem(sys.modules, "onnxruntime_ep_webgpu", raising=False)
     yield
     sys.modules.pop("onnxruntime_ep_webgpu", None)  # it was imported, and others would find it
@@ -56,7 +56,7 @@ def test_provider_choice() -> None:
         "dml",
     ) and choice.reason == "DirectML: the artifact was made for it"
     assert load_first("cuda", "dml", FakeGenAI("cuda"), loads_on("cuda"))[0].reason == "CUDA: asked for"
-    with pytest.raises(UserError, match="CUDA is not in this install: install onnxruntime-genai-cuda"):
+    with pytest.raises(UserError, match="CUDA is not in this install: pip install onnxruntime-genai-cuda"):
         load_first("cuda", "cpu", FakeGenAI(), loads_on("cuda"))
     with pytest.raises(UserError, match="no provider 'gpu': there are auto, cpu, cuda"):
         load_first("gpu", "cpu", FakeGenAI(), loads_on())

@@ -15,6 +15,7 @@ from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.silu import silu
 from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import negative_exp
 
@@ -128,10 +129,10 @@ def _causal_conv(
             "CausalConvWithState", mixed, weight, bias, past, outputs=2, activation=activation
         )
         if not g.target.silu_inside:
-            convolved = g.op("QuickGelu", convolved, alpha=1.0)
+            convolved = silu(g, convolved)
     else:
         seen = g.op("Concat", past, mixed, axis=2)
-        convolved = g.op("QuickGelu", g.op("Conv", seen, weight, group=channels), alpha=1.0)
+        convolved = silu(g, g.op("Conv", seen, weight, group=channels))
         end = g.constant([np.iinfo(np.int64).max], np.int64)
         present = g.op("Slice", seen, g.ints(1 - kernel), end, g.ints(2))
     return g.op("Transpose", convolved, perm=[0, 2, 1]), present

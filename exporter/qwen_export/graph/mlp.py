@@ -5,6 +5,7 @@ from __future__ import annotations
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.silu import silu
 
 
 def mlp(g: GraphBuilder, recipe: Recipe, name: str, x: Value) -> Value:
@@ -17,5 +18,4 @@ def mlp(g: GraphBuilder, recipe: Recipe, name: str, x: Value) -> Value:
     )
     down = projection(recipe, f"{name}.down_proj", recipe.whole(f"{name}.down_proj.weight"))
     gate, up = g.ops("Split", linear(g, recipe, x, gate_up), outputs=2, axis=-1, num_outputs=2)
-    # QuickGelu(x) = x * sigmoid(alpha * x), which is SiLU for alpha = 1.
-    return linear(g, recipe, g.op("Mul", g.op("QuickGelu", gate, alpha=1.0), up), down)
+    return linear(g, recipe, g.op("Mul", silu(g, gate), up), down)

@@ -13,6 +13,7 @@ from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, product
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.silu import silu
 from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import Storage, Weight, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization
@@ -105,7 +106,7 @@ def _portable_experts(
         """tokens [n, hidden], weights [n, count] of `count` experts -> [n, hidden]."""
         both = product(g, recipe, tokens, rows, gate_up.storage, count * 2 * inner, hidden)
         gate, up = g.ops("Split", g.reshape(both, -1, count, 2 * inner), outputs=2, axis=-1, num_outputs=2)
-        inside = g.op("Mul", g.op("QuickGelu", gate, alpha=1.0), up)
+        inside = g.op("Mul", silu(g, gate), up)
         inside = g.op("Mul", inside, g.op("Unsqueeze", weights, g.ints(-1)))
         inside = g.reshape(inside, -1, count * inner)
         return product(g, recipe, inside, columns, down.storage, hidden, count * inner)

@@ -6,6 +6,7 @@ import numpy as np
 
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.silu import silu
 from qwen_export.graph.weights import Weight, one_plus
 
 
@@ -50,5 +51,5 @@ def gated_rms_norm(
     normed = g.reshape(normed, 0, 0, heads * head_dim)
     if wider:
         gate = g.cast(gate, np.float32)
-    gated = g.op("Mul", normed, g.op("QuickGelu", gate, alpha=1.0))
+    gated = g.op("Mul", normed, silu(g, gate))
     return g.cast(gated, g.dtype) if wider else gated

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from qwen_common.providers import CPU, PROVIDERS
+from qwen_common.providers import PROVIDERS
 from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.vision import VisionConfig
@@ -40,8 +40,9 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
         # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
         # also its <|endoftext|>. One sequence is never padded.
         pad = _NO_TOKEN
-    options = {**PROVIDERS[profile.provider].options, **profile.provider_options}
-    provider_options = [] if profile.provider == CPU.key else [{profile.provider: options}]
+    record = PROVIDERS[profile.provider]
+    options = {**record.options, **profile.provider_options}
+    provider_options = [] if record.genai_name is None else [{record.genai_name: options}]
     return {
         "model": {
             "type": checkpoint.model_type,

@@ -1,11 +1,12 @@
 """Writes kernels.json: which operators each execution provider has kernels for, read from its own package.
 
-    python -m qwen_export.backends.onnx.kernel_tables --cuda WHEEL --webgpu WHEEL
+    python -m qwen_export.backends.onnx.kernel_tables --cuda WHEEL --webgpu WHEEL --amdgpu PAGE
 
 The wheels are Linux builds of onnxruntime-gpu and onnxruntime-ep-webgpu. Documentation pages are out of date,
 so nothing comes from them. The CPU's table is the registry of the installed onnxruntime, with types. CUDA's
 library has the names of its kernels' classes (C++ run-time type information), one for each type. WebGPU's has
-operator names alone; its types are those of runs. DirectML's kernels lie in one library with the CPU's and
+operator names alone; its types are those of runs. AMDGPU has no package yet: its table is a page of
+github.com/ROCm/hip-ep, docs/supported-operations.md. DirectML's kernels lie in one library with the CPU's and
 cannot be told apart: its table was read in the source of its provider, and is kept.
 
 A kernel that is there may still answer wrongly: what runs have shown is in `qwen_common.providers`.
@@ -23,6 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qwen_common.files import as_json
+from qwen_common.providers import PROVIDERS
 
 from qwen_export.backends.onnx.kernels import FLOAT, KERNELS_FILE
 
@@ -117,6 +119,14 @@ def webgpu_table(library: bytes) -> Table:
     return _table(lambda domain, name: set(FLOAT) if _names(library, name) else None)
 
 
+def amdgpu_table(page: str) -> Table:
+    """From the tables of docs/supported-operations.md: operators in the first column, contrib ones marked."""
+    row = r"^\| (\w+)(?: \(`(com\.microsoft|ai\.onnx)`[^|]*\))? \|"
+    rows = set(re.findall(row, page, re.MULTILINE))
+    found = {(_CONTRIB if domain == _CONTRIB else _STANDARD, name) for name, domain in rows}
+    return _table(lambda domain, name: set(FLOAT) if (domain, name) in found else None)
+
+
 def _names(library: bytes, operator: str) -> bool:
     """Whether the operator's name stands in the library. Linkers let a string lie in a longer one's end, so
     that MoE may be there for QMoE's sake alone: what a run refuses is in the provider's record.
@@ -148,6 +158,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cuda", type=Path, help="wheel of onnxruntime-gpu")
     parser.add_argument("--webgpu", type=Path, help="wheel of onnxruntime-ep-webgpu")
+    parser.add_argument("--amdgpu", type=Path, help="hip-ep's docs/supported-operations.md")
+    parser.add_argument("--amdgpu-commit", default="", help="of that page")
     asked = parser.parse_args(None if arguments is None else list(arguments))
     from onnxruntime import __version__ as onnxruntime_version
 
@@ -173,7 +185,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         library = library_of(asked.webgpu, "libonnxruntime_providers_webgpu.so")
         source = "names of operators in its library"
         put("webgpu", "onnxruntime-ep-webgpu", _version(asked.webgpu), source, webgpu_table(library))
-    path.write_bytes(as_json(content))
+    if asked.amdgpu:
+        table = amdgpu_table(asked.amdgpu.read_text(encoding="utf-8"))
+        source = "docs/supported-operations.md of github.com/ROCm/hip-ep"
+        put("amdgpu", "hip-ep", asked.amdgpu_commit, source, table)
+    path.write_bytes(as_json({key: content.get(key) for key in PROVIDERS}))
 
 
 if __name__ == "__main__":
