@@ -11,6 +11,7 @@ from types import TracebackType
 from qwen_common.errors import UserError
 
 from qwen_runtime.backends.protocol import Generator, Logits, LogitsGenerator
+from qwen_runtime.echo import Echo
 from qwen_runtime.logits import LogitsProcessor, TokenLogprob, token_logprob, within
 from qwen_runtime.prefill import Prefill
 from qwen_runtime.speculative import Acceptance
@@ -31,6 +32,7 @@ class Decoding:
         stop: texts at which to stop.
         logprobs: how many of the likeliest tokens to report at each place; None reports nothing. With these,
             or a processor that changes anything, the generator is a `LogitsGenerator`.
+        end_logprob: the token that ended the answer is reported too.
     """
 
     max_tokens: int
@@ -38,6 +40,7 @@ class Decoding:
     stop: Sequence[str] = ()
     processor: LogitsProcessor = field(default_factory=LogitsProcessor)
     logprobs: int | None = None
+    end_logprob: bool = False
 
 
 @dataclass
@@ -77,17 +80,19 @@ class Generation:
         *,
         cancelled: threading.Event | None = None,
         acceptance: Acceptance | None = None,
+        echo: Echo | None = None,
     ) -> None:
         """Args:
         tokenizer: the backend's.
         cancelled: stops the answer when it is set, as `cancel` does.
+        echo: what is told first.
         """
         self.text = ""
         self.prompt_tokens = prefill.prompt_tokens
         self.cached_tokens = prefill.cached_tokens
         self.acceptance = acceptance
         self._progress = _Progress(cancelled or threading.Event(), prompt_read=prefill.cached_tokens)
-        self._pieces = _generate(prefill, decoding, tokenizer, self._progress)
+        self._pieces = _generate(prefill, decoding, tokenizer, self._progress, echo)
 
     @property
     def tokens(self) -> list[int]:
@@ -101,7 +106,8 @@ class Generation:
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """One for each of `tokens` but those whose text a stop string cut off, if they were asked for."""
+        """One for each of `tokens` but those whose text a stop string cut off, if they were asked for; before
+        them those of a prompt that is told too."""
         return self._progress.logprobs
 
     @property
@@ -164,7 +170,11 @@ class Generation:
 
 
 def _generate(
-    prefill: Prefill, decoding: Decoding, tokenizer: Tokenizer, progress: _Progress
+    prefill: Prefill,
+    decoding: Decoding,
+    tokenizer: Tokenizer,
+    progress: _Progress,
+    echo: Echo | None,
 ) -> abc.Generator[str]:
     usable = True
     try:
@@ -175,7 +185,11 @@ def _generate(
 
         if prefill.read(cancelled):
             progress.prompt_read = prefill.prompt_tokens
-            yield from _decode(prefill.generator, decoding, tokenizer, progress)
+            if echo is not None:
+                progress.logprobs += echo.logprobs
+                yield echo.text
+            begin = len(echo.text) if echo is not None else 0
+            yield from _decode(prefill.generator, decoding, tokenizer, progress, begin)
         else:
             progress.finish_reason = "cancelled"
     except Exception as error:
@@ -190,12 +204,18 @@ def _generate(
 
 
 def _decode(
-    generator: Generator, decoding: Decoding, tokenizer: Tokenizer, progress: _Progress
+    generator: Generator, decoding: Decoding, tokenizer: Tokenizer, progress: _Progress, begin: int
 ) -> abc.Generator[str]:
+    """Args:
+    begin: how many characters were told before.
+    """
+    if not decoding.max_tokens:
+        progress.finish_reason = "length"
+        return
     stream = tokenizer.create_stream()
     stop = StopFilter(decoding.stop)
     counts: Counter[int] = Counter()
-    decoded = shown = 0  # characters
+    decoded = shown = begin  # characters
     while True:
         if progress.cancelled.is_set():
             progress.finish_reason = "cancelled"
@@ -208,6 +228,9 @@ def _decode(
         token = int(new[0])
         if token in decoding.end_tokens:
             progress.finish_reason = "stop"
+            if logits is not None and decoding.end_logprob:
+                entry = token_logprob(logits, token, decoded, decoding.logprobs or 0, tokenizer)
+                progress.logprobs.append(entry)
             break
         counts[token] += 1
         if logits is not None:

@@ -22,6 +22,8 @@ from qwen_runtime.backends.protocol import (
     Logits,
     OutputGenerator,
 )
+from qwen_runtime.echo import Echo
+from qwen_runtime.ending import Ending
 from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.logits import LogitsProcessor
@@ -29,7 +31,7 @@ from qwen_runtime.pooling import Pooler, Pooling, Vector
 from qwen_runtime.prefill import prefill_tokens
 from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
-from qwen_runtime.request import Message, Request
+from qwen_runtime.request import ContextLengthError, Message, Request
 from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
@@ -110,7 +112,7 @@ class Model:
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
         )
-        prompts = PromptBuilder(artifact, backend.tokenizer.encode)
+        prompts = PromptBuilder(artifact, backend.tokenizer.encode, backend.tokenizer.decode)
         reader = PromptReader(backend, prompts, info.context_length, keep)
         if ort is not None and states is not None:
             kept = States(states, ort, ort.digest, keep)
@@ -242,15 +244,21 @@ class Model:
         max_tokens = self._max_tokens(prompt, request)
         options = self._search_options(request.sampling)
         defaults = self._artifact.search_defaults
-        processor = LogitsProcessor.from_sampling(request.sampling, {**defaults, **options})
+        ending = Ending.of(request, self._artifact.end_tokens, self._artifact.vocab_size)
+        processor = LogitsProcessor.from_sampling(
+            request.sampling, {**defaults, **options}, ending.not_before
+        )
         logits = request.logprobs is not None or bool(request.sampling.logit_bias)
         if self.scores_apart and logits and prompt.images:
             raise UserError(f"{self.info.provider} takes images, or logprobs and logit_bias: leave one off")
         if self.scores_apart and not logits:
-            options, processor = options | processor.search_options(), LogitsProcessor()
+            options |= processor.search_options() | ending.search_options()
+            processor = LogitsProcessor()
+            ending = replace(ending, model=frozenset()) if ending.ignored else ending
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
-        decoding = Decoding(max_tokens, self._artifact.end_tokens, stop, processor, request.logprobs)
-        max_length = len(prompt.tokens) + max_tokens
+        decoding = Decoding(max_tokens, ending.tokens, stop, processor, request.logprobs, request.echo)
+        max_length = len(prompt.tokens) + max(max_tokens, 1)
+        echo = Echo(prompt.tokens, self._backend.tokenizer) if request.echo else None
         if request.speculative:
             check_greedy(request, options, bool(prompt.images))
             decoding = replace(decoding, processor=LogitsProcessor())
@@ -260,10 +268,14 @@ class Model:
         else:
             acceptance = None
             open_generator = self._backend.logits_generator if logits else self._backend.generator
-            open_generator = partial(open_generator, options, request.guidance)
-            prefill = self._reader.prefill(prompt, request, options, max_length, open_generator)
+            opened = partial(open_generator, options, request.guidance)
+            if echo is not None and request.logprobs is not None:
+                appends = self._backend.chunk_size is not None
+                prefill = echo.prefill(opened(max_length), request.logprobs, appends)
+            else:
+                prefill = self._reader.prefill(prompt, request, options, max_length, opened)
         return Generation(
-            prefill, decoding, self._backend.tokenizer, cancelled=cancelled, acceptance=acceptance
+            prefill, decoding, self._backend.tokenizer, cancelled=cancelled, acceptance=acceptance, echo=echo
         )
 
     def _max_tokens(self, prompt: Prompt, request: Request) -> int:
@@ -271,11 +283,8 @@ class Model:
         if not prompt.tokens:
             raise UserError("the prompt is empty")
         if room < 1:
-            raise UserError(
-                f"the prompt has {len(prompt.tokens)} tokens, and the context is {self.info.context_length}: "
-                "shorten it"
-            )
-        return min(room, request.max_tokens or _DEFAULT_MAX_TOKENS)
+            raise ContextLengthError(len(prompt.tokens), self.info.context_length)
+        return min(room, _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens)
 
     def score(self, tokens: Sequence[int], prompt: int) -> Iterator[Logits]:
         """Logits [vocab] after the first `prompt` of `tokens`, then after each of the others: the prompt is

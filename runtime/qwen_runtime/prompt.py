@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from qwen_common.errors import UserError
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images
 from qwen_runtime.prefix import common_prefix
-from qwen_runtime.request import Message, Request
+from qwen_runtime.request import ContextLengthError, Message, Request
 from qwen_runtime.template import render
 from qwen_runtime.video import with_frames
 
@@ -45,10 +45,12 @@ class PromptBuilder:
 
     Attributes:
         encode: text to ids; see `Model.encode`.
+        decode: the way back; whether tokens like <|im_end|> become text comes second.
     """
 
     artifact: Artifact
     encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int], bool], str]
 
     def build(self, request: Request) -> Prompt:
         """Raises:
@@ -56,15 +58,24 @@ class PromptBuilder:
             artifact does not take so many.
         """
         messages: Sequence[Message] | None = None
+        tokens: Sequence[int]
         sources: Sequence[Any] = ()
         if isinstance(request.prompt, str):
-            text = request.prompt
+            text, tokens = request.prompt, self.encode(request.prompt)
+        elif request.conversation is None:
+            tokens = cast(Sequence[int], request.prompt)
+            if wrong := [token for token in tokens if not 0 <= token < self.artifact.vocab_size]:
+                raise UserError(
+                    f"the prompt has token {wrong[0]}, but they go from 0 to {self.artifact.vocab_size - 1}"
+                )
+            text = self.decode(tokens, True)
         else:
-            if not all(isinstance(message, Mapping) for message in request.prompt):
+            if not all(isinstance(message, Mapping) for message in request.conversation):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
-            messages, sources = take_images(with_frames(request.prompt, request.video_frames))
+            messages, sources = take_images(with_frames(request.conversation, request.video_frames))
             text = self.render(messages, request.thinking, request.tools, request.template_kwargs)
-        tokens, images = self._place_images(self.encode(text), sources, request.max_image_tokens)
+            tokens = self.encode(text)
+        tokens, images = self._place_images(tokens, sources, request.max_image_tokens)
         return Prompt(text, tokens, images, messages)
 
     def render(
@@ -162,15 +173,19 @@ class PromptBuilder:
         limit = self.artifact.image_prompt_tokens
         room = (limit - len(tokens)) // max(1, len(sources))
         if sources and room < 1:
-            raise UserError(
+            raise ContextLengthError(
+                len(tokens),
+                limit,
                 f"the text has {len(tokens)} tokens and a prompt with images at most {limit}: shorten it, or "
-                "give fewer images"
+                "give fewer images",
             )
         most = min(room, max_tokens or _MAX_IMAGE_TOKENS)
         images = [cut_patches(open_image(source), settings, most) for source in sources]
         tokens = expand(tokens, self.artifact.image_token, self.artifact.video_token, images)
         if images and len(tokens) > limit:  # a strip cannot be made as small as it should
-            raise UserError(
-                f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some"
+            raise ContextLengthError(
+                len(tokens),
+                limit,
+                f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some",
             )
         return tokens, images

@@ -9,9 +9,25 @@ import numpy as np
 import numpy.typing as npt
 from qwen_common.errors import UserError
 
-from qwen_runtime.backends.protocol import Backend, Logits
+from qwen_runtime.backends.protocol import Backend, Logits, LogitsGenerator
 from qwen_runtime.prefill import append
 from qwen_runtime.sampling import GREEDY
+
+
+def feed(generator: LogitsGenerator, token: int, appends: bool) -> None:
+    """Go on with `token`, as if it had been generated.
+
+    Args:
+        appends: the generator takes tokens after others; otherwise it is made to choose this one.
+    """
+    if appends:
+        generator.append_tokens(np.asarray([token], np.int32))
+        return
+    logits = generator.get_logits()
+    logits[...] = -np.inf
+    logits[..., token] = 0
+    generator.set_logits(logits)
+    generator.generate_next_token()
 
 
 @dataclass(frozen=True)
@@ -38,13 +54,8 @@ class Scorer:
         for token in [*tokens[prompt:], None]:
             logits = generator.get_logits()
             yield logits.reshape(-1, logits.shape[-1])[-1].copy()
-            if token is not None and appends:
-                generator.append_tokens(np.asarray([token], np.int32))
-            elif token is not None:
-                logits[...] = -np.inf
-                logits[..., token] = 0
-                generator.set_logits(logits)
-                generator.generate_next_token()
+            if token is not None:
+                feed(generator, token, appends)
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """As `Model.logprobs`."""

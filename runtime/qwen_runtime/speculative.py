@@ -43,6 +43,8 @@ def check_greedy(request: Request, options: Mapping[str, Any], images: bool) -> 
         "repetition penalty": options.get("repetition_penalty", 1) != 1,
         "presence or frequency penalty": bool(sampling.presence_penalty or sampling.frequency_penalty),
         "logit bias": bool(sampling.logit_bias),
+        "smallest length": bool(request.min_tokens or request.ignore_eos),
+        "echo": request.echo,
         "guidance": request.guidance is not None,
         "log probabilities": request.logprobs is not None,
         "images": images,

@@ -7,6 +7,7 @@ stops at a NUL character, and loses text after a broken character.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,17 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 _BROKEN = "\ufffd"  # what bytes that are not UTF-8 are decoded to, one for each longest piece of a character
 _LONGEST_PIECE = 3  # bytes of a character that is not whole yet, and so tokens, for each has a byte at least
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level tokenizers write bytes: as the character of that number where it shows, and else as one
+    of those from 256 on, in order. Source: GPT-2's encoder."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 
 class Tokenizer:
@@ -74,8 +86,26 @@ class Tokenizer:
         """Text, with U+FFFD for bytes that are not UTF-8; of tokens like <|im_end|> only if `special`."""
         return self._tokenizer.decode(tokens, skip_special_tokens=not special)
 
-    def create_stream(self) -> TokenStream:
-        return TokenStream(self)
+    def raw(self, token: int) -> bytes:
+        """The bytes that `token` stands for, which may be a part of a character; b"" where there is no such
+        token."""
+        written = self._tokenizer.id_to_token(token)
+        if written is None:
+            return b""
+        if token not in self._added and all(character in _BYTES for character in written):
+            return bytes(_BYTES[character] for character in written)
+        return written.encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        """Ids of tokens that are written as they are."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    def create_stream(self, special: bool = False) -> TokenStream:
+        """Args:
+        special: tokens like <|im_end|> become text too.
+        """
+        return TokenStream(self, special)
 
 
 class TokenStream:
@@ -84,17 +114,17 @@ class TokenStream:
     The library's own DecodeStream holds text back while it ends in a broken character, also at the end.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
+        self._decode = partial(tokenizer.decode, special=special)
         self._held: list[int] = []  # tokens of which the last character may not be whole
         self._told = 0  # characters of their text that were given out
 
     def decode(self, token: int) -> str:
         """The text that is certain with `token`; "" in the middle of a character."""
-        if not self._tokenizer.decode([token]):  # like <|im_end|>, which says nothing
+        if not self._decode([token]):  # like <|im_end|>, which says nothing
             return ""
         self._held.append(token)
-        text = self._tokenizer.decode(self._held)
+        text = self._decode(self._held)
         certain = text.removesuffix(_BROKEN)
         piece = certain[self._told :]
         self._told = len(certain)
@@ -106,7 +136,7 @@ class TokenStream:
 
     def flush(self) -> str:
         """What is left when the tokens have ended: U+FFFD for a character that stayed unfinished, or ""."""
-        rest = self._tokenizer.decode(self._held)[self._told :]
+        rest = self._decode(self._held)[self._told :]
         self._held, self._told = [], 0
         return rest
 
@@ -116,7 +146,7 @@ class TokenStream:
         A cut inside of a character shows: its two parts have more U+FFFD than it has.
         """
         for size in range(1, _LONGEST_PIECE + 1):
-            gone, kept = (self._tokenizer.decode(part) for part in (self._held[:-size], self._held[-size:]))
+            gone, kept = (self._decode(part) for part in (self._held[:-size], self._held[-size:]))
             if gone + kept == text:
                 self._held, self._told = self._held[-size:], self._told - len(gone)
                 return

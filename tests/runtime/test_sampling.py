@@ -53,7 +53,7 @@ def test_min_p_leaves_what_a_grammar_needs(model: Model) -> None:
         ({"sampling": Sampling(top_k=0)}, "top_k is 0"),
         ({"sampling": Sampling(repetition_penalty=0)}, "repetition_penalty is 0"),
         ({"sampling": Sampling(seed=-1)}, "seed is -1"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
     ],
 )
 def test_options_out_of_range(model: Model, options: dict, message: str) -> None:

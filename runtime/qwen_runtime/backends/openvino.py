@@ -101,7 +101,8 @@ class OpenVINO:
                 name, value = "do_sample", False
             setattr(config, _RENAMED.get(name, name), value)
         config.max_length = max_length
-        config.stop_token_ids = set() if options.get("ignore_eos") else set(self._artifact.end_tokens)
+        ends = set() if options.get("ignore_eos") else set(self._artifact.end_tokens)
+        config.stop_token_ids = ends | set(options.get("stop_token_ids", ()))
         if guidance is not None:
             self._check(guidance)
             config.structured_output_config = self._structure(guidance)

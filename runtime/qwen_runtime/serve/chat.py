@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
+from copy import deepcopy
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -13,9 +14,10 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.grammar import make_guidance
 from qwen_runtime.guidance import Guidance
-from qwen_runtime.logits import TokenLogprob
+from qwen_runtime.logits import Candidate, TokenLogprob
 from qwen_runtime.request import Request
-from qwen_runtime.serve.common import engine_for, sampling, usage_of
+from qwen_runtime.serve.answers import Answers, variants
+from qwen_runtime.serve.common import engine_for, sampling
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
@@ -36,12 +38,14 @@ from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 async def chat_completions(http: HttpRequest) -> Response:
     asked = parse(ChatRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    answer, parser = await while_connected(http, answer_for(asked, engine, http.app.state.thinking))
+    request, parser = request_for(asked, http.app.state.thinking)
+    answers = Answers(engine, variants(request, asked.n))
+    await while_connected(http, answers.start())
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
     if asked.stream:
-        return EventStream(_chunks(answer, parser, head, asked.include_usage), answer.close)
-    with closing(answer):
-        return await while_connected(http, _whole(answer, parser, head))
+        return EventStream(_chunks(answers, parser, head, asked.include_usage), answers.close)
+    with closing(answers):
+        return await while_connected(http, _whole(answers, parser, head))
 
 
 async def answer_for(
@@ -71,6 +75,9 @@ def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, An
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         sampling=sampling(asked),
         stop=asked.stops,
+        stop_token_ids=asked.stop_token_ids,
+        min_tokens=asked.min_tokens,
+        ignore_eos=asked.ignore_eos,
         thinking=thinking,
         template_kwargs=template_kwargs,
         tools=tools,
@@ -80,61 +87,68 @@ def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, An
     return request, AnswerParser(thinking, tools, _several(asked))
 
 
-async def _whole(answer: Answer, parser: AnswerParser, head: Mapping[str, Any]) -> Response:
-    logprobs: list[TokenLogprob] = []
-    async for piece in answer:
-        parser.feed(piece.text)
-        logprobs += piece.logprobs
-    parser.finish()
-    choice = {
-        "index": 0,
-        "message": parser.message,
-        "logprobs": _logprobs([*logprobs, *answer.logprobs]),
-        "finish_reason": finish_reason(answer, parser),
-    }
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage_of(answer)})
+async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:
+    choices = []
+    async for index, answer in answers:
+        parser = deepcopy(first)
+        logprobs: list[TokenLogprob] = []
+        async for piece in answer:
+            parser.feed(piece.text)
+            logprobs += piece.logprobs
+        parser.finish()
+        choice = {
+            "index": index,
+            "message": parser.message,
+            "logprobs": _logprobs([*logprobs, *answer.logprobs]),
+            "finish_reason": finish_reason(answer, parser),
+        }
+        choices.append(choice)
+    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": answers.usage})
 
 
 async def _chunks(
-    answer: Answer, parser: AnswerParser, head: Mapping[str, Any], include_usage: bool
+    answers: Answers, first: AnswerParser, head: Mapping[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any] | None]:
-    untold: list[TokenLogprob] = []  # of text that the parser still holds back
-
-    def chunk(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        logprobs = _logprobs(untold)
-        untold.clear()
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    yield chunk({"role": "assistant", "content": ""})
+    head = {**head, "object": "chat.completion.chunk"}
     try:
-        async for piece in answer:
-            untold += piece.logprobs
-            for delta in parser.feed(piece.text):
-                yield chunk(delta)
+        async for index, answer in answers:
+            async for choice in _deltas(answer, deepcopy(first)):
+                yield {**head, "choices": [{"index": index, **choice}]}
     except ApiError as error:  # too late for a status code
         yield error.body
         return
-    untold += answer.logprobs
-    for delta in parser.finish():
-        yield chunk(delta)
-    yield chunk({}, finish_reason(answer, parser))
     if include_usage:
-        yield {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(answer)}
+        yield {**head, "choices": [], "usage": answers.usage}
     yield None
 
 
+async def _deltas(answer: Answer, parser: AnswerParser) -> AsyncIterator[dict[str, Any]]:
+    """The choices of one answer's chunks."""
+    untold: list[TokenLogprob] = []  # of text that the parser still holds back
+
+    def choice(delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        logprobs = _logprobs(untold)
+        untold.clear()
+        return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    yield choice({"role": "assistant", "content": ""})
+    async for piece in answer:
+        untold += piece.logprobs
+        for delta in parser.feed(piece.text):
+            yield choice(delta)
+    untold += answer.logprobs
+    for delta in parser.finish():
+        yield choice(delta)
+    yield choice({}, finish_reason(answer, parser))
+
+
 def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    def token(text: str, logprob: float) -> dict[str, Any]:
-        part = "\ufffd" in text  # its bytes are not known
-        return {"token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
+    def token(entry: TokenLogprob | Candidate) -> dict[str, Any]:
+        return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.raw)}
 
     if not entries:
         return None
-    content = [
-        {**token(entry.text, entry.logprob), "top_logprobs": [token(*other) for other in entry.top]}
-        for entry in entries
-    ]
+    content = [{**token(entry), "top_logprobs": [token(other) for other in entry.top]} for entry in entries]
     return {"content": content, "refusal": None}
 
 

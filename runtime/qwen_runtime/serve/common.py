@@ -7,11 +7,12 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from qwen_runtime.sampling import Sampling
-from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.schema.shared import SharedRequest
 
-_EVERY_TOKEN = 2**31 - 1  # what vLLM's clients mean by a top_k of -1 or 0
+SEEDS = 2**31  # of the runtime
+_EVERY_TOKEN = SEEDS - 1  # what vLLM's clients mean by a top_k of -1 or 0
 
 
 def engine_for(http: HttpRequest, name: str | None) -> Engine:
@@ -43,14 +44,14 @@ def sampling(asked: SharedRequest) -> Sampling:
         presence_penalty=asked.presence_penalty,
         frequency_penalty=asked.frequency_penalty,
         logit_bias=asked.logit_bias,
-        seed=None if asked.seed is None else asked.seed % 2**31,  # any integer is OpenAI's range
+        seed=None if asked.seed is None else asked.seed % SEEDS,  # any integer is OpenAI's range
     )
 
 
-def usage_of(answer: Answer) -> dict[str, Any]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
     return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": answer.prompt_tokens + answer.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

@@ -1,4 +1,4 @@
-"""`/v1/completions`: a prompt continued as it is, without the chat template."""
+"""`/v1/completions`: prompts continued as they are, without the chat template."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.request import Request
-from qwen_runtime.serve.common import engine_for, sampling, usage_of
-from qwen_runtime.serve.engine import Answer
+from qwen_runtime.serve.answers import Answers, variants
+from qwen_runtime.serve.common import engine_for, sampling
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
@@ -24,63 +24,69 @@ from qwen_runtime.serve.schema.completions import CompletionRequest
 async def completions(http: HttpRequest) -> Response:
     asked = parse(CompletionRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    prompt = asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0]
-    request = Request(
-        prompt=prompt,
-        max_tokens=asked.max_tokens,
-        sampling=sampling(asked),
-        stop=asked.stops,
-        logprobs=asked.logprobs,
-    )
-    answer = await while_connected(http, engine.submit(request))
+    answers = Answers(engine, _requests(asked))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": engine.info.name,
     }
+    await while_connected(http, answers.start())
     if asked.stream:
-        return EventStream(_chunks(answer, head, asked.include_usage), answer.close)
-    with closing(answer):
-        return await while_connected(http, _whole(answer, head))
+        return EventStream(_chunks(answers, head, asked.include_usage), answers.close)
+    with closing(answers):
+        return await while_connected(http, _whole(answers, head))
 
 
-async def _whole(answer: Answer, head: Mapping[str, Any]) -> Response:
-    pieces = [piece async for piece in answer]
-    logprobs = [entry for piece in pieces for entry in piece.logprobs]
-    choice = {
-        "index": 0,
-        "text": "".join(piece.text for piece in pieces),
-        "logprobs": _logprobs([*logprobs, *answer.logprobs]),
-        "finish_reason": answer.finish_reason,
-    }
-    return JSONResponse({**head, "choices": [choice], "usage": usage_of(answer)})
+def _requests(asked: CompletionRequest) -> list[Request]:
+    """One for each choice; those of a prompt follow one another."""
+    requests = [
+        Request(
+            prompt=prompt,
+            max_tokens=asked.max_tokens,
+            sampling=sampling(asked),
+            stop=asked.stops,
+            stop_token_ids=asked.stop_token_ids,
+            min_tokens=asked.min_tokens,
+            ignore_eos=asked.ignore_eos,
+            echo=asked.echo,
+            logprobs=asked.logprobs,
+        )
+        for prompt in asked.prompts
+    ]
+    return [variant for request in requests for variant in variants(request, asked.n)]
+
+
+async def _whole(answers: Answers, head: Mapping[str, Any]) -> Response:
+    choices = []
+    async for index, answer in answers:
+        pieces = [piece async for piece in answer]
+        logprobs = [entry for piece in pieces for entry in piece.logprobs]
+        text = "".join(piece.text for piece in pieces)
+        choices.append(_choice(index, text, [*logprobs, *answer.logprobs], answer.finish_reason))
+    return JSONResponse({**head, "choices": choices, "usage": answers.usage})
 
 
 async def _chunks(
-    answer: Answer, head: Mapping[str, Any], include_usage: bool
+    answers: Answers, head: Mapping[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any] | None]:
-    def chunk(
-        text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        choice = {
-            "index": 0,
-            "text": text,
-            "logprobs": _logprobs(logprobs),
-            "finish_reason": finish_reason,
-        }
-        return {**head, "choices": [choice]}
-
     try:
-        async for piece in answer:
-            yield chunk(piece.text, piece.logprobs)
+        async for index, answer in answers:
+            async for piece in answer:
+                yield {**head, "choices": [_choice(index, piece.text, piece.logprobs)]}
+            yield {**head, "choices": [_choice(index, "", answer.logprobs, answer.finish_reason)]}
     except ApiError as error:  # too late for a status code
         yield error.body
         return
-    yield chunk("", answer.logprobs, answer.finish_reason)
     if include_usage:
-        yield {**head, "choices": [], "usage": usage_of(answer)}
+        yield {**head, "choices": [], "usage": answers.usage}
     yield None
+
+
+def _choice(
+    index: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": _logprobs(logprobs), "finish_reason": finish_reason}
 
 
 def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -89,6 +95,13 @@ def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     return {
         "tokens": [entry.text for entry in entries],
         "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [dict(entry.top) for entry in entries],
+        "top_logprobs": [_top(entry) for entry in entries],
         "text_offset": [entry.offset for entry in entries],
     }
+
+
+def _top(entry: TokenLogprob) -> dict[str, float] | None:
+    """Of tokens that look alike, as parts of characters do, the likeliest."""
+    if entry.logprob is None:
+        return None
+    return {other.text: other.logprob for other in reversed(entry.top)}

@@ -104,7 +104,7 @@ class Answer:
     async def _next(self) -> Reply:
         reply = await self.replies.get()
         if isinstance(reply, Failed):
-            raise ApiError(400 if reply.user_error else 500, reply.message)
+            raise _error(reply)
         return reply
 
     def close(self) -> None:
@@ -217,13 +217,16 @@ class Engine:
         self._forget("the model's process ended: try again")
         self.metrics.restarts.inc()
 
-    async def submit(self, request: Request) -> Answer:
+    async def submit(self, request: Request, admitted: bool = False) -> Answer:
         """Wait for a place, and start an answer. The caller must close it.
+
+        Args:
+            admitted: it is a part of what was begun, and is not refused because others wait.
 
         Raises:
             ApiError: too many requests wait, the worker is gone, or the request is at fault.
         """
-        self._check_queue()
+        self._check_queue(admitted)
         job = Job(next(self._ids), request)
         packed = _packed(job)
         await self._turn()
@@ -237,13 +240,16 @@ class Engine:
             raise
         return answer
 
-    def _check_queue(self) -> None:
-        """Raises:
-        ApiError: too many requests wait, or the worker is gone.
+    def _check_queue(self, admitted: bool = False) -> None:
+        """Args:
+            admitted: as for `submit`.
+
+        Raises:
+            ApiError: too many requests wait, or the worker is gone.
         """
         if not self.alive:
             raise _reloading()
-        if self._waiting >= self._limit and self._slots.locked():
+        if not admitted and self._waiting >= self._limit and self._slots.locked():
             raise _full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
 
     async def _turn(self) -> None:
@@ -289,7 +295,7 @@ class Engine:
         finally:
             del self._queries[query.id]
         if isinstance(found, Failed):
-            raise ApiError(400 if found.user_error else 500, found.message)
+            raise _error(found)
         assert isinstance(found, Result)
         value: T = found.value
         return value
@@ -348,6 +354,14 @@ class Engine:
         assert self._process is not None
         self._process.join(timeout=5)
         return f"exit code {self._process.exitcode}"
+
+
+def _error(failed: Failed) -> ApiError:
+    """With OpenAI's code and llama-server's sizes where a prompt is too long: agents shorten it then."""
+    if failed.sizes is None:
+        return ApiError(400 if failed.user_error else 500, failed.message)
+    sizes: dict[str, object] = dict(zip(("n_prompt_tokens", "n_ctx"), failed.sizes, strict=True))
+    return ApiError(400, failed.message, code="context_length_exceeded", details=sizes)
 
 
 _CLOSE = b""

@@ -12,6 +12,7 @@ class ApiError(Exception):
     Attributes:
         status: HTTP status code.
         parameter: the field of the request that is at fault, if it is one.
+        details: what OpenAI's error has no field for.
         headers: extra headers of the response.
     """
 
@@ -22,12 +23,14 @@ class ApiError(Exception):
         *,
         code: str | None = None,
         parameter: str | None = None,
+        details: dict[str, object] | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.parameter = parameter
+        self.details = details or {}
         self.headers = headers or {}
 
     @property
@@ -39,6 +42,7 @@ class ApiError(Exception):
                 "type": _TYPES.get(self.status, "invalid_request_error"),
                 "param": self.parameter,
                 "code": self.code,
+                **self.details,
             }
         }
 

@@ -23,7 +23,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.logits import TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
-from qwen_runtime.request import Request
+from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.states import StateSettings
 
@@ -111,6 +111,14 @@ class Failed:
     id: int | None
     message: str
     user_error: bool
+    sizes: tuple[int, int] | None = None  # tokens of a prompt that is too long, and of the context
+
+    @classmethod
+    def of(cls, id: int | None, error: Exception) -> Failed:
+        sizes = None
+        if isinstance(error, ContextLengthError):
+            sizes = error.prompt_tokens, error.context_length
+        return cls(id, _line(error), isinstance(error, UserError), sizes)
 
 
 Reply = Started | Piece | Done | Result | Failed
@@ -131,7 +139,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
-        connection.send(Failed(None, _line(error), isinstance(error, UserError)))
+        connection.send(Failed.of(None, error))
         return
     with model:
         connection.send(Ready(model.info))
@@ -190,11 +198,11 @@ class _Worker:
         except Exception as error:
             if not isinstance(error, UserError):
                 _log.exception("an answer failed")
-            last = Failed(job.id, _line(error), isinstance(error, UserError))
+            last = Failed.of(job.id, error)
         ahead = None
         with self._lock:
             del self._cancelled[job.id]
-            if answered and not self._cancelled:
+            if answered and job.request.read_ahead and not self._cancelled:
                 ahead = self._ahead = _ReadAhead(self.model, job.request, answered)
         self._send(last)
         if isinstance(last, Failed) and not last.user_error:
@@ -217,7 +225,7 @@ class _Worker:
         except Exception as error:
             if not isinstance(error, UserError):
                 _log.exception("a query failed")
-            found = Failed(query.id, _line(error), isinstance(error, UserError))
+            found = Failed.of(query.id, error)
         self._send(found)
 
     def _send(self, reply: Reply) -> None:
@@ -250,7 +258,7 @@ class _ReadAhead:
 
     def _read(self) -> None:
         request = self._request
-        if isinstance(request.prompt, str):  # no conversation
+        if request.conversation is None:
             return
         parser = AnswerParser(request.thinking, request.tools)
         parser.feed(self._answered)
@@ -259,7 +267,7 @@ class _ReadAhead:
             return
         message = {"role": "assistant", "content": parser.message["content"] or ""}
         self._model.read_ahead(
-            [*request.prompt, message],
+            [*request.conversation, message],
             sampling=request.sampling,
             tools=request.tools,
             guidance=request.guidance,

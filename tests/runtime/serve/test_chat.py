@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,7 +18,7 @@ from qwen_runtime import Model, Sampling
 
 from benchmarks.support.checkpoints import TINY_VL
 from tests.support.exported import Exported
-from tests.support.servers import serving
+from tests.support.servers import Server, endless, request, serving
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)
@@ -74,7 +76,7 @@ def test_logprobs(ask: Callable[..., Any], client: OpenAI, model: Model) -> None
     assert [entry.token for entry in choice.logprobs.content] == [e.text for e in expected.logprobs]
     for found, entry in zip(choice.logprobs.content, expected.logprobs, strict=True):
         assert found.logprob == pytest.approx(entry.logprob, abs=1e-3) and found.logprob <= 0
-        assert [other.token for other in found.top_logprobs] == [text for text, _ in entry.top]
+        assert [other.token for other in found.top_logprobs] == [other.text for other in entry.top]
         assert bytes(found.bytes).decode() == found.token
     streamed = [
         entry.token
@@ -192,3 +194,56 @@ def test_text_models_take_no_images(ask: Callable[..., Any]) -> None:
     for name in ("image", "input_audio"):
         with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content"):
             ask(messages=[{"role": "user", "content": [{"type": name, name: "/etc/passwd"}]}])
+
+
+def test_several_answers(ask: Callable[..., Any]) -> None:
+    hot: dict[str, Any] = {"temperature": 1, "max_tokens": 8, "n": 3}
+    answer = ask(**hot, seed=2**31 - 2)
+    texts = [choice.message.content for choice in answer.choices]
+    seeds = (2**31 - 2, 2**31 - 1, 0)
+    assert texts == [ask(**{**hot, "n": 1}, seed=seed).choices[0].message.content for seed in seeds]
+    assert len(set(texts)) == 3 and [choice.index for choice in answer.choices] == [0, 1, 2]
+    alone = ask(max_tokens=1).usage.prompt_tokens
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (alone, 24)
+    streamed = ["", "", ""]
+    for chunk in ask(**hot, seed=2**31 - 2, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+    assert len({choice.message.content for choice in ask(**hot).choices}) == 3  # without a seed too
+
+
+def test_prompt_of_several_answers_is_read_once(server: Server, ask: Callable[..., Any]) -> None:
+    def cached() -> float:
+        text = request(server, "GET", "/metrics")[2].decode()
+        return float(re.findall(r"^qwen_edge_cached_prompt_tokens_total (\S+)", text, re.M)[0])
+
+    before = cached()
+    messages = [{"role": "user", "content": "A tuple is not mutable. " * 60}]
+    answer = ask(messages=messages, n=3, temperature=1, max_tokens=5)
+    assert cached() - before > 1.8 * answer.usage.prompt_tokens
+
+
+def test_bytes_of_tokens_join_to_the_text(ask: Callable[..., Any], model: Model) -> None:
+    """Where a character has several tokens too."""
+    ids = model.encode("é x中")
+    bias = {str(token): 100 for token in ids}
+    hot = {"temperature": 2, "logit_bias": bias, "presence_penalty": 2, "max_tokens": 12, "top_logprobs": 3}
+    choice = ask(**hot, logprobs=True, seed=3).choices[0]
+    entries = choice.logprobs.content
+    joined = b"".join(bytes(entry.bytes) for entry in entries)
+    assert joined.decode(errors="replace") == choice.message.content
+    assert any(entry.token == "\ufffd" for entry in entries)
+    for entry in entries:
+        for other in entry.top_logprobs:
+            assert bytes(other.bytes).decode(errors="replace") == other.token
+
+
+def test_lengths_and_ends(ask: Callable[..., Any], cpu_artifact: Path) -> None:
+    urged = {"logit_bias": dict.fromkeys(endless(cpu_artifact), 50), "max_tokens": 9}
+    assert ask(**urged).usage.completion_tokens == 0
+    assert ask(**urged, extra_body={"min_tokens": 4}).usage.completion_tokens == 4
+    assert ask(**urged, extra_body={"ignore_eos": True}).usage.completion_tokens == 9
+    # A grammar that is complete leaves nothing else.
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1]}}}
+    choice = ask(response_format=form, extra_body={"min_tokens": 9, "ignore_eos": True}).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("1", "stop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,16 @@ import pytest
 from openai import OpenAI
 from qwen_runtime import Model
 
+from tests.support.servers import Server, request
+
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 
 
 @pytest.mark.parametrize(
     "options,status,message",
     [
+        ({"n": 0}, 400, "n: "),
+        ({"extra_body": {"stop_token_ids": [10**8]}}, 400, "stop_token_ids has 100000000"),
         ({"extra_body": {"best_of": 3}}, 400, "best_of: only 1 is supported"),
         ({"extra_body": {"mirostat": 2}}, 400, "mirostat: only 0 is supported"),
         ({"extra_body": {"grammar": 'root ::= "a"'}}, 400, 'grammar: only "" is supported'),
@@ -70,3 +75,15 @@ def test_numbers_and_nulls_as_clients_write_them(ask: Callable[..., Any]) -> Non
     assert ask(extra_body=odd).choices[0].message.content == whole
     stops = [f"never {number}" for number in range(40)]
     assert ask(max_tokens=12, stop=[*stops, whole[8:]]).choices[0].message.content == whole[:8]
+
+
+def test_prompt_that_is_too_long(server: Server) -> None:
+    """Agents shorten it when they read this code, and by how much."""
+    for path, body in {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "word " * 9000}]},
+        "/v1/completions": {"prompt": "word " * 9000},
+    }.items():
+        status, _, text = request(server, "POST", path, json.dumps(body).encode())
+        error = json.loads(text)["error"]
+        assert (status, error["code"], error["n_ctx"]) == (400, "context_length_exceeded", 8192)
+        assert error["n_prompt_tokens"] > 8999 and str(error["n_prompt_tokens"]) in error["message"]

@@ -23,10 +23,14 @@ class SharedRequest(Body):
     min_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, gt=0)
     seed: Integer | None = None
+    n: Integer = Field(1, ge=1, le=128)
     stop: str | Annotated[list[str], Field(max_length=1000)] | None = None
     logit_bias: (
         dict[Annotated[int, Field(strict=False)], Annotated[Number, Field(ge=-100, le=100)]] | None
     ) = None
+    stop_token_ids: list[int] = Field(default_factory=list)
+    min_tokens: Integer = Field(0, ge=0)
+    ignore_eos: bool = False
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
 

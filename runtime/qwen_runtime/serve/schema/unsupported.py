@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SAMPLING: Mapping[str, Sequence[Any]] = {
-    "n": (1,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "banned_tokens": ([],),
