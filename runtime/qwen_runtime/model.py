@@ -31,13 +31,11 @@ from qwen_runtime.pooling import Pooler, Pooling, Vector
 from qwen_runtime.prefill import prefill_tokens
 from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
-from qwen_runtime.request import ContextLengthError, Message, Request
+from qwen_runtime.request import Message, Request
 from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
 from qwen_runtime.states import States, StateSettings
-
-_DEFAULT_MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ class Model:
         """
         request.check()
         prompt = self.prompt(request)
-        max_tokens = self._max_tokens(prompt, request)
+        max_tokens = prompt.room(request.max_tokens, self.info.context_length)
         options = self._search_options(request.sampling)
         defaults = self._artifact.search_defaults
         ending = Ending.of(request, self._artifact.end_tokens, self._artifact.vocab_size)
@@ -277,14 +275,6 @@ class Model:
         return Generation(
             prefill, decoding, self._backend.tokenizer, cancelled=cancelled, acceptance=acceptance, echo=echo
         )
-
-    def _max_tokens(self, prompt: Prompt, request: Request) -> int:
-        room = self.info.context_length - len(prompt.tokens)
-        if not prompt.tokens:
-            raise UserError("the prompt is empty")
-        if room < 1:
-            raise ContextLengthError(len(prompt.tokens), self.info.context_length)
-        return min(room, _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens)
 
     def score(self, tokens: Sequence[int], prompt: int) -> Iterator[Logits]:
         """Logits [vocab] after the first `prompt` of `tokens`, then after each of the others: the prompt is
@@ -370,7 +360,7 @@ class Model:
         request = Request(prompt=prompt, **options)
         request.check()
         built = self._prompts.build(request)
-        self._max_tokens(built, request)
+        built.room(request.max_tokens, self.info.context_length)
         return self._reader.save(built, request, Path(path))
 
     def load_state(self, path: str | Path) -> int:

@@ -19,6 +19,7 @@ from qwen_runtime.template import render
 from qwen_runtime.video import with_frames
 
 _MAX_IMAGE_TOKENS = 1024
+_DEFAULT_MAX_TOKENS = 4096  # of an answer
 _INSTRUCTING = ("system", "developer")
 
 
@@ -37,6 +38,19 @@ class Prompt:
     tokens: Sequence[int]
     images: Sequence[Patches] = ()
     messages: Sequence[Message] | None = None
+
+    def room(self, max_tokens: int | None, context_length: int) -> int:
+        """How many tokens the answer may have, of `max_tokens` that are wanted.
+
+        Raises:
+            UserError: the prompt is empty, or leaves no room for any.
+        """
+        if not self.tokens:
+            raise UserError("the prompt is empty")
+        room = context_length - len(self.tokens)
+        if room < 1:
+            raise ContextLengthError(len(self.tokens), context_length)
+        return min(room, _DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 import multiprocessing
 import pickle
 import queue
@@ -24,7 +23,7 @@ from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.model import ModelInfo
 from qwen_runtime.request import Request
 from qwen_runtime.serve import worker
-from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.errors import ApiError, queue_full, reloading, request_failed
 from qwen_runtime.serve.metrics import Metrics
 from qwen_runtime.serve.worker import (
     Cancel,
@@ -104,7 +103,7 @@ class Answer:
     async def _next(self) -> Reply:
         reply = await self.replies.get()
         if isinstance(reply, Failed):
-            raise _error(reply)
+            raise request_failed(reply.message, reply.user_error, reply.sizes)
         return reply
 
     def close(self) -> None:
@@ -248,9 +247,9 @@ class Engine:
             ApiError: too many requests wait, or the worker is gone.
         """
         if not self.alive:
-            raise _reloading()
+            raise reloading()
         if not admitted and self._waiting >= self._limit and self._slots.locked():
-            raise _full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
+            raise queue_full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
 
     async def _turn(self) -> None:
         """Wait for a place, which the caller must release."""
@@ -261,7 +260,7 @@ class Engine:
             self._waiting -= 1
         if not self.alive:
             self._slots.release()
-            raise _reloading()
+            raise reloading()
 
     async def ask_in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
         """As `ask`, of what takes the model some time, and so waits for a place as answers do.
@@ -283,9 +282,9 @@ class Engine:
             ApiError: too many others ask, the worker is gone, or the arguments are at fault.
         """
         if not self.alive:
-            raise _reloading()
+            raise reloading()
         if len(self._queries) > self._limit:
-            raise _full(len(self._queries), 1)
+            raise queue_full(len(self._queries), 1)
         query = Query(next(self._ids), function, arguments)
         packed = _packed(query)
         reply = self._queries[query.id] = asyncio.get_running_loop().create_future()
@@ -295,7 +294,7 @@ class Engine:
         finally:
             del self._queries[query.id]
         if isinstance(found, Failed):
-            raise _error(found)
+            raise request_failed(found.message, found.user_error, found.sizes)
         assert isinstance(found, Result)
         value: T = found.value
         return value
@@ -356,14 +355,6 @@ class Engine:
         return f"exit code {self._process.exitcode}"
 
 
-def _error(failed: Failed) -> ApiError:
-    """With OpenAI's code and llama-server's sizes where a prompt is too long: agents shorten it then."""
-    if failed.sizes is None:
-        return ApiError(400 if failed.user_error else 500, failed.message)
-    sizes: dict[str, object] = dict(zip(("n_prompt_tokens", "n_ctx"), failed.sizes, strict=True))
-    return ApiError(400, failed.message, code="context_length_exceeded", details=sizes)
-
-
 _CLOSE = b""
 
 
@@ -373,19 +364,6 @@ def _packed(message: Job | Query) -> bytes:
         return pickle.dumps(message)
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply") from None
-
-
-def _reloading() -> ApiError:
-    return ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
-
-
-def _full(waiting: int, seconds: float) -> ApiError:
-    return ApiError(
-        429,
-        f"{waiting} requests are waiting already: try again later",
-        code="queue_full",
-        headers={"Retry-After": str(math.ceil(seconds))},
-    )
 
 
 def _write(connection: Connection, outbox: queue.SimpleQueue[bytes]) -> None:

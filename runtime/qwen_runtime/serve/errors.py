@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -81,6 +83,32 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+
+
+def reloading() -> ApiError:
+    return ApiError(503, "the model is being loaded again", headers={"Retry-After": "5"})
+
+
+def queue_full(waiting: int, seconds: float) -> ApiError:
+    return ApiError(
+        429,
+        f"{waiting} requests are waiting already: try again later",
+        code="queue_full",
+        headers={"Retry-After": str(math.ceil(seconds))},
+    )
+
+
+def request_failed(message: str, user_error: bool, sizes: tuple[int, int] | None) -> ApiError:
+    """What the worker says of a request that it could not answer.
+
+    Args:
+        sizes: tokens of a prompt that is too long, and of the context. They come as llama-server's fields, with
+            OpenAI's code: agents shorten the prompt then.
+    """
+    if sizes is None:
+        return ApiError(400 if user_error else 500, message)
+    details: dict[str, object] = dict(zip(("n_prompt_tokens", "n_ctx"), sizes, strict=True))
+    return ApiError(400, message, code="context_length_exceeded", details=details)
 
 
 def on_api_error(http: HttpRequest, error: Exception) -> Response:
