@@ -16,30 +16,32 @@ from qwen_common.files import as_json, sha256
 from qwen_common.manifest import MANIFEST, Manifest, file_entry
 from qwen_common.providers import PROVIDERS
 from qwen_common.version import own_version
-from qwen_runtime.artifact import Artifact
-from qwen_runtime.kiosk.bundle import (
+from qwen_launcher.bundle import (
     ARTIFACT,
     CONTENTS,
     FORMAT_VERSION,
+    LAUNCHER,
     MOST_BYTES,
-    REQUIREMENTS,
     SIGNATURE,
-    WHEELS,
+    SITE,
     files_in,
-    version_key,
 )
+from qwen_runtime.artifact import Artifact
 from qwen_runtime.kiosk.self_test import make_self_test
+from qwen_runtime.kiosk.versions import version_key
 
 from qwen_export.bundle.keys import sign
+from qwen_export.bundle.launcher import launcher
 from qwen_export.bundle.notices import model_part, wheel_part, write_notices
 from qwen_export.bundle.own_wheel import build_own_wheel
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.rendering import render
+from qwen_export.bundle.site import unpack
 from qwen_export.bundle.wheels import Wheel, download, system_needed
 
 _SCRIPTS = {
-    True: ("install.ps1", "start.ps1", "task.xml"),
-    False: ("install.sh", "start.sh", "qwen-edge.service"),
+    True: ("install.ps1", "start.ps1", "qwen-run.ps1", "task.xml"),
+    False: ("install.sh", "start.sh", "qwen-run", "qwen-edge.service"),
 }
 
 _FIRST_YEAR = 2026
@@ -85,17 +87,15 @@ def bundle(
         _copy(source, staged / ARTIFACT)
         note(f"downloading wheels for {platform_name}, CPython {python}")
         provider = source.manifest["provider"]
-        wheels = _wheels(platform, python, provider, staged / WHEELS)
-        note("hashing and signing")
+        wheels = _wheels(platform, python, provider, Path(name, "wheels"))
         hashes = {wheel.path.name: sha256(wheel.path) for wheel in wheels}
-        lines = (
-            f"{wheel.name}=={wheel.version} --hash=sha256:{hashes[wheel.path.name]}\n" for wheel in wheels
-        )
-        (staged / REQUIREMENTS).write_text("".join(lines), encoding="utf-8")
+        note("unpacking them")
+        unpack(wheels, hashes, platform, python, staged / SITE)
+        note("hashing and signing")
         model = source.manifest["model"]["name"]
         parts = [model_part(source), *(wheel_part(wheel, hashes[wheel.path.name]) for wheel in wheels)]
         write_notices(staged, f"qwen-edge kiosk, {model}", version, parts)
-        _write_scripts(staged, platform, python=python, model=model, devices=_devices(source.manifest))
+        write_scripts(staged, platform, python=python, model=model, devices=_devices(source.manifest))
         facts = {
             "name": model,
             "version": version,
@@ -155,12 +155,14 @@ def _wheels(platform: Platform, python: str, provider: str, folder: Path) -> lis
     return download(own, ["kiosk"], replaced, platform, python, folder)
 
 
-def _write_scripts(folder: Path, platform: Platform, **values: object) -> None:
+def write_scripts(folder: Path, platform: Platform, **values: object) -> None:
+    (folder / LAUNCHER).write_bytes(launcher())
+    digest = sha256(folder / LAUNCHER)
     for name in ("README.txt", *_SCRIPTS[platform.windows]):
-        text = render(name, windows=platform.windows, **values)
+        text = render(name, windows=platform.windows, launcher_sha256=digest, **values)
         newline = "\r\n" if platform.windows else "\n"
-        (folder / name).write_text(text, encoding="utf-8", newline=newline)
-        if name.endswith(".sh"):
+        (folder / name).write_bytes(text.replace("\n", newline).encode())
+        if text.startswith("#!"):
             (folder / name).chmod(0o755)
 
 
@@ -171,8 +173,9 @@ def _devices(manifest: Manifest) -> bool:
 
 
 def _zip(folder: Path, archive: Path) -> None:
-    """Stored, not compressed: weights do not shrink, and a device unpacks faster."""
+    """Weights are stored as they are: they do not shrink, and a device unpacks faster."""
     # A ZIP has years from 1980 to 2107, and clocks have others.
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED, allowZip64=True, strict_timestamps=False) as file:
+    with zipfile.ZipFile(archive, "w", allowZip64=True, strict_timestamps=False) as file:
         for name in sorted(files_in(folder)):
-            file.write(folder / name, name)
+            kept = name.startswith(f"{ARTIFACT}/")
+            file.write(folder / name, name, zipfile.ZIP_STORED if kept else zipfile.ZIP_DEFLATED)

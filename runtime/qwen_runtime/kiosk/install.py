@@ -1,259 +1,304 @@
-"""Versions installed side by side on the device, one of them in use.
+"""A new version beside those that are installed: made whole and tried before `current` names it.
 
-    TARGET/current          name of the release in use, replaced in one step
-    TARGET/previous         name of the last good one before it
-    TARGET/key.pub          the key that every bundle must be signed with
-    TARGET/releases/NAME/   bundle/ as it was signed, venv/ with its wheels, installed.json
-
-A release is made whole and tried before `current` names it, so whatever stops an install, a working version
-stays in use.
+Whatever stops an install, a working version stays in use. See `qwen_launcher.installed` for what is where.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
-from qwen_common.files import read_json, replace, sha256
+from qwen_common.files import replace
+from qwen_launcher.bundle import LAUNCHER, Bundle, public_key_of
+from qwen_launcher.installed import Installed, Release
+from qwen_launcher.program import command, environment
 
-from qwen_runtime.kiosk.bundle import ARTIFACT, REQUIREMENTS, WHEELS, Bundle
+from qwen_runtime.kiosk.sources import Source, bundle_folder
+from qwen_runtime.kiosk.staging import Moved, stage
+from qwen_runtime.kiosk.versions import version_key
 
-_LAUNCHERS = ("start.sh", "start.ps1", "qwen-edge.service", "task.xml", "README.txt")
-_RECORD = "installed.json"
+_BESIDE = (
+    LAUNCHER,
+    "start.sh",
+    "start.ps1",
+    "qwen-run",
+    "qwen-run.ps1",
+    "qwen-edge.service",
+    "task.xml",
+    "README.txt",
+)
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
 
 
 @dataclass(frozen=True)
-class Release:
-    """One installed version."""
+class Change:
+    """What an install did.
 
-    root: Path
-
-    @property
-    def bundle(self) -> Path:
-        return self.root / "bundle"
-
-    @property
-    def artifact(self) -> Path:
-        return self.bundle / ARTIFACT
-
-    @property
-    def command(self) -> Path:
-        """Its own qwen-run."""
-        folder, suffix = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
-        return self.root / "venv" / folder / f"qwen-run{suffix}"
-
-    def check(self, public_key: Path, full: bool) -> None:
-        """Compare with what was installed: size and time of every file, and with `full` its bytes.
-
-        A file whose time differs is hashed in any case.
-
-        Raises:
-            UserError: the signature does not hold, or a file is missing, new or changed; names the first one.
-        """
-        signed = Bundle.open(self.bundle, public_key)
-        if not (self.root / _RECORD).is_file():
-            raise UserError(f"{self.root} was not installed to its end: install the bundle again")
-        record = read_json(self.root / _RECORD, "install the bundle again")
-        found = dict(_files(self.root))
-        if missing := sorted(record.keys() - found.keys()):
-            raise UserError(f"{missing[0]} is missing from {self.root}: install the bundle again")
-        if extra := sorted(found.keys() - record.keys()):
-            raise UserError(f"{extra[0]} does not belong in {self.root}: install the bundle again")
-        for name, path in sorted(found.items()):
-            entry = record[name]
-            if "link" in entry:
-                changed = not path.is_symlink() or os.readlink(path) != entry["link"]
-            else:
-                status = path.lstat()
-                changed = path.is_symlink() or status.st_size != entry["size"]
-                if not changed and (full or status.st_mtime_ns != entry["mtime_ns"]):
-                    changed = sha256(path) != entry["sha256"]
-            if changed:
-                raise UserError(f"{name} in {self.root} changed since it was installed: install it again")
-        if full:
-            signed.check()
-
-
-class Installation:
-    """The versions in one folder.
-
-    Args:
-        target: the folder; it need not exist.
+    Attributes:
+        before: version that was in use; None: nothing was.
+        after: version in use now.
+        moved: None where that was there already.
+        seconds: how long it took.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    before: str | None
+    after: str
+    moved: Moved | None
+    seconds: float
 
-    @property
-    def key(self) -> Path:
-        return self.target / "key.pub"
 
-    @property
-    def current(self) -> Release | None:
-        return self._release("current")
-
-    @property
-    def previous(self) -> Release | None:
-        return self._release("previous")
-
-    def _release(self, pointer: str) -> Release | None:
-        try:
-            name = (self.target / pointer).read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            return None
-        if not name or Path(name).name != name:
-            raise UserError(f"{self.target / pointer} names no release: install the bundle again")
-        return Release(self.target / "releases" / name)
+class Installation(Installed):
+    """The versions in one folder, and how they change."""
 
     def install(
-        self, bundle_folder: Path, public_key: Path | None, note: Callable[[str], None], older: bool = False
-    ) -> Release:
+        self,
+        bundle: Path | Source,
+        public_key: Path | None,
+        note: Callable[[str], None],
+        older: bool = False,
+    ) -> Change:
         """Check a bundle, install it beside what is there, try it, and switch to it.
 
         Args:
+            bundle: an unpacked bundle's folder, or where else it is.
             public_key: None takes the one of the first install; another one than that is refused.
+            note: told what is being done.
             older: allow a version older than the one in use.
 
         Raises:
             UserError: the bundle or its key is refused, the disk is full, or the self-test fails; what was in
                 use stays so.
         """
-        public_key = self._trusted(public_key)
-        bundle = Bundle.open(bundle_folder, public_key)
+        started = time.monotonic()
+        source = bundle_folder(bundle) if isinstance(bundle, Path) else bundle
+        key = self._trusted(public_key)
+        signed = self._signed(source, key)
         self.target.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.target / "lock", timeout=0):
-                return self._install(bundle, public_key, note, older)
-        except Timeout as error:
-            raise UserError(f"another install is changing {self.target}: wait for it to end") from error
+        with self._locked():
+            in_use = self._in_use()
+            moved = self._install(signed, source, key, note, older)
+        name = signed.contents["version"]
+        already = moved is None and in_use == name
+        note(f"version {name} is in use already: nothing to do" if already else _told(name))
+        return Change(in_use, name, moved, time.monotonic() - started)
 
-    def _trusted(self, public_key: Path | None) -> Path:
-        if not self.key.exists():
-            if public_key is None:
-                raise UserError("give the public key with --key: nothing is installed yet that has one")
-            return public_key
-        if public_key is not None and public_key.read_bytes() != self.key.read_bytes():
-            raise UserError(f"{public_key} is not the key of {self.target}: update with the key it has")
-        return self.key
-
-    def _install(self, bundle: Bundle, public_key: Path, note: Callable[[str], None], older: bool) -> Release:
-        name = str(bundle.contents["version"])
-        current = self.current
-        if current is not None:
-            in_use = Bundle.open(current.bundle, public_key)
-            if bundle.version < in_use.version and not older:
-                raise UserError(
-                    f"version {name} is older than {in_use.contents['version']}, which is in use: "
-                    "give --older to go back to it"
-                )
-            if bundle.version == in_use.version:
-                raise UserError(f"version {name} is in use already: nothing to do")
-        note("checking every file")
-        bundle.check()
-        release = Release(self.target / "releases" / name)
-        shutil.rmtree(release.root, ignore_errors=True)
-        try:
-            self._make(release, bundle, public_key, note)
-        except BaseException:
-            shutil.rmtree(release.root, ignore_errors=True)
-            raise
-        self._switch(release, current, public_key)
-        note(f"version {name} is in use")
-        return release
-
-    def _make(self, release: Release, bundle: Bundle, public_key: Path, note: Callable[[str], None]) -> None:
-        try:
-            needed = sum(entry["size"] for entry in bundle.contents["files"].values())
-            free = shutil.disk_usage(self.target).free
-            if free < 1.5 * needed:  # unpacked wheels
-                raise UserError(
-                    f"the version needs {1.5 * needed / 1e9:.1f} GB and {self.target} has "
-                    f"{free / 1e9:.1f} free: free some space"
-                )
-            note("copying")
-            shutil.copytree(bundle.root, release.bundle)
-            Bundle.open(release.bundle, public_key).check()
-            note("installing its programs")
-            _make_environment(release)
-            note("trying it")
-            _run([str(release.command), "self-test", str(release.root)], "the new version does not work")
-            record = {path: _entry(file) for path, file in _files(release.root)}
-            replace(release.root / _RECORD, json.dumps(record).encode())
-        except OSError as error:
-            raise UserError(
-                f"{error.strerror}: {error.filename or self.target}: free space or permit it"
-            ) from error
-
-    def _switch(self, release: Release, old: Release | None, public_key: Path) -> None:
-        """Only the last step changes what is in use."""
-        if not self.key.exists():
-            replace(self.key, public_key.read_bytes())
-        for name in _LAUNCHERS:
-            if (release.bundle / name).exists():
-                shutil.copy2(release.bundle / name, self.target / name)
-        if old is not None:
-            replace(self.target / "previous", old.root.name.encode())
-        replace(self.target / "current", release.root.name.encode())
-        kept = {release.root.name, old.root.name if old else ""}
-        for path in (self.target / "releases").iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
-
-    def roll_back(self) -> Release:
+    def roll_back(self, note: Callable[[str], None] = lambda _: None) -> Release:
         """Use the last good version again.
 
         Raises:
             UserError: there is none, or its files changed.
         """
-        previous, current = self.previous, self.current
-        if previous is None or current is None or previous.root == current.root:
-            raise UserError(f"{self.target} has no version to go back to: install a bundle")
-        previous.check(self.key, full=True)
-        replace(self.target / "current", previous.root.name.encode())
-        return previous
+        with self._locked():
+            current = self.current
+            fault = UserError(f"{self.target} has no version to go back to: install a bundle")
+            for release in self.candidates():
+                if release != current:
+                    try:
+                        self.check(release, full=True)
+                    except UserError as error:
+                        fault = error
+                        continue
+                    self._point(release, current)
+                    note(_told(release.name))
+                    return release
+        raise fault
+
+    def _trusted(self, public_key: Path | None) -> Path:
+        try:
+            known = self.keys()
+        except UserError:
+            if public_key is None:
+                raise UserError(
+                    "give the public key with --key: nothing is installed yet that has one"
+                ) from None
+            public_key_of(public_key)
+            return public_key
+        if public_key is not None and public_key_of(public_key) not in map(public_key_of, known):
+            raise UserError(f"{public_key} is not the key of {self.target}: update with the key it has")
+        return public_key or known[0]
+
+    def _signed(self, source: Source, key: Path) -> Bundle:
+        try:
+            data, signature = source.signed()
+        except FileNotFoundError as error:
+            raise UserError(f"no bundle is there: {error.filename or error} is missing") from error
+        return Bundle.read(data, signature, key, source.where)
+
+    def _in_use(self) -> str | None:
+        return self.current.name if self.current else None
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody but the owner can open the lock's file, let alone hold it."""
+        path = self.target / "lock"
+        with suppress(FileNotFoundError):
+            path.chmod(0o600)
+        try:
+            with FileLock(path, timeout=0, mode=0o600):
+                yield
+        except Timeout as error:
+            raise UserError(f"another install is changing {self.target}: wait for it to end") from error
+
+    def _install(
+        self, bundle: Bundle, source: Source, key: Path, note: Callable[[str], None], older: bool
+    ) -> Moved | None:
+        name, version = bundle.contents["version"], version_key(bundle.contents["version"])
+        newer = [found for found in self._versions() if version_key(found) > version]
+        if newer and not older:
+            raise UserError(
+                f"version {name} is older than {newer[0]}, which is in use: give --older to go back to it"
+            )
+        release = Release(self.releases / name)
+        if self._is_whole(release, bundle):
+            self._switch(release, key)
+            return None
+        partial = Release(self.releases / f"{_PARTIAL}{name}")
+        self._remove_others(partial)
+        try:
+            moved = self._make(partial, bundle, source, note)
+            self._put(partial, release)
+        except BaseException as error:
+            if not source.resumes or isinstance(error, _DoesNotWork):
+                shutil.rmtree(partial.root, ignore_errors=True)
+            raise
+        self._trust(key)
+        self.check(release)  # and remember it, so that a start need not read it all
+        self._switch(release, key)
+        return moved
+
+    def _versions(self) -> list[str]:
+        """The version in use; where nothing says which, every one that is here."""
+        current = self.current
+        found = [current] if current and current.root.is_dir() else self.candidates()
+        names = []
+        for release in found:
+            with suppress(UserError):
+                version_key(release.name)
+                names.append(release.name)
+        return names
+
+    def _is_whole(self, release: Release, bundle: Bundle) -> bool:
+        """Whether this version is here and undamaged.
+
+        Raises:
+            UserError: another one of the same name is.
+        """
+        try:
+            found = self.open(release)
+        except (UserError, OSError):
+            return False
+        if found.signed[0] != bundle.signed[0]:
+            raise UserError(
+                f"another version {release.name} is installed: give the bundle a version of its own"
+            )
+        try:
+            self.check(release, full=True)
+        except UserError:
+            return False
+        return True
+
+    def _make(self, partial: Release, bundle: Bundle, source: Source, note: Callable[[str], None]) -> Moved:
+        try:
+            others = []
+            for release in self.candidates():
+                with suppress(UserError):
+                    others.append(self.open(release))
+            moved = stage(partial.root, bundle, source, others, note)
+            note("trying it")
+            _try(partial)
+            if os.name == "posix":
+                os.sync()  # its bytes are on the disk before its name is
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename or error} is missing: copy the bundle there again") from error
+        except OSError as error:
+            raise UserError(
+                f"{error.strerror}: {error.filename or self.target}: free space or permit it"
+            ) from error
+        return moved
+
+    def _put(self, partial: Release, release: Release) -> None:
+        """Give a finished version its name, in place of a damaged one of that name."""
+        replaced = self.releases / f"{_REPLACED}{release.name}"
+        if os.path.lexists(release.root):
+            os.rename(release.root, replaced)
+        os.rename(partial.root, release.root)
+        self.forget(release)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _switch(self, release: Release, key: Path) -> None:
+        """Only the last step changes what is in use."""
+        self._trust(key)
+        for name in _BESIDE:
+            if (release.root / name).exists():
+                data = (release.root / name).read_bytes()
+                replace(self.target / name, data)
+                if data.startswith(b"#!"):  # which a stick's file system may not have kept
+                    (self.target / name).chmod(0o755)
+        good = self._last_good(release)
+        self._point(release, good)
+        kept = {found.name for found in (release, good) if found}
+        for path in self.releases.iterdir():
+            if path.name not in kept:
+                self.forget(Release(path))
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _trust(self, key: Path) -> None:
+        data = key.read_bytes()
+        for path in (self.key, self.second_key):
+            if not _is_key(path, public_key_of(key)):
+                replace(path, data)
+
+    def _last_good(self, new: Release) -> Release | None:
+        """What to go back to from `new`: a version that served well, the one in use, or any that is whole."""
+        served = [release for release in (self.good, self.current, self.previous) if release]
+        for release in dict.fromkeys([*served, *self.candidates()]):
+            if release != new:
+                with suppress(UserError):
+                    self.check(release)
+                    return release
+        return None
+
+    def _point(self, release: Release, previous: Release | None) -> None:
+        if previous is not None:
+            replace(self.target / "previous", previous.name.encode())
+        replace(self.target / "current", release.name.encode())
+
+    def _remove_others(self, partial: Release) -> None:
+        """What interrupted installs of other versions left."""
+        if self.releases.is_dir():
+            for path in self.releases.iterdir():
+                if path.name.startswith((_PARTIAL, _REPLACED)) and path != partial.root:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def _make_environment(release: Release) -> None:
-    environment = release.root / "venv"
-    _run([sys.executable, "-m", "venv", str(environment)], "cannot make a Python environment")
-    python = release.command.with_name("python.exe" if os.name == "nt" else "python")
-    command = [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--require-hashes"]
-    command += ["--find-links", str(release.bundle / WHEELS), "-r", str(release.bundle / REQUIREMENTS)]
-    _run(command, "pip cannot install the wheels")
+def _told(name: str) -> str:
+    return f"version {name} is in use: a kiosk that runs changes to it within seconds"
 
 
-def _run(command: list[str], failure: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_CLEAN})
+def _is_key(path: Path, key: bytes) -> bool:
+    try:
+        return public_key_of(path) == key
+    except UserError:
+        return False
+
+
+class _DoesNotWork(UserError):
+    """Every file is as it was signed, and the version does not answer as it did where it was made."""
+
+
+def _try(release: Release) -> None:
+    line = command(release, "self-test", str(release.root))
+    result = subprocess.run(line, capture_output=True, env=environment(), check=False)
     if result.returncode:
-        lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
-        raise UserError(f"{failure}: {lines[-1].removeprefix('error: ')}")
-
-
-# What the device's user set for other programs, and files that would not be in the record.
-_CLEAN = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "PIP_CONFIG_FILE": os.devnull}
-
-
-def _files(root: Path) -> list[tuple[str, Path]]:
-    """Every file and link of a release with its path in it, but for the record itself."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        links = [name for name in folders if Path(folder, name).is_symlink()]
-        for name in [*names, *links]:
-            path = Path(folder, name)
-            found.append((path.relative_to(root).as_posix(), path))
-    return [(name, path) for name, path in found if name != _RECORD]
-
-
-def _entry(path: Path) -> dict[str, object]:
-    if path.is_symlink():
-        return {"link": os.readlink(path)}
-    status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
+        text = (result.stderr or result.stdout).decode("utf-8", "replace").strip()
+        last = (text.splitlines() or ["no message"])[-1]
+        raise _DoesNotWork(f"the new version does not work: {last.removeprefix('error: ')}")

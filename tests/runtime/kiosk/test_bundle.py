@@ -11,7 +11,8 @@ from packaging.version import Version
 from qwen_common.errors import UserError
 from qwen_export.bundle.assemble import seal
 from qwen_export.bundle.keys import make_keys, sign
-from qwen_runtime.kiosk.bundle import CONTENTS, MOST_BYTES, SIGNATURE, Bundle, version_key
+from qwen_launcher.bundle import CONTENTS, MOST_BYTES, SIGNATURE, Bundle
+from qwen_runtime.kiosk.versions import version_key
 
 FACTS = {
     "name": "tiny",
@@ -49,13 +50,16 @@ def test_what_is_no_version(text: str) -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
-        ({"format_version": 2}, "has bundle format 2"),
+        ({"format_version": 1}, "has bundle format 1"),
         ({"version": 1.2}, "has no valid 'version'"),
         ({"version": "../../etc"}, "'../../etc' is not a version"),
         ({"version": "1.0\n"}, "is not a version"),
         ({"self_test": {"prompt": "Hello", "tokens": ["1"]}}, "has no valid 'self_test.tokens.0'"),
         ({"files": {"a": {"size": "1", "sha256": "0"}}}, "has no valid 'files.a.size'"),
         ({"files": []}, "has no valid 'files'"),
+        ({"files": {"../a": {"size": 1, "sha256": "0"}}}, "names a file outside the folder, ../a"),
+        ({"files": {"/a": {"size": 1, "sha256": "0"}}}, "names a file outside the folder, /a"),
+        ({"files": {"C:a": {"size": 1, "sha256": "0"}}}, "names a file outside the folder, C:a"),
         (None, "is not a JSON object"),
     ],
 )
@@ -64,7 +68,7 @@ def test_what_is_signed_and_malformed(change: dict[str, Any] | None, message: st
     public = make_keys(key)
     folder.mkdir()
     contents = seal(folder, FACTS, key)
-    assert Bundle.open(folder, public).version == Version("1.2")
+    assert Bundle.open(folder, public).contents["version"] == "1.2"
     data = json.dumps(["bundle"] if change is None else contents | change).encode()
     (folder / CONTENTS).write_bytes(data)
     (folder / SIGNATURE).write_bytes(sign(data, key))

@@ -14,18 +14,19 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-from packaging.utils import canonicalize_name, parse_wheel_filename
-from packaging.version import Version
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from qwen_common.errors import UserError
-from qwen_export.bundle.assemble import bundle, seal
+from qwen_export.bundle.assemble import bundle
 from qwen_export.bundle.keys import make_keys
 from qwen_export.bundle.platforms import PLATFORMS
-from qwen_export.bundle.wheels import Wheel
-from qwen_runtime.kiosk.bundle import CONTENTS, SIGNATURE
 from qwen_runtime.kiosk.install import Installation
+
+from tests.support.small_kiosk import resealed
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,17 +53,6 @@ def first(cpu_artifact: Path, key: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def resealed(source: Path, folder: Path, key: Path, **facts: object) -> Path:
-    """A copy of a bundle with other facts, signed again."""
-    shutil.copytree(source, folder)
-    contents = json.loads((folder / CONTENTS).read_text())
-    for name in (CONTENTS, SIGNATURE):
-        (folder / name).unlink()
-    kept = {name: contents[name] for name in ("name", "platform", "python", "provider", "self_test")}
-    seal(folder, {**kept, "version": contents["version"], **facts}, key)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def second(first: Path, key: Path) -> Path:
     return resealed(first, first.with_name("second"), key, version="1.1")
@@ -78,27 +68,21 @@ def installed(first: Path, key: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def device(installed: Path, tmp_path: Path) -> Iterator[Path]:
-    """The same, to be changed: a virtual environment cannot be moved, so the folder's place is kept."""
-    saved = tmp_path / "saved"
-    shutil.copytree(installed, saved, symlinks=True)
-    yield installed
-    shutil.rmtree(installed)
-    shutil.copytree(saved, installed, symlinks=True)
+def device(installed: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    return Path(shutil.copytree(installed, tmp_path / "device"))
 
 
 def verified(target: Path) -> str:
     """The version in use, each byte of it checked."""
     installation = Installation(target)
     assert installation.current is not None
-    installation.current.check(installation.key, full=True)
-    return installation.current.root.name
+    installation.check(installation.current, full=True)
+    return installation.current.name
 
 
 def update(target: Path, source: Path) -> subprocess.Popen[str]:
-    release = Installation(target).current
-    assert release is not None
-    command = [*NO_NETWORK, str(release.command), "install", str(source), str(target)]
+    command = [*NO_NETWORK, "sh", str(target / "qwen-run"), "update", str(source)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -166,7 +150,7 @@ def test_update_and_rollback(device: Path, second: Path) -> None:
     done = update(device, second)
     assert done.wait() == 0, done.stderr.read() if done.stderr else ""
     assert verified(device) == "1.1"
-    assert Installation(device).roll_back().root.name == "1.0"
+    assert Installation(device).roll_back().name == "1.0"
     assert verified(device) == "1.0"
 
 
@@ -222,7 +206,7 @@ def test_killed_servers_are_started_again(installed: Path) -> None:
     assert verified(installed) == "1.0"
 
 
-@pytest.mark.parametrize("pattern", ["bundle/artifact/model.onnx.data", "venv/**/onnxruntime_genai*.so"])
+@pytest.mark.parametrize("pattern", ["artifact/model.onnx.data", "site/**/onnxruntime_genai*.so"])
 def test_a_changed_file_falls_back_to_the_last_good_version(device: Path, second: Path, pattern: str) -> None:
     assert update(device, second).wait() == 0
     path = next((device / "releases" / "1.1").glob(pattern))
@@ -231,7 +215,32 @@ def test_a_changed_file_falls_back_to_the_last_good_version(device: Path, second
     path.write_bytes(content)
     with serving(device) as port:
         assert ask(port)
-    assert verified(device) == "1.0"
+        assert "version 1.0" in (device / "logs" / "kiosk.log").read_text()
+    with pytest.raises(UserError, match=path.name):
+        verified(device)
+
+
+def test_random_damages_of_any_file(device: Path, second: Path, tmp_path: Path) -> None:
+    """20 of them, the Python packages included: the last good version answers each time."""
+    assert update(device, second).wait() == 0
+    generator = random.Random(2)
+    files = [path for path in (device / "releases" / "1.1").rglob("*") if path.is_file()]
+    for _ in range(20):
+        path = generator.choice(files)
+        saved = path.read_bytes()
+        content = bytearray(saved)
+        if content and generator.random() < 0.7:
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+            path.write_bytes(content)
+        elif generator.random() < 0.5:
+            path.unlink()
+        else:
+            path.write_bytes(saved[: len(saved) // 2] if saved else b"x")
+        with serving(device) as port:
+            assert ask(port), path
+            running = json.loads((device / "state" / "running.json").read_text())
+            assert running["release"] == "1.0", path
+        path.write_bytes(saved)
 
 
 def test_killed_first_installs_leave_nothing_or_a_working_version(
@@ -271,10 +280,10 @@ def test_logs_on_a_full_or_read_only_disk(installed: Path, options: str) -> None
 
 
 def test_update_on_a_full_disk_is_refused(installed: Path, second: Path, tmp_path: Path) -> None:
-    """The folder of releases on a disk of 40 MB; the version in use stays."""
+    """The folder of releases on a disk of 120 MB; the version in use stays."""
     target = tmp_path / "device"
     target.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(target)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(target)], check=True)
     try:
         with pytest.raises(UserError, match="free some space"):
             Installation(target).install(second, installed / "key.pub", lambda _: None)
@@ -283,30 +292,35 @@ def test_update_on_a_full_disk_is_refused(installed: Path, second: Path, tmp_pat
         subprocess.run(["umount", str(target)], check=True)
 
 
-def test_bundle_for_windows_has_exactly_the_wheels_that_it_lists(
+def test_bundle_for_windows_has_exactly_the_packages_that_it_needs(
     cpu_artifact: Path, key: Path, tmp_path: Path
 ) -> None:
-    """Each wheel fits Windows and CPython 3.12, and together they meet each other's requirements there."""
+    """Each fits Windows and CPython 3.12, and together they meet each other's requirements there."""
     contents = bundle(cpu_artifact, tmp_path / "b", "win_amd64", "3.12", "1.0", key, lambda _: None)
-    listed = dict(
-        line.split(" --hash=sha256:")
-        for line in (tmp_path / "b" / "requirements.txt").read_text().splitlines()
-    )
-    wheels = [Wheel(path) for path in (tmp_path / "b" / "wheels").glob("*.whl")]
-    assert {f"{wheel.name}=={wheel.version}" for wheel in wheels} == listed.keys()
+    packages = {
+        canonicalize_name(found.name): found for found in distributions(path=[str(tmp_path / "b" / "site")])
+    }
     environment = {
         **PLATFORMS["win_amd64"].markers,
         "python_version": "3.12",
         "python_full_version": "3.12.0",
     }
-    versions = {wheel.name: Version(wheel.version) for wheel in wheels}
-    for wheel in wheels:
-        assert contents["files"][f"wheels/{wheel.path.name}"]["sha256"] in listed.values()
-        _, _, _, tags = parse_wheel_filename(wheel.path.name)
-        assert any(tag.platform in ("win_amd64", "any") for tag in tags)
-        extras = ["kiosk"] if wheel.name == "qwen-edge" else []
-        for item in wheel.needs(environment, extras):
-            if item.name != "qwen-edge":
-                assert item.specifier.contains(versions[canonicalize_name(item.name)], prereleases=True), item
-    assert "onnxruntime-genai" in versions and (tmp_path / "b" / "install.ps1").exists()
+    for name, found in packages.items():
+        tags = [
+            tag for line in (found.read_text("WHEEL") or "").splitlines() for tag in line.split("Tag: ")[1:]
+        ]
+        assert any(tag.rpartition("-")[2] in ("win_amd64", "any") for tag in tags), name
+        for path in found.files or []:
+            if path.hash is not None and ".." not in path.parts:
+                assert f"site/{path}" in contents["files"], path
+        extras = ["", *(["kiosk", "serve", "vision"] if name == "qwen-edge" else [])]
+        for item in map(Requirement, found.requires or []):
+            needed = not item.marker or any(
+                item.marker.evaluate({**environment, "extra": extra}) for extra in extras
+            )
+            if needed and item.name != "qwen-edge":
+                version = packages[canonicalize_name(item.name)].version
+                assert item.specifier.contains(version, prereleases=True), item
+    assert "onnxruntime-genai" in packages and (tmp_path / "b" / "install.ps1").exists()
     assert not (tmp_path / "b" / "install.sh").exists()
+    assert not list((tmp_path / "b").rglob("*.exe")), "a command names a Python of the machine that packed it"
