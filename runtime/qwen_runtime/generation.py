@@ -81,18 +81,20 @@ class Generation:
         cancelled: threading.Event | None = None,
         acceptance: Acceptance | None = None,
         echo: Echo | None = None,
+        on_prompt: Callable[[int], object] = lambda read: None,
     ) -> None:
         """Args:
         tokenizer: the backend's.
         cancelled: stops the answer when it is set, as `cancel` does.
         echo: what is told first.
+        on_prompt: called before each chunk of the prompt with `prompt_read`.
         """
         self.text = ""
         self.prompt_tokens = prefill.prompt_tokens
         self.cached_tokens = prefill.cached_tokens
         self.acceptance = acceptance
         self._progress = _Progress(cancelled or threading.Event(), prompt_read=prefill.cached_tokens)
-        self._pieces = _generate(prefill, decoding, tokenizer, self._progress, echo)
+        self._pieces = _generate(prefill, decoding, tokenizer, self._progress, echo, on_prompt)
 
     @property
     def tokens(self) -> list[int]:
@@ -175,12 +177,14 @@ def _generate(
     tokenizer: Tokenizer,
     progress: _Progress,
     echo: Echo | None,
+    on_prompt: Callable[[int], object],
 ) -> abc.Generator[str]:
     usable = True
     try:
 
         def cancelled(done: int) -> bool:
             progress.prompt_read = done
+            on_prompt(done)
             return progress.cancelled.is_set()
 
         if prefill.read(cancelled):

@@ -17,7 +17,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # Not every format that Pillow knows: some of them start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_MOST_PIXELS = 100_000_000  # of a file: a small one can unpack to gigabytes
+MOST_PIXELS = 100_000_000  # of a prompt's images: a small file can unpack to gigabytes
+_STRIP = 256  # rows
 _LONGEST_NAME = 120  # characters of a path in a message
 # White space is left out, and the alphabet that is safe in URLs becomes the usual one.
 _WRITTEN_OTHERWISE = str.maketrans({**dict.fromkeys(" \t\r\n\f"), "-": "+", "_": "/"})
@@ -145,16 +146,62 @@ def _from_data_url(url: Any) -> bytes:
         raise UserError(f"a data URL is not valid base64 ({error}): encode the image again") from error
 
 
-def open_image(source: Any) -> Image:
-    """The image in `source` - a path, a data URL, the bytes of a file, or a PIL image - as RGB, upright.
+def open_images(sources: Sequence[Any], most_pixels: int = MOST_PIXELS) -> Iterator[Image]:
+    """The image in each of `sources` - a path, a data URL, the bytes of a file, or a PIL image - as RGB,
+    upright. One is unpacked at a time, and none before the sizes of all are known.
 
     Of an animation it is the first frame. What is transparent becomes white.
+
+    Args:
+        most_pixels: of all together.
 
     Raises:
         UserError: no such file, not an image or a broken one, or too large to unpack.
     """
+    packed = [_read(source, _header, most_pixels) for source in sources]
+    total = sum(image.width * image.height for image in packed)
+    if total > most_pixels:
+        raise UserError(
+            f"the images have {total} pixels together, and the most is {most_pixels / 10**6:g} million: make "
+            "them smaller"
+        )
+    del packed
+    return (_read(source, _decoded, most_pixels) for source in sources)
+
+
+def open_image(source: Any) -> Image:
+    """One as `open_images` opens them."""
+    return next(open_images([source]))
+
+
+def _header(image: Image) -> Image:
+    return image
+
+
+def _decoded(image: Image) -> Image:
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    # In strips: the whole would be there four times, with four bytes a pixel.
+    found = images.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height))).convert("RGBA")
+        white = images.new("RGBA", strip.size, "white")
+        found.paste(images.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return found
+
+
+def _read(source: Any, read: Callable[[Image], Image], most_pixels: int) -> Image:
+    """What `read` makes of the image in `source`, of which only the header was read.
+
+    Raises:
+        UserError: as `open_images`.
+    """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise UserError("images need Pillow: pip install 'qwen-edge[vision]'") from error
 
@@ -172,12 +219,8 @@ def open_image(source: Any) -> Image:
             file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
             with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
                 image = Image.open(file, formats=_FORMATS)
-        _check_size(name, *image.size)
-        image = ImageOps.exif_transpose(image)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        _check_size(name, *image.size, most_pixels)
+        return read(image)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -191,10 +234,10 @@ def open_image(source: Any) -> Image:
         ) from error
 
 
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > _MOST_PIXELS:
+def _check_size(name: str, width: int, height: int, most_pixels: int) -> None:
+    if width * height > most_pixels:
         raise UserError(
-            f"{name} has {width} x {height} pixels, and the most is {_MOST_PIXELS // 10**6} million: make it "
+            f"{name} has {width} x {height} pixels, and the most is {most_pixels / 10**6:g} million: make it "
             "smaller"
         )
     if max(width, height) > _MOST_STRETCHED * min(width, height):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -26,6 +26,8 @@ from qwen_runtime.echo import Echo
 from qwen_runtime.ending import Ending
 from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
+from qwen_runtime.images import MOST_PIXELS
+from qwen_runtime.info import ModelInfo as ModelInfo
 from qwen_runtime.logits import LogitsProcessor
 from qwen_runtime.pooling import Pooler, Pooling, Vector
 from qwen_runtime.prefill import prefill_tokens
@@ -36,19 +38,6 @@ from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
 from qwen_runtime.states import States, StateSettings
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What was loaded and where it runs; `reason` is one line for people, `images` whether it can see."""
-
-    name: str
-    path: Path
-    profile: str
-    provider: str
-    reason: str
-    context_length: int
-    images: bool = False
 
 
 class Model:
@@ -78,6 +67,7 @@ class Model:
         context_length: int | None = None,
         keep: int = 0,
         states: StateSettings | None = None,
+        image_pixels: int | None = None,
     ) -> Model:
         """Load the artifact in the folder `path`.
 
@@ -94,6 +84,9 @@ class Model:
                 folder. Then a prompt may go on from several points of one, whatever the sampling, with
                 images and portable artifacts too. A seed gives other tokens than without.
 
+            image_pixels: most of all images of a prompt, as they are before they are made smaller; None is
+                100 million.
+
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
                 provider is not in this install.
@@ -101,16 +94,15 @@ class Model:
         artifact = Artifact.open(path, verify)
         ort = None if states is None else load_ort(artifact, provider)
         backend = ort or load_backend(artifact, provider, keep)
-        info = ModelInfo(
-            name=artifact.manifest["model"]["name"],
-            path=artifact.root,
-            profile=artifact.manifest["profile"],
-            provider=backend.provider,
-            reason=backend.reason,
-            context_length=min(artifact.context_length, context_length or artifact.context_length),
-            images=artifact.images is not None,
+        info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
+        prompts = PromptBuilder(
+            artifact,
+            backend.tokenizer.encode,
+            backend.tokenizer.decode,
+            info.context_length,
+            backend.tokenizer.longest_token,
+            image_pixels or MOST_PIXELS,
         )
-        prompts = PromptBuilder(artifact, backend.tokenizer.encode, backend.tokenizer.decode)
         reader = PromptReader(backend, prompts, info.context_length, keep)
         if ort is not None and states is not None:
             kept = States(states, ort, ort.digest, keep)
@@ -231,11 +223,17 @@ class Model:
             )
         )
 
-    def answer(self, request: Request, cancelled: threading.Event | None = None) -> Generation:
+    def answer(
+        self,
+        request: Request,
+        cancelled: threading.Event | None = None,
+        on_prompt: Callable[[int], object] = lambda read: None,
+    ) -> Generation:
         """As `generate`, of a request that is at hand.
 
         Args:
             cancelled: stops the answer when it is set, as `Generation.cancel` does.
+            on_prompt: called before each chunk of the prompt with the tokens that were read.
         """
         request.check()
         prompt = self.prompt(request)
@@ -273,7 +271,13 @@ class Model:
             else:
                 prefill = self._reader.prefill(prompt, request, options, max_length, opened)
         return Generation(
-            prefill, decoding, self._backend.tokenizer, cancelled=cancelled, acceptance=acceptance, echo=echo
+            prefill,
+            decoding,
+            self._backend.tokenizer,
+            cancelled=cancelled,
+            acceptance=acceptance,
+            echo=echo,
+            on_prompt=on_prompt,
         )
 
     def score(self, tokens: Sequence[int], prompt: int) -> Iterator[Logits]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.images import Patches, cut_patches, expand, open_image, take_images
+from qwen_runtime.images import MOST_PIXELS, Patches, cut_patches, expand, open_images, take_images
 from qwen_runtime.prefix import common_prefix
 from qwen_runtime.request import ContextLengthError, Message, Request
 from qwen_runtime.template import render
@@ -60,11 +60,17 @@ class PromptBuilder:
     Attributes:
         encode: text to ids; see `Model.encode`.
         decode: the way back; whether tokens like <|im_end|> become text comes second.
+        context_length: most tokens of a prompt.
+        longest_token: characters of the longest one.
+        most_pixels: of all images of a prompt.
     """
 
     artifact: Artifact
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int], bool], str]
+    context_length: int
+    longest_token: int
+    most_pixels: int = MOST_PIXELS
 
     def build(self, request: Request) -> Prompt:
         """Raises:
@@ -75,7 +81,7 @@ class PromptBuilder:
         tokens: Sequence[int]
         sources: Sequence[Any] = ()
         if isinstance(request.prompt, str):
-            text, tokens = request.prompt, self.encode(request.prompt)
+            text, tokens = request.prompt, self._encode(request.prompt)
         elif request.conversation is None:
             tokens = cast(Sequence[int], request.prompt)
             if wrong := [token for token in tokens if not 0 <= token < self.artifact.vocab_size]:
@@ -86,9 +92,10 @@ class PromptBuilder:
         else:
             if not all(isinstance(message, Mapping) for message in request.conversation):
                 raise UserError("a list of prompts is not supported: the model keeps one sequence's state")
+            check_count(request.conversation, self.context_length)
             messages, sources = take_images(with_frames(request.conversation, request.video_frames))
             text = self.render(messages, request.thinking, request.tools, request.template_kwargs)
-            tokens = self.encode(text)
+            tokens = self._encode(text)
         tokens, images = self._place_images(tokens, sources, request.max_image_tokens)
         return Prompt(text, tokens, images, messages)
 
@@ -170,6 +177,18 @@ class PromptBuilder:
         )
         return one[: common_prefix(one, other)]
 
+    def _encode(self, text: str) -> Sequence[int]:
+        """Unless it is so long that to count its tokens would take minutes."""
+        least = len(text) // self.longest_token
+        if least > self.context_length:
+            raise ContextLengthError(
+                least,
+                self.context_length,
+                f"a prompt of {len(text)} characters does not fit the context of {self.context_length} "
+                "tokens: shorten it",
+            )
+        return self.encode(text)
+
     def _place_images(
         self, tokens: Sequence[int], sources: Sequence[Any], max_tokens: int | None
     ) -> tuple[Sequence[int], list[Patches]]:
@@ -194,7 +213,7 @@ class PromptBuilder:
                 "give fewer images",
             )
         most = min(room, max_tokens or _MAX_IMAGE_TOKENS)
-        images = [cut_patches(open_image(source), settings, most) for source in sources]
+        images = [cut_patches(image, settings, most) for image in open_images(sources, self.most_pixels)]
         tokens = expand(tokens, self.artifact.image_token, self.artifact.video_token, images)
         if images and len(tokens) > limit:  # a strip cannot be made as small as it should
             raise ContextLengthError(
@@ -203,3 +222,20 @@ class PromptBuilder:
                 f"the images take {len(tokens)} tokens, and {limit} is the most: cut or leave some",
             )
         return tokens, images
+
+
+def check_count(messages: Sequence[Message], context_length: int) -> None:
+    """Raises:
+    ContextLengthError: there are so many that they cannot fit the context, whatever is in them.
+    """
+    count = len(messages)
+    for message in messages:
+        content = message.get("content")
+        count += len(content) if isinstance(content, Sequence) and not isinstance(content, str) else 0
+    if count > context_length:
+        raise ContextLengthError(
+            count,
+            context_length,
+            f"{count} messages and parts of messages do not fit the context of {context_length} tokens: send "
+            "fewer",
+        )

@@ -1,4 +1,4 @@
-"""Give mapped weights back to the system once they have been repacked.
+"""Memory that is given back to the system: mapped weights that have been repacked, and what was freed.
 
 ONNX Runtime maps the data file and MatMulNBits repacks its codes from it into memory of its own; the mapped
 pages that were read for that stay resident, and nobody reads them again.
@@ -22,6 +22,13 @@ def release_mapped(folder: Path) -> None:
     libc = ctypes.CDLL(None)
     for start, end in _unchanged(Path("/proc/self/smaps").read_text(), str(folder.resolve()) + "/"):
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def release_freed() -> None:
+    """Give back to the system what this process has freed and malloc still holds, such as of images. With
+    glibc only, elsewhere nothing happens."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _unchanged(smaps: str, prefix: str) -> Iterator[tuple[int, int]]:

@@ -66,6 +66,11 @@ class Tokenizer:
     def largest_id(self) -> int:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes that the longest one stands for, at most, and so characters."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
     def id_of(self, token: str) -> int | None:
         """None where there is no such token."""
         return self._tokenizer.token_to_id(token)

@@ -19,6 +19,8 @@ Examples:
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --allowed-host chat.example.org --cors-origin https://app.example.org
 """
 
+_MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
+
 
 @click.command(epilog=_EPILOG)
 @ARTIFACT
@@ -82,6 +84,11 @@ Examples:
     help="With --state-dir, most GB of conversations in memory.",
 )
 @click.option(
+    "--image-megapixels",
+    type=click.FloatRange(0, min_open=True),
+    help="Most of all images of a request, as they are sent.  [default: 50; with --kiosk 16]",
+)
+@click.option(
     "--context",
     "context_length",
     type=click.IntRange(1),
@@ -119,6 +126,8 @@ def serve(
     state_disk: float,
     state_memory: float,
     api_key_file: Path | None,
+    image_megapixels: float | None,
+    kiosk: bool,
     debug: bool,
     **options: Any,
 ) -> None:
@@ -137,7 +146,9 @@ def serve(
         states = None
         if state_dir is not None:
             states = StateSettings(state_dir, round(state_disk * GB), round(state_memory * GB))
-        listen(ModelSettings(artifact, provider, verify, context_length, keep, states), **options)
+        pixels = round(10**6 * (image_megapixels or (_KIOSK_MEGAPIXELS if kiosk else _MEGAPIXELS)))
+        settings = ModelSettings(artifact, provider, verify, context_length, keep, states, pixels)
+        listen(settings, kiosk=kiosk, **options)
 
 
 def _key_in(path: Path) -> str:

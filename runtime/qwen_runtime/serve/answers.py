@@ -65,6 +65,10 @@ class Answers:
     def usage(self) -> dict[str, Any]:
         return usage(self._read, self._written, self._cached)
 
+    def progress(self) -> str | None:
+        """As `Answer.progress`, of the one at work."""
+        return None if self._current is None else self._current.progress()
+
     def close(self) -> None:
         if self._current is not None:
             self._current.close()

@@ -27,7 +27,7 @@ from qwen_runtime.serve.embeddings import embeddings, ollama_embed, ollama_embed
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
-from qwen_runtime.serve.llama_server import apply_template, detokenize, props, tokenize
+from qwen_runtime.serve.llama_server import apply_template, detokenize, props, slots, tokenize
 from qwen_runtime.serve.messages import count_tokens, messages
 from qwen_runtime.serve.metrics import Metrics, metrics
 from qwen_runtime.serve.responses import responses
@@ -66,6 +66,7 @@ def make_app(
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/props", props),
+        Route("/slots", slots),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/apply-template", apply_template, methods=["POST"]),

@@ -43,7 +43,8 @@ async def chat_completions(http: HttpRequest) -> Response:
     await while_connected(http, answers.start())
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
     if asked.stream:
-        return EventStream(_chunks(answers, parser, head, asked.include_usage), answers.close)
+        chunks = _chunks(answers, parser, head, asked.include_usage)
+        return EventStream(chunks, answers.close, answers.progress)
     with closing(answers):
         return await while_connected(http, _whole(answers, parser, head))
 

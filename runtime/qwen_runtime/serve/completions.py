@@ -33,7 +33,8 @@ async def completions(http: HttpRequest) -> Response:
     }
     await while_connected(http, answers.start())
     if asked.stream:
-        return EventStream(_chunks(answers, head, asked.include_usage), answers.close)
+        chunks = _chunks(answers, head, asked.include_usage)
+        return EventStream(chunks, answers.close, answers.progress)
     with closing(answers):
         return await while_connected(http, _whole(answers, head))
 

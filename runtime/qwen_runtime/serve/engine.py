@@ -12,17 +12,18 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from qwen_common.errors import UserError
 
-from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.model import ModelInfo
-from qwen_runtime.request import Request
+from qwen_runtime.prompt import check_count
+from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.serve import worker
+from qwen_runtime.serve.answer import Answer as Answer
 from qwen_runtime.serve.errors import ApiError, queue_full, reloading, request_failed
 from qwen_runtime.serve.metrics import Metrics
 from qwen_runtime.serve.worker import (
@@ -33,6 +34,7 @@ from qwen_runtime.serve.worker import (
     ModelSettings,
     Piece,
     Query,
+    Reading,
     Ready,
     Reply,
     Result,
@@ -47,69 +49,6 @@ _RESTART_PAUSE = 1.0  # seconds, doubled with every failure in a row
 _LONGEST_PAUSE = 60.0
 _FIRST_GUESS = 5.0  # seconds that an answer takes, before any was made
 _MEMORY = 0.2  # weight of the newest answer in that
-
-
-class Answer:
-    """One answer as it grows. Iterate it for pieces of text, and close it whatever happens.
-
-    Attributes:
-        prompt_tokens: number of tokens of the prompt.
-        cached_tokens: how many of them did not have to be read.
-        completion_tokens: number of tokens of the answer, once it has ended.
-        logprobs: of the tokens whose text was not in a piece, once it has ended.
-        finish_reason: "stop" or "length", once it has ended.
-        stop_string: the text that stopped it, if it was one.
-    """
-
-    def __init__(self, engine: Engine, job_id: int) -> None:
-        self.id = job_id
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.completion_tokens = 0
-        self.logprobs: tuple[TokenLogprob, ...] = ()
-        self.finish_reason = ""
-        self.stop_string: str | None = None
-        self.replies: asyncio.Queue[Reply] = asyncio.Queue()
-        self.ended = False  # the worker has nothing more to say about it
-        self.begun = time.monotonic()
-        self.spoke = False
-        self._engine = engine
-
-    async def start(self) -> None:
-        """Wait until the worker has accepted the prompt.
-
-        Raises:
-            ApiError: the prompt or an option is at fault, or the worker failed.
-        """
-        reply = await self._next()
-        assert isinstance(reply, Started)
-        self.prompt_tokens = reply.prompt_tokens
-        self.cached_tokens = reply.cached_tokens
-
-    def __aiter__(self) -> AsyncIterator[Piece]:
-        return self
-
-    async def __anext__(self) -> Piece:
-        reply = await self._next()
-        if isinstance(reply, Piece):
-            return reply
-        assert isinstance(reply, Done)
-        self.completion_tokens = reply.completion_tokens
-        self.finish_reason = reply.finish_reason
-        self.stop_string = reply.stop_string
-        self.logprobs = reply.logprobs
-        raise StopAsyncIteration
-
-    async def _next(self) -> Reply:
-        reply = await self.replies.get()
-        if isinstance(reply, Failed):
-            raise request_failed(reply.message, reply.user_error, reply.sizes)
-        return reply
-
-    def close(self) -> None:
-        """Stop the work, if there is any left."""
-        if not self.ended:
-            self._engine.cancel(self.id)
 
 
 class Engine:
@@ -142,6 +81,11 @@ class Engine:
     def info(self) -> ModelInfo:
         assert self._info is not None, "load the model first"
         return self._info
+
+    @property
+    def answers(self) -> Collection[Answer]:
+        """Those at work."""
+        return self._answers.values()
 
     @property
     def waiting(self) -> int:
@@ -226,10 +170,16 @@ class Engine:
             ApiError: too many requests wait, the worker is gone, or the request is at fault.
         """
         self._check_queue(admitted)
+        if request.conversation is not None:
+            try:
+                check_count(request.conversation, self.info.context_length)
+            except ContextLengthError as error:  # now, for only to send so many would take long
+                sizes = (error.prompt_tokens, error.context_length)
+                raise request_failed(str(error), True, sizes) from None
         job = Job(next(self._ids), request)
         packed = _packed(job)
         await self._turn()
-        answer = Answer(self, job.id)
+        answer = Answer(job.id, self.cancel)
         self._answers[answer.id] = answer
         self._outbox.put(packed)
         try:
@@ -309,6 +259,9 @@ class Engine:
                 query.set_result(reply)
             return
         answer = self._answers[reply.id]
+        if isinstance(reply, Reading):
+            answer.prompt_read = reply.tokens
+            return
         answer.replies.put_nowait(reply)
         self._measure(answer, reply)
         if isinstance(reply, Done | Failed):
@@ -317,10 +270,11 @@ class Engine:
     def _measure(self, answer: Answer, reply: Reply) -> None:
         seconds = time.monotonic() - answer.begun
         if isinstance(reply, Started):
+            answer.prompt_read = reply.cached_tokens
             self.metrics.prompt_tokens.inc(reply.prompt_tokens)
             self.metrics.cached_tokens.inc(reply.cached_tokens)
         elif isinstance(reply, Piece) and not answer.spoke:
-            answer.spoke = True
+            answer.spoke, answer.prompt_read = True, answer.prompt_tokens
             self.metrics.first_token.observe(seconds)
         elif isinstance(reply, Done):
             self.metrics.completion_tokens.inc(reply.completion_tokens)

@@ -102,8 +102,8 @@ def request_failed(message: str, user_error: bool, sizes: tuple[int, int] | None
     """What the worker says of a request that it could not answer.
 
     Args:
-        sizes: tokens of a prompt that is too long, and of the context. They come as llama-server's fields, with
-            OpenAI's code: agents shorten the prompt then.
+        sizes: tokens of a prompt that is too long, and of the context. They come as llama-server's fields,
+            with OpenAI's code: agents shorten the prompt then.
     """
     if sizes is None:
         return ApiError(400 if user_error else 500, message)

@@ -20,6 +20,7 @@ MAX_BODY = 32 * 1024 * 1024  # bytes; images come as base64
 HEAD_TIMEOUT = 20.0  # seconds for a whole head
 BODY_TIMEOUT = 60.0  # seconds for a whole body, or more for one that is large and comes
 SLOWEST_BODY = 32 * 1024  # at this many bytes a second
+_SILENCE = 1.0  # seconds without an event
 SEND_TIMEOUT = 60.0  # seconds that a reader may take none of a stream
 
 
@@ -77,15 +78,22 @@ class EventStream(Response):
     Args:
         events: JSON objects, named by their `type` where they have one; None is OpenAI's mark of the end.
         close: called when they have ended, the client left, or it stopped reading.
+        comment: asked each second without an event: a line for whoever looks, which no client takes for one.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any] | None], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[dict[str, Any] | None],
+        close: Callable[[], None],
+        comment: Callable[[], str | None] = lambda: None,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._comment = comment
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -97,11 +105,29 @@ class EventStream(Response):
 
     async def _stream(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for event in self._events:
-            body = {"type": "http.response.body", "body": self._text(event).encode(), "more_body": True}
+        async for text in self._texts():
+            body = {"type": "http.response.body", "body": text.encode(), "more_body": True}
             async with asyncio.timeout(SEND_TIMEOUT):
                 await send(body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _texts(self) -> AsyncIterator[str]:
+        events = aiter(self._events)
+        upcoming = asyncio.ensure_future(_next(events))
+        try:
+            while True:
+                await asyncio.wait((upcoming,), timeout=_SILENCE)
+                if not upcoming.done():
+                    if (comment := self._comment()) is not None:
+                        yield f": {comment}\n\n"
+                    continue
+                if not (found := upcoming.result()):
+                    return
+                yield self._text(found[0])
+                upcoming = asyncio.ensure_future(_next(events))
+        finally:
+            upcoming.cancel()
+            await asyncio.wait((upcoming,))
 
     def _text(self, event: dict[str, Any] | None) -> str:
         data = "[DONE]" if event is None else json.dumps(event, ensure_ascii=False)
@@ -116,6 +142,13 @@ class JsonLines(EventStream):
 
     def _text(self, event: dict[str, Any] | None) -> str:
         return json.dumps(event, ensure_ascii=False) + "\n"
+
+
+async def _next(events: AsyncIterator[T]) -> tuple[T] | None:
+    """None at their end."""
+    async for event in events:
+        return (event,)
+    return None
 
 
 async def _race(work: Coroutine[Any, Any, T], receive: Receive) -> T:

@@ -47,6 +47,25 @@ async def apply_template(http: HttpRequest) -> Response:
     return JSONResponse({"prompt": await while_connected(http, engine.ask(queries.prompt_text, request))})
 
 
+async def slots(http: HttpRequest) -> Response:
+    """The answers at work, and how far each has read its prompt."""
+    engine = engine_for(http, http.query_params.get("model"))
+    working: list[dict[str, object]] = [
+        {
+            "id_task": answer.id,
+            "is_processing": True,
+            "n_prompt_tokens": answer.prompt_tokens,
+            "n_prompt_tokens_processed": answer.prompt_read,
+            "n_prompt_tokens_cache": answer.cached_tokens,
+        }
+        for answer in engine.answers
+    ]
+    idle: list[dict[str, object]] = [{"is_processing": False}] * (engine.parallel - len(working))
+    return JSONResponse(
+        [{"id": at, "n_ctx": engine.info.context_length, **slot} for at, slot in enumerate([*working, *idle])]
+    )
+
+
 async def props(http: HttpRequest) -> Response:
     engine = engine_for(http, http.query_params.get("model"))
     artifact = Artifact.open(engine.info.path)

@@ -32,7 +32,7 @@ async def messages(http: HttpRequest) -> Response:
     blocks = _Blocks(told=asked.thinking is None or asked.thinking.display != "omitted")
     events = _events(answer, parser, blocks, engine.info.name)
     if asked.stream:
-        return EventStream(events, answer.close)
+        return EventStream(events, answer.close, answer.progress)
     with closing(answer):
         return await while_connected(http, _whole(events, blocks))
 

@@ -29,7 +29,7 @@ async def responses(http: HttpRequest) -> Response:
     answer, parser = await while_connected(http, answer_for(asked.as_chat(), engine, http.app.state.thinking))
     events = _events(answer, parser, _head(asked, engine.info.name))
     if asked.stream:
-        return EventStream(events, answer.close)
+        return EventStream(events, answer.close, answer.progress)
     with closing(answer):
         return await while_connected(http, _last(events))
 

@@ -24,6 +24,7 @@ from qwen_common.errors import UserError
 from qwen_runtime.logits import TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.request import ContextLengthError, Request
+from qwen_runtime.resident import release_freed
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.states import StateSettings
 
@@ -42,6 +43,7 @@ class ModelSettings:
     context_length: int | None = None
     keep: int = 0
     states: StateSettings | None = None
+    image_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """So many tokens of the prompt are read."""
+
+    id: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Piece:
     """The next piece of text, and what was asked to be told of the tokens that begin in it."""
 
@@ -121,7 +131,7 @@ class Failed:
         return cls(id, _line(error), isinstance(error, UserError), sizes)
 
 
-Reply = Started | Piece | Done | Result | Failed
+Reply = Started | Reading | Piece | Done | Result | Failed
 
 
 def main(settings: ModelSettings, connection: Connection) -> None:
@@ -136,6 +146,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
             context_length=settings.context_length,
             keep=settings.keep,
             states=settings.states,
+            image_pixels=settings.image_pixels,
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
@@ -179,7 +190,11 @@ class _Worker:
         try:
             if self._ahead:
                 self._ahead.stop()
-            with self.model.answer(job.request, cancelled) as generation:
+
+            def on_prompt(read: int) -> None:
+                self._send(Reading(job.id, read))
+
+            with self.model.answer(job.request, cancelled, on_prompt) as generation:
                 self._send(Started(job.id, generation.prompt_tokens, generation.cached_tokens))
                 told = 0
                 for text in generation:
@@ -212,6 +227,7 @@ class _Worker:
             ahead.read()
         if not self._cancelled:  # else whoever ends last does it
             self._flush()
+            release_freed()
 
     def _flush(self) -> None:
         try:
