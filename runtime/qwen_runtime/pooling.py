@@ -15,6 +15,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Backend, OutputGenerator
+from qwen_runtime.request import ContextLengthError
 from qwen_runtime.sampling import GREEDY
 
 Pooling = Literal["mean", "last"]
@@ -55,7 +56,7 @@ class Pooler:
         if not tokens:
             raise UserError("a text has no tokens: there is nothing to make an embedding of")
         if len(tokens) >= self.context_length:
-            raise UserError(f"{len(tokens)} tokens do not fit the context of {self.context_length}")
+            raise ContextLengthError(len(tokens), self.context_length)
         if wrong := [token for token in tokens if not 0 <= token < self.artifact.vocab_size]:
             raise UserError(f"there is no token {wrong[0]}: they go from 0 to {self.artifact.vocab_size - 1}")
         generator = self.backend.generator(GREEDY, None, len(tokens) + 1)

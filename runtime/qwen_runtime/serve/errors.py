@@ -7,6 +7,8 @@ import math
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+TOO_LONG = "context_length_exceeded"
+
 
 class ApiError(Exception):
     """A request that is answered with an error.
@@ -53,7 +55,10 @@ class ApiError(Exception):
         kind = _ANTHROPIC_TYPES.get(
             self.status, "api_error" if self.status >= 500 else "invalid_request_error"
         )
-        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        message = str(self)
+        if self.code == TOO_LONG:  # Anthropic has no code for it, so agents read the message
+            message = "prompt is too long: {n_prompt_tokens} tokens > {n_ctx} maximum".format(**self.details)
+        return {"type": "error", "error": {"type": kind, "message": message}}
 
     @property
     def ollama_body(self) -> dict[str, object]:
@@ -108,7 +113,7 @@ def request_failed(message: str, user_error: bool, sizes: tuple[int, int] | None
     if sizes is None:
         return ApiError(400 if user_error else 500, message)
     details: dict[str, object] = dict(zip(("n_prompt_tokens", "n_ctx"), sizes, strict=True))
-    return ApiError(400, message, code="context_length_exceeded", details=details)
+    return ApiError(400, message, code=TOO_LONG, details=details)
 
 
 def on_api_error(http: HttpRequest, error: Exception) -> Response:

@@ -101,7 +101,7 @@ def test_each_text_waits_for_its_turn(embedding: Server) -> None:
 def test_what_is_refused(embedding: Server, client: OpenAI) -> None:
     for asked, says in (
         ("", "no tokens"),
-        ("word " * 9000, "do not fit the context"),
+        ("word " * 9000, "and the context is"),
         ([[10**6]], "no token 1000000"),
     ):
         with pytest.raises(openai.BadRequestError, match=says):

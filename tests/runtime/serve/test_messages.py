@@ -244,6 +244,10 @@ def test_models(server: Server, model: Model) -> None:
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": "word " * 9000}]},
+            r"'prompt is too long: 90\d\d tokens > 8192 maximum'",
+        ),
         ({"messages": [{"role": "king", "content": ""}]}, "messages.0.*king"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, r"tools\.0"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
