@@ -34,7 +34,7 @@ async def embeddings(http: HttpRequest) -> Response:
 
 async def ollama_embed(http: HttpRequest) -> Response:
     begun = time.monotonic_ns()
-    asked = parse(EmbedRequest, await read_json(http))
+    asked = parse(EmbedRequest, await read_json(http, undeclared=True))
     engine = engine_for(http, asked.model)
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
     vectors, tokens = await while_connected(http, _embed(engine, texts))
@@ -50,7 +50,7 @@ async def ollama_embed(http: HttpRequest) -> Response:
 
 
 async def ollama_embeddings(http: HttpRequest) -> Response:
-    asked = parse(OldEmbedRequest, await read_json(http))
+    asked = parse(OldEmbedRequest, await read_json(http, undeclared=True))
     engine = engine_for(http, asked.model)
     [vector], _ = await while_connected(http, _embed(engine, [asked.prompt]))
     return JSONResponse({"embedding": _as_list(vector)})

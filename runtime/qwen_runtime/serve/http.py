@@ -24,21 +24,28 @@ _SILENCE = 1.0  # seconds without an event
 SEND_TIMEOUT = 60.0  # seconds that a reader may take none of a stream
 
 
+# Headers that browsers send with every request of another site's page, and nobody else does.
+_BROWSERS = {"origin", "sec-fetch-site"}
+
+
 class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
-async def read_json(http: HttpRequest) -> bytes:
+async def read_json(http: HttpRequest, undeclared: bool = False) -> bytes:
     """The request's body.
 
     A page of another site can send a body here without asking first, but not one of this type.
+
+    Args:
+        undeclared: Ollama's clients may leave the type off, or send curl's, but no browser may.
 
     Raises:
         ApiError: it is not declared as JSON, too large, or too slow.
         ClientGone: the client left before its end.
     """
     kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind != "application/json" and not (undeclared and _BROWSERS.isdisjoint(http.headers.keys())):
         raise ApiError(415, "send the body with Content-Type: application/json")
     body = bytearray()
     try:

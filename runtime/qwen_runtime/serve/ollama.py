@@ -29,7 +29,7 @@ Shape = Callable[[Line], Line]
 
 
 async def chat(http: HttpRequest) -> Response:
-    asked = parse(OllamaChatRequest, await read_json(http))
+    asked = parse(OllamaChatRequest, await read_json(http, undeclared=True))
     engine = engine_for(http, asked.model)
     if not asked.messages:
         return _loaded(asked, engine, _as_message)
@@ -38,7 +38,7 @@ async def chat(http: HttpRequest) -> Response:
 
 
 async def generate(http: HttpRequest) -> Response:
-    asked = parse(GenerateRequest, await read_json(http))
+    asked = parse(GenerateRequest, await read_json(http, undeclared=True))
     engine = engine_for(http, asked.model)
     if not asked.prompt and not asked.images:
         return _loaded(asked, engine, _as_response)

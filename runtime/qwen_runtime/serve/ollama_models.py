@@ -41,7 +41,7 @@ async def ps(http: HttpRequest) -> Response:
 
 
 async def show(http: HttpRequest) -> Response:
-    asked = parse(ShowRequest, await read_json(http))
+    asked = parse(ShowRequest, await read_json(http, undeclared=True))
     info = engine_for(http, asked.model or asked.name).info
     artifact = Artifact.open(info.path)
     templates = artifact.chat_templates.values()

@@ -129,6 +129,21 @@ def test_formats(ask: Callable[..., Any]) -> None:
     assert ask(format="json").message.content.startswith("{")
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/api/show", "/api/embed", "/api/embeddings"])
+def test_only_browsers_must_say_that_it_is_json(server: Server, path: str) -> None:
+    """curl sends a form's type, LiteLLM none; a page of another site can do both without asking first."""
+    body = json.dumps({"messages": QUESTION, "prompt": "A", "input": "A", "options": {"num_predict": 2}})
+    types = ("application/x-www-form-urlencoded", "text/plain", "")
+    for kind in types:
+        found = request(server, "POST", path, body.encode(), **{"Content-Type": kind})
+        # The shared artifact makes no embeddings.
+        assert found[0] == (400 if "embed" in path else 200) and b"Content-Type" not in found[2]
+        for mark in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "none"}):
+            answered = request(server, "POST", path, body.encode(), **{"Content-Type": kind, **mark})
+            assert answered[0] == 415, (kind, mark)
+    assert request(server, "POST", "/v1/messages", b"{}", **{"Content-Type": ""})[0] == 415
+
+
 def weather(city: str) -> str:
     """Tell the weather.
 
