@@ -67,19 +67,24 @@ class Settings(TypedDict, total=False):
     fallbacks: list[str]
 
 
-class FurtherGraphs(TypedDict):
-    """Graphs over the same weights for providers that have no kernels for the main ones.
-
-    Attributes:
-        files: by a main graph's file the one that they take in its place.
-        overlay: file of what is different for them from genai_config.json.
-    """
-
+class _FurtherAlways(TypedDict):
     providers: list[str]
     lowering: str
     onnxruntime: str
     files: dict[str, str]
     overlay: str
+
+
+class FurtherGraphs(_FurtherAlways, total=False):
+    """Graphs over the same weights for providers that have no kernels for the main ones.
+
+    Attributes:
+        files: by a main graph's file the one that they take in its place.
+        overlay: file of what is different for them from genai_config.json.
+        image_prompt_tokens: as the manifest's; without it, the same.
+    """
+
+    image_prompt_tokens: int
 
 
 class RunsOn(TypedDict, total=False):

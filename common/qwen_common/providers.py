@@ -187,6 +187,8 @@ _RECORDS = (
         onnxruntime_name="DmlExecutionProvider",
         genai_name="dml",
         package="onnxruntime-genai-winml",
+        install="pip install onnxruntime-genai-winml onnxruntime-windowsml, "
+        "in place of onnxruntime-genai and onnxruntime",
         probe="is_dml_available",
         systems=frozenset({"win32"}),
         vendors=frozenset(PCI_VENDORS),
@@ -196,7 +198,12 @@ _RECORDS = (
         options={"enable_graph_capture": "0"},
         settings=frozenset({"device_id", "performance_preference", "device_filter", "disable_metacommands"}),
         appends=False,  # ONNX Runtime GenAI refuses a second append to a generator
-        replaces={"onnxruntime": "", "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19"},
+        # GenAI's package takes onnxruntime.dll and DirectML.dll from an installed onnxruntime, and is refused
+        # without one (read in 0.18's _dll_directory.py).
+        replaces={
+            "onnxruntime": "onnxruntime-windowsml>=1.30,<2",
+            "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19",
+        },
         lowerings=frozenset({"portable"}),
         # Its MatMulNBits dequantises without subtracting the default zero point when the input is absent, and
         # reads zero points with rows padded to an even count of blocks: those of 4 bits must fill whole

@@ -153,10 +153,11 @@ class Artifact:
     def video_token(self) -> int:
         return int(self.genai_config["model"]["video_token_id"])
 
-    @property
-    def image_prompt_tokens(self) -> int:
-        """Most tokens of a prompt with images."""
-        return int(self.manifest["image_prompt_tokens"])
+    def image_prompt_tokens(self, provider: str) -> int:
+        """Most tokens of a prompt with images, in one of the graphs that an execution provider takes."""
+        most = self.manifest["image_prompt_tokens"]
+        further = manifests.further_graphs(self.manifest, provider)
+        return most if further is None else further.get("image_prompt_tokens", most)
 
     def overlay(self, provider: str) -> dict[str, Any]:
         """What is different from `genai_config` for the graphs that an execution provider takes; {} where it

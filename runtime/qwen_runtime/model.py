@@ -97,6 +97,7 @@ class Model:
         info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
         prompts = PromptBuilder(
             artifact,
+            backend.provider,
             backend.tokenizer.encode,
             backend.tokenizer.decode,
             info.context_length,

@@ -58,6 +58,7 @@ class PromptBuilder:
     """Builds prompts for one artifact.
 
     Attributes:
+        provider: the execution provider that reads the prompts.
         encode: text to ids; see `Model.encode`.
         decode: the way back; whether tokens like <|im_end|> become text comes second.
         context_length: most tokens of a prompt.
@@ -66,6 +67,7 @@ class PromptBuilder:
     """
 
     artifact: Artifact
+    provider: str
     encode: Callable[[str], Sequence[int]]
     decode: Callable[[Sequence[int], bool], str]
     context_length: int
@@ -203,7 +205,7 @@ class PromptBuilder:
             return tokens, []
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"max_image_tokens is {max_tokens}, but must be at least 1")
-        limit = self.artifact.image_prompt_tokens
+        limit = self.artifact.image_prompt_tokens(self.provider)
         room = (limit - len(tokens)) // max(1, len(sources))
         if sources and room < 1:
             raise ContextLengthError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnxruntime_genai as og
 import pytest
+from qwen_common.providers import PROVIDERS
 from qwen_runtime.devices import (
     Device,
     Machine,
@@ -46,7 +47,7 @@ def test_profiles_that_tell_a_machine_most_closely_come_first() -> None:
 @pytest.mark.parametrize(
     "machine,library,expected",
     [
-        (STRIX_HALO, FakeGenAI(), {"cpu": "", "dml": "pip install onnxruntime-genai-winml"}),
+        (STRIX_HALO, FakeGenAI(), {"cpu": "", "dml": PROVIDERS["dml"].advice}),
         (STRIX_HALO, FakeGenAI("dml"), {"dml": "", "cuda": "no device here that it runs on"}),
         (WORKSTATION, FakeGenAI(), {"cuda": "pip install onnxruntime-genai-cuda", "dml": "not on linux"}),
         (WORKSTATION, FakeGenAI("cuda"), {"cuda": "", "openvino": "no device here that it runs on"}),

@@ -82,6 +82,18 @@ def test_a_picture_goes_through_the_further_graphs(exported: Exported, directml:
     assert found[0] == found[1] and found[0]
 
 
+def test_the_length_of_a_prompt_with_images_is_the_graphs_own(exported: Exported, directml: None) -> None:
+    """The portable graph takes it in one run, which has a limit; the fused one does not."""
+    image = {"type": "image", "image": Image.new("RGB", (256, 256), "white")}
+    asked = [{"role": "user", "content": [*[image] * 10, {"type": "text", "text": "What is this?"}]}]
+    artifact = exported(TINY_VL, load_profile("strix-halo"))
+    found = {}
+    for provider in ("cpu", "dml"):
+        with Model.load(artifact, provider) as model:
+            found[provider] = model.generate(asked, max_tokens=1, sampling=GREEDY).prompt_tokens
+    assert found["cpu"] > 600 and 400 < found["dml"] <= 512
+
+
 def test_each_provider_opens_its_own_graph(exported: Exported, directml: None, tmp_path: Path) -> None:
     """Whichever file is no graph, only those that take it fail."""
     for file, provider in ("model.onnx", "dml"), ("model.dml.onnx", "cpu"):

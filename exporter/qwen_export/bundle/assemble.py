@@ -37,7 +37,7 @@ from qwen_export.bundle.own_wheel import build_own_wheel
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.rendering import render
 from qwen_export.bundle.site import unpack
-from qwen_export.bundle.wheels import Wheel, download, system_needed
+from qwen_export.bundle.wheels import Wheel, download, replacements, system_needed
 
 _SCRIPTS = {
     True: ("install.ps1", "start.ps1", "qwen-run.ps1", "task.xml"),
@@ -87,7 +87,7 @@ def bundle(
         _copy(source, staged / ARTIFACT)
         note(f"downloading wheels for {platform_name}, CPython {python}")
         provider = source.manifest["provider"]
-        wheels = _wheels(platform, python, provider, Path(name, "wheels"))
+        wheels = _wheels(platform, python, source.manifest, Path(name, "wheels"), note)
         hashes = {wheel.path.name: sha256(wheel.path) for wheel in wheels}
         note("unpacking them")
         unpack(wheels, hashes, platform, python, staged / SITE)
@@ -148,10 +148,16 @@ def _copy(artifact: Artifact, folder: Path) -> None:
         shutil.copyfile(artifact.root / name, folder / name)
 
 
-def _wheels(platform: Platform, python: str, provider: str, folder: Path) -> list[Wheel]:
+def _wheels(
+    platform: Platform, python: str, manifest: Manifest, folder: Path, note: Callable[[str], None]
+) -> list[Wheel]:
     folder.mkdir()
     own = build_own_wheel(folder)
-    replaced = PROVIDERS[provider].replaces if provider in PROVIDERS else {}
+    replaced, left_out = replacements(
+        [manifest["provider"], *manifest["settings"].get("fallbacks", [])], platform.markers["sys_platform"]
+    )
+    for title in left_out:
+        note(f"without {title}: its packages cannot be installed beside those of a provider before it")
     return download(own, ["kiosk"], replaced, platform, python, folder)
 
 

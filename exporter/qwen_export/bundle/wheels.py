@@ -18,6 +18,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from qwen_common.errors import UserError
+from qwen_common.providers import PROVIDERS
 
 from qwen_export.bundle.platforms import Platform
 
@@ -58,6 +59,29 @@ class Wheel:
             for item in requirements
             if item.marker is None or any(item.marker.evaluate(each) for each in environments)
         ]
+
+
+def replacements(providers: Iterable[str], system: str) -> tuple[dict[str, str], list[str]]:
+    """Packages for all of an artifact's execution providers that a platform can have.
+
+    Args:
+        providers: their keys, in the order in which they are tried.
+        system: the platform's sys.platform.
+
+    Returns:
+        As `Provider.replaces`, and the titles of providers that want another package in a place that one
+        before them has taken.
+    """
+    replaced: dict[str, str] = {}
+    left_out = []
+    for provider in (PROVIDERS[key] for key in providers if key in PROVIDERS):
+        if provider.systems is not None and system not in provider.systems:
+            continue
+        if any(replaced.get(name, wanted) != wanted for name, wanted in provider.replaces.items()):
+            left_out.append(provider.title)
+        else:
+            replaced |= provider.replaces
+    return replaced, left_out
 
 
 def download(

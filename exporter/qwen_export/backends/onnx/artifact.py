@@ -79,27 +79,34 @@ def _write(
     context = config["model"]["context_length"]
     runs_on: RunsOn = {"lowering": graphs.target.name, "onnxruntime": graphs.target.onnxruntime}
     if graphs.further:
-        runs_on["further_graphs"] = [_further(checkpoint, further, staged) for further in graphs.further]
+        runs_on["further_graphs"] = [_further(checkpoint, other, context, staged) for other in graphs.further]
     return Written(
         runs_on=runs_on,
         context_length=context,
         bytes_by_role=graphs.bytes_by_role(),
         all_logits=all_logits,
-        image_prompt_tokens=min(graphs.max_run_tokens or context, context) if checkpoint.vision else None,
+        image_prompt_tokens=_image_prompt_tokens(checkpoint, graphs, context),
         carried_over=graphs.prequantized_roles(),
     )
 
 
-def _further(checkpoint: Checkpoint, further: FurtherGraphs, staged: Path) -> FurtherEntry:
+def _image_prompt_tokens(checkpoint: Checkpoint, graphs: Graphs | FurtherGraphs, context: int) -> int | None:
+    return min(graphs.max_run_tokens or context, context) if checkpoint.vision else None
+
+
+def _further(checkpoint: Checkpoint, further: FurtherGraphs, context: int, staged: Path) -> FurtherEntry:
     overlay = provider_file(GENAI_CONFIG, further.providers[0])
     (staged / overlay).write_bytes(as_json(genai_overlay(checkpoint, further.target.name, further.replaced)))
-    return {
+    entry: FurtherEntry = {
         "providers": list(further.providers),
         "lowering": further.target.name,
         "onnxruntime": further.target.onnxruntime,
         "files": further.replaced,
         "overlay": overlay,
     }
+    if (tokens := _image_prompt_tokens(checkpoint, further, context)) is not None:
+        entry["image_prompt_tokens"] = tokens
+    return entry
 
 
 def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bool:

@@ -41,12 +41,14 @@ class FurtherGraphs:
         providers: those of the profile's fallbacks that take them.
         replaced: by a main graph's file name that of the graph that replaces it.
         by_file: the graphs, by their file names.
+        max_run_tokens: as in `Graphs`.
     """
 
     providers: tuple[str, ...]
     target: Target
     replaced: dict[str, str]
     by_file: dict[str, Graph]
+    max_run_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Graphs:
         by_file: the graphs for that provider, by file name.
         further: those of fallbacks.
         placed: every weight, with its place in the data file, in file order.
-        max_run_tokens: of every decoder; None: any number.
+        max_run_tokens: of the decoder for that provider; None: any number.
     """
 
     target: Target
@@ -116,9 +118,13 @@ def build_graphs(
         }
         if replaced:
             own = {file: own[name] for name, file in replaced.items()}
-            further.append(FurtherGraphs(tuple(takers), target, replaced, own))
-    any_run = all(target.has("LinearAttention") for target in (main, *providers))
-    return Graphs(main, by_file, further, layout.placed, layout.end, None if any_run else run)
+            further.append(FurtherGraphs(tuple(takers), target, replaced, own, _longest(target, run)))
+    return Graphs(main, by_file, further, layout.placed, layout.end, _longest(main, run))
+
+
+def _longest(target: Target, run: int) -> int | None:
+    """Only the chunked Gated DeltaNet has a longest run."""
+    return None if target.has("LinearAttention") else run
 
 
 def targets(profile: Profile) -> dict[str, Target]:
