@@ -95,14 +95,9 @@ class Model:
         ort = None if states is None else load_ort(artifact, provider)
         backend = ort or load_backend(artifact, provider, keep)
         info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
+        text, room, pixels = backend.tokenizer, info.context_length, image_pixels or MOST_PIXELS
         prompts = PromptBuilder(
-            artifact,
-            backend.provider,
-            backend.tokenizer.encode,
-            backend.tokenizer.decode,
-            info.context_length,
-            backend.tokenizer.longest_token,
-            image_pixels or MOST_PIXELS,
+            artifact, backend.provider, text.encode, text.decode, room, text.longest_token, pixels
         )
         reader = PromptReader(backend, prompts, info.context_length, keep)
         if ort is not None and states is not None:
