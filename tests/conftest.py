@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
+from tests.support.wine import Windows, install
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,9 @@ def cpu_artifact(exported: Exported) -> Path:
     from qwen_profiles.schema import load_profile
 
     return exported(TINY, load_profile("cpu"))
+
+
+@pytest.fixture(scope="session")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
+    """Windows' Python with DirectML, for tests that are skipped unless `tests.support.wine.AVAILABLE`."""
+    return install(tmp_path_factory.mktemp("windows"))

@@ -19,6 +19,7 @@ from qwen_runtime import Model, Sampling
 from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
+from tests.support.wine import AVAILABLE, REASON, Windows
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c"
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
@@ -159,6 +160,24 @@ def test_windows_program_with_the_winml_libraries_on_wine(artifact: Path, tmp_pa
     assert done.stdout.replace("\r\n", "\n") == expected(artifact) + "\n"
     refused = run()
     assert refused.returncode == 1 and "dml" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.directml
+@pytest.mark.skipif(not AVAILABLE, reason=REASON)
+@pytest.mark.skipif(shutil.which("x86_64-w64-mingw32-gcc") is None, reason="no mingw-w64")
+def test_windows_program_on_directml(exported: Exported, windows: Windows) -> None:
+    """With the WinML package's own onnxruntime, 1.24.6, and the portable graph of a folder for several providers."""
+    artifact, library = (
+        exported(TINY, load_profile("strix-halo")),
+        windows.libraries / "onnxruntime-genai.dll",
+    )
+    program = windows.libraries / "answer.exe"
+    compiler = ["x86_64-w64-mingw32-gcc", *COMPILERS["c"][1:]]
+    subprocess.run([*compiler, EXAMPLE / "answer.c", "-o", program, library], check=True)
+    done = windows.run(program, f"Z:{artifact}", QUESTION, "dml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace("\r\n", "\n") == expected(artifact) + "\n"
 
 
 @pytest.mark.slow

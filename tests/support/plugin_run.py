@@ -1,8 +1,10 @@
-"""An artifact's decoder on a plug-in provider, in a process of its own: python plugin_run.py MODULE ARTIFACT
+"""An artifact's decoder on one provider, in a process of its own: python plugin_run.py PROVIDER ARTIFACT [OPTIONS]
 
-Reads JSON from standard input, {"ids": [...], "chunks": [...]}: the token ids of one sequence, and how many
-of them each run takes. Writes `logits.npy` float32 [tokens, vocab] into the current folder, and prints as
-JSON the operators of the nodes that ran, by provider: {"WebGpuExecutionProvider": {"MatMulNBits": 33, ...}}.
+PROVIDER is the module of a plug-in, or the name of a provider that this onnxruntime has built in, with
+OPTIONS in JSON. Reads JSON from standard input, {"graph": "model.onnx", "ids": [...], "chunks": [...]}: the
+token ids of one sequence, and how many of them each run takes. Writes `logits.npy` float32 [tokens, vocab]
+into the current folder, and prints as JSON the operators of the nodes that ran, by provider:
+{"WebGpuExecutionProvider": {"MatMulNBits": 33, ...}}.
 """
 
 from __future__ import annotations
@@ -20,20 +22,42 @@ import onnxruntime as ort
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def main() -> None:
-    plugin, artifact = import_module(sys.argv[1]), Path(sys.argv[2])
-    asked = json.load(sys.stdin)
+def profiled(graph: Path, provider: str, options: dict[str, str]) -> ort.InferenceSession:
+    """The graph on a provider, with what is left over on the CPU, and with ONNX Runtime's profiler on."""
     ort.set_default_logger_severity(3)
+    settings = ort.SessionOptions()
+    settings.enable_profiling = True
+    settings.profile_file_prefix = "profile"
+    if provider in ort.get_available_providers():
+        settings.enable_mem_pattern = False  # DirectML takes no other
+        session = ort.InferenceSession(graph, settings, providers=[(provider, options)])
+        if provider not in session.get_providers():
+            sys.exit(f"{provider} does not start")
+        return session
+    plugin = import_module(provider)
     ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
     devices = [device for device in ort.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
     if not devices:
         sys.exit(f"{plugin.get_ep_name()} finds no device")
-    options = ort.SessionOptions()
-    options.enable_profiling = True
-    options.profile_file_prefix = "profile"
-    options.add_provider_for_devices(devices, {})
-    session = ort.InferenceSession(artifact / "model.onnx", options)
+    settings.add_provider_for_devices(devices, options)
+    return ort.InferenceSession(graph, settings)
 
+
+def ran(session: ort.InferenceSession) -> dict[str, dict[str, int]]:
+    """Operators of the nodes that have run, by provider; ends the profile."""
+    nodes: dict[str, set[tuple[str, str]]] = {}
+    for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            node = (event["args"]["op_name"], event["name"])
+            nodes.setdefault(event["args"]["provider"], set()).add(node)
+    return {name: Counter(operator for operator, _ in found) for name, found in nodes.items()}
+
+
+def main() -> None:
+    provider, artifact, *options = sys.argv[1:]
+    asked = json.load(sys.stdin)
+    graph = Path(artifact) / asked.get("graph", "model.onnx")
+    session = profiled(graph, provider, json.loads(options[0]) if options else {})
     outputs = [value.name for value in session.get_outputs()]
     sizes = {"batch_size": 1, "past_sequence_length": 0}
     states = {
@@ -55,13 +79,7 @@ def main() -> None:
         logits.append(found["logits"][0])
         start = stop
     np.save("logits.npy", np.concatenate(logits).astype(np.float32))
-
-    ran: dict[str, set[tuple[str, str]]] = {}
-    for event in json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")):
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            node = (event["args"]["op_name"], event["name"])
-            ran.setdefault(event["args"]["provider"], set()).add(node)
-    print(json.dumps({name: Counter(operator for operator, _ in nodes) for name, nodes in ran.items()}))
+    print(json.dumps(ran(session)))
 
 
 if __name__ == "__main__":

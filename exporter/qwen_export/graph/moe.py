@@ -114,8 +114,12 @@ def _portable_experts(
     probabilities = g.op("Softmax", g.reshape(g.cast(logits, np.float32), -1, experts), axis=-1)
     weights, choices = g.ops("TopK", probabilities, g.ints(chosen), outputs=2, axis=-1)
     weights = g.op("Div", weights, g.op("ReduceSum", weights, g.ints(-1), keepdims=1))
-    nothing = g.op("Mul", probabilities, g.constant(0, np.float32))
-    everywhere = g.op("ScatterElements", nothing, choices, weights, axis=-1)
+    # The others' weights for every expert, by comparing: DirectML has a kernel for ScatterElements of older
+    # operator sets only, and it would run on the CPU (measured).
+    each = g.constant(np.arange(experts), np.float32)
+    one_hot = g.op("Equal", g.op("Unsqueeze", g.cast(_others(g, choices), np.float32), g.ints(-1)), each)
+    spread = g.op("Mul", g.op("Unsqueeze", _others(g, weights), g.ints(-1)), g.cast(one_hot, np.float32))
+    everywhere = g.op("ReduceSum", spread, g.ints(1), keepdims=0)  # [n, experts]
 
     tokens = g.reshape(x, -1, hidden)
     first_choices = g.reshape(_first(g, choices), chosen, 1)
@@ -126,7 +130,7 @@ def _portable_experts(
         [_gather(g, tensor, first_choices, experts, axis=1) for tensor in columns],
         chosen,
     )
-    others = wide_mlp(_others(g, tokens), g.cast(_others(g, everywhere), g.dtype), rows, columns, experts)
+    others = wide_mlp(_others(g, tokens), g.cast(everywhere, g.dtype), rows, columns, experts)
     return g.op("Reshape", g.op("Concat", first, others, axis=0), g.op("Shape", x))
 
 

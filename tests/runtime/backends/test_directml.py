@@ -1,0 +1,40 @@
+"""`qwen-run` on real DirectML, by Windows' Python on Wine: docs/testing.md."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from qwen_profiles.schema import load_profile
+
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.checkpoints.drawings import drawing
+from tests.support.exported import Exported
+from tests.support.wine import AVAILABLE, REASON, Windows
+
+pytestmark = [pytest.mark.slow, pytest.mark.directml, pytest.mark.skipif(not AVAILABLE, reason=REASON)]
+CHECKPOINTS = {"dense": TINY, "experts": TINY_MOE, "images": TINY_VL}
+OPTIONS = ("--temperature", "0", "--max-tokens", "16", "--json", "--provider")
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_profile_as_shipped_answers_as_on_the_cpu(
+    exported: Exported, windows: Windows, kind: str, tmp_path: Path
+) -> None:
+    """One folder: the fused graph here on the CPU, the portable one there on DirectML."""
+    artifact, question = exported(CHECKPOINTS[kind], load_profile("strix-halo")), ["What is an iterator?"]
+    if kind == "images":
+        picture, path = drawing(7), tmp_path / "picture.png"
+        picture.image.save(path)
+        question = [picture.question, "--image", str(path)]
+    here = [sys.executable, "-c", "from qwen_runtime.cli import main; main()", artifact, *question]
+    answer = json.loads(subprocess.check_output([*here, *OPTIONS, "cpu"]))
+    done = windows.qwen_run(artifact, *question, *OPTIONS, "dml")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["provider"] == "dml" and len(found["text"]) > 8
+    assert found["text"] == answer["text"] and found["usage"] == answer["usage"]
+    assert "with the portable graph" in done.stderr
