@@ -6,15 +6,20 @@ ONNX Runtime GenAI has llguidance inside, OpenVINO GenAI xgrammar.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen_runtime.grammar_schema import carried
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.tool_calls import qwen3_5_grammar as dialect
 
 # llguidance forces what must come next as the tokenizer would write it, which is best for the answer. To ONNX
 # Runtime GenAI 0.18, though, the rest of a character that a token began is U+FFFD, and the answer fails.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
+_GRAMMAR_TEXT = re.compile(r" 1 \| | <backtrace>")
+_PLACES = re.compile(r"^(Error creating grammar: |at \d+\(\d+\): |\[[\d:]+\] \S+: )+|<string>:\d+: ")
+_LONGEST_REASON = 300  # characters
 _THOUGHT = r"thought[lazy]: /(.|\n)*<\/think>/"
 
 
@@ -24,15 +29,29 @@ def make_guidance(
     schema: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
     several: bool = True,
+    regex: str | None = None,
+    choices: Sequence[str] = (),
 ) -> Guidance:
-    """An answer that is JSON of this schema, or calls of these tools; with both, one or the other.
+    """An answer of one of these forms: JSON of this schema, calls of these tools, a text that this regular
+    expression matches as a whole, or one of these texts.
+
+    What no grammar carries of a schema is left out of it (`grammar_schema`).
 
     Args:
         thinking: the prompt ended inside a thought, which is finished first.
         several: more than one call is allowed.
     """
-    functions = [tool["function"] for tool in tools]
-    answer = {"thinking": thinking, "schema": schema, "functions": functions, "several": several}
+    functions = [
+        {**tool["function"], "parameters": carried(tool["function"].get("parameters"))} for tool in tools
+    ]
+    answer = {
+        "thinking": thinking,
+        "schema": carried(schema),
+        "functions": functions,
+        "several": several,
+        "regex": regex,
+        "choices": list(choices),
+    }
     return Guidance("answer", json.dumps(answer))
 
 
@@ -47,12 +66,30 @@ def lark(answer: str) -> str:
     if asked["functions"]:
         bodies.append('call ("\\n" call)*' if asked["several"] else "call")
         rules += dialect.lark(asked["functions"])
+    if asked["regex"] is not None:
+        bodies.append("matching")
+        rules.append(f"matching: /{_in_slashes(asked['regex'])}/")
+    bodies += [json.dumps(text, ensure_ascii=False) for text in asked["choices"]]
     if asked["thinking"]:
         rules.append(_THOUGHT)
     begin = 'thought "\\n\\n" ' if asked["thinking"] else ""
     text = "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
     plain = text.isascii() and "\\u" not in text
     return text if plain else _NO_FORCING + text
+
+
+def why_refused(text: str) -> str:
+    """What a library says of a grammar that it does not take, in one line, without the grammar itself and the
+    place in the library's source."""
+    text = " ".join(text.split())
+    text = _GRAMMAR_TEXT.split(text)[0]
+    return _PLACES.sub("", text)[:_LONGEST_REASON].strip()
+
+
+def _in_slashes(regex: str) -> str:
+    """A regular expression as Lark writes it, in which a slash ends it and a line cannot."""
+    escaped = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], regex, flags=re.DOTALL)
+    return escaped.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def structural_tag(answer: str) -> str:
@@ -71,6 +108,9 @@ def structural_tag(answer: str) -> str:
                 "stop_after_first": not asked["several"],
             }
         )
+    if asked["regex"] is not None:
+        bodies.append({"type": "regex", "pattern": asked["regex"]})
+    bodies += [dialect.const(text) for text in asked["choices"]]
     found = dialect.either(bodies)
     if asked["thinking"]:
         thought = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": "</think>"}

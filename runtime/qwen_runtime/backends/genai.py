@@ -20,7 +20,7 @@ from qwen_runtime.backends.protocol import (
     OutputGenerator,
     RewindableGenerator,
 )
-from qwen_runtime.grammar import lark
+from qwen_runtime.grammar import lark, why_refused
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.provider import Choice, load_first
@@ -82,7 +82,7 @@ class GenAI:
         except Exception as error:
             if guidance is None or "grammar" not in str(error):
                 raise
-            raise UserError(f"the guidance is not valid: {_one_line(error)}") from error
+            raise UserError(f"the guidance is not valid: {why_refused(str(error))}") from error
 
     logits_generator = generator
 
@@ -133,7 +133,3 @@ def _try(og: Any, model: Any, artifact: Artifact) -> None:
     token = next(token for token in range(artifact.vocab_size) if token != masked)
     generator.append_tokens(np.array([token], np.int32))
     generator.generate_next_token()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,7 +10,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Logits
-from qwen_runtime.grammar import lark
+from qwen_runtime.grammar import lark, why_refused
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.tokenizer import TOKENIZER_FILE
 
@@ -46,9 +46,9 @@ class Guides:
         try:
             matcher = llguidance.LLMatcher(self._tokenizer, kinds[guidance.kind](guidance.text))
         except ValueError as error:
-            raise UserError(f"the guidance is not valid: {_one_line(str(error))}") from error
+            raise UserError(f"the guidance is not valid: {why_refused(str(error))}") from error
         if matcher.is_error():
-            raise UserError(f"the guidance is not valid: {_one_line(matcher.get_error())}")
+            raise UserError(f"the guidance is not valid: {why_refused(matcher.get_error())}")
         return LlGuide(matcher, self._artifact.vocab_size)
 
 

@@ -22,7 +22,7 @@ from qwen_common.providers import OPENVINO_EP
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.stateful import Stateful, StatefulGenerator
-from qwen_runtime.grammar import structural_tag
+from qwen_runtime.grammar import structural_tag, why_refused
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
 from qwen_runtime.sampling import GREEDY
@@ -131,7 +131,7 @@ class OpenVINO:
         except RuntimeError as error:
             with self.lock:
                 self.pipeline = self._open()
-            raise UserError(f"the guidance is not valid: {_last_line(error)}") from error
+            raise UserError(f"the guidance is not valid: {why_refused(_last_line(error))}") from error
         self._valid.add(guidance)
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:

@@ -27,11 +27,10 @@ from qwen_runtime.serve.schema.chat import ChatRequest
 from qwen_runtime.serve.schema.messages import (
     Content,
     ImagePart,
-    JsonObjectFormat,
-    JsonSchemaFormat,
     Message,
     NamedTool,
 )
+from qwen_runtime.serve.structure import Structure, structure_of
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 
 
@@ -69,7 +68,8 @@ def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, An
     """
     template_kwargs = _template_kwargs(asked, thinking_default)
     thinking = template_kwargs["enable_thinking"]
-    tools, guidance = _tools(asked, thinking)
+    structure = structure_of(asked)
+    tools, guidance = _tools(asked, structure, thinking)
     ordered = in_order_of_calls(asked.messages)
     request = Request(
         prompt=[_for_template(message, at) for at, message in enumerate(ordered)],
@@ -85,7 +85,8 @@ def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, An
         guidance=guidance,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
-    return request, AnswerParser(thinking, tools, _several(asked))
+    check = structure.check if structure else None
+    return request, AnswerParser(thinking, tools, _several(asked), check)
 
 
 async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:
@@ -153,15 +154,12 @@ def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _tools(asked: ChatRequest, thinking: bool) -> tuple[list[dict[str, Any]], Guidance | None]:
+def _tools(
+    asked: ChatRequest, structure: Structure | None, thinking: bool
+) -> tuple[list[dict[str, Any]], Guidance | None]:
     """The tools that the model is told of, and what its answer is held to."""
     tools = [tool.model_dump(exclude_unset=True) for tool in asked.tools or ()]
     choice = asked.tool_choice
-    schema = None
-    if isinstance(asked.response_format, JsonSchemaFormat):
-        schema = asked.response_format.json_schema.schema_
-    elif isinstance(asked.response_format, JsonObjectFormat):
-        schema = {"type": "object"}
     if choice == "none":
         tools = []
     callable_ = tools
@@ -172,13 +170,17 @@ def _tools(asked: ChatRequest, thinking: bool) -> tuple[list[dict[str, Any]], Gu
     if choice == "required" and not tools:
         raise ApiError(400, "tool_choice is 'required', but there are no tools", parameter="tool_choice")
     forced = choice == "required" or isinstance(choice, NamedTool)
-    if not forced and schema is None:
+    if forced:
+        return tools, make_guidance(thinking=thinking, tools=callable_, several=_several(asked))
+    if structure is None:
         return tools, None
     guidance = make_guidance(
         thinking=thinking,
-        schema=None if forced else schema,
+        schema=structure.schema,
         tools=callable_,
         several=_several(asked),
+        regex=structure.regex,
+        choices=structure.choices,
     )
     return tools, guidance
 

@@ -19,6 +19,7 @@ from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.completions import CompletionRequest
+from qwen_runtime.serve.structure import structure_of
 
 
 async def completions(http: HttpRequest) -> Response:
@@ -41,6 +42,7 @@ async def completions(http: HttpRequest) -> Response:
 
 def _requests(asked: CompletionRequest) -> list[Request]:
     """One for each choice; those of a prompt follow one another."""
+    structure = structure_of(asked)
     requests = [
         Request(
             prompt=prompt,
@@ -51,6 +53,7 @@ def _requests(asked: CompletionRequest) -> list[Request]:
             min_tokens=asked.min_tokens,
             ignore_eos=asked.ignore_eos,
             echo=asked.echo,
+            guidance=structure.guidance(thinking=False) if structure else None,
             logprobs=asked.logprobs,
         )
         for prompt in asked.prompts

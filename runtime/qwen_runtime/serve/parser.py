@@ -27,15 +27,23 @@ class AnswerParser:
         thinking: the prompt ended inside a thought.
         tools: the functions that may be called; without any, calls are taken as the text that they are.
         several: more than one call is allowed; otherwise the answer ends after the first.
+        check: says what is wrong with the text for the user; that becomes the message's refusal.
 
     Attributes:
         message: what the deltas add up to.
     """
 
-    def __init__(self, thinking: bool, tools: Sequence[Mapping[str, Any]] = (), several: bool = True) -> None:
+    def __init__(
+        self,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+        several: bool = True,
+        check: Callable[[str], str | None] | None = None,
+    ) -> None:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._several = several
+        self._check = check
         self._thinking = thinking
         self._rest = ""
         self._final = False
@@ -58,7 +66,12 @@ class AnswerParser:
         One that lacks no more than its last mark is whole.
         """
         self._final = True
-        return self.feed("")
+        deltas = self.feed("")
+        content = self.message["content"]
+        if self._check and content and (fault := self._check(content)):
+            self.message["refusal"] = fault
+            deltas.append({"refusal": fault})
+        return deltas
 
     @property
     def in_call(self) -> bool:

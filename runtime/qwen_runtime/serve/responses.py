@@ -127,6 +127,8 @@ class _Items:
             yield from self._write("reasoning", text)
         if text := delta.get("content"):
             yield from self._write("message", text)
+        if text := delta.get("refusal"):
+            yield from self._write("refusal", text)
         for call in delta.get("tool_calls", ()):
             if call["index"] != self._call:
                 self._call = call["index"]
@@ -153,8 +155,9 @@ class _Items:
             yield self._about("function_call_arguments.done", arguments=self._text, name=item["name"])
         else:
             part = item["content"][0]
-            part["text"] = self._text
-            yield self._about(f"{part['type']}.done", text=self._text, content_index=0, **_logprobs(part))
+            said = {_said(part): self._text}
+            part |= said
+            yield self._about(f"{part['type']}.done", content_index=0, **said, **_logprobs(part))
             yield self._about("content_part.done", content_index=0, part=part)
         item["status"] = status
         yield {"type": "response.output_item.done", "output_index": len(self.finished), "item": item}
@@ -168,6 +171,9 @@ class _Items:
             if kind == "message":
                 part = {"type": "output_text", "text": "", "annotations": []}
                 item = {"type": kind, "id": f"msg_{uuid.uuid4().hex}", "role": "assistant"}
+            elif kind == "refusal":
+                part = {"type": kind, "refusal": ""}
+                item = {"type": "message", "id": f"msg_{uuid.uuid4().hex}", "role": "assistant"}
             yield from self._begin({**item, "status": "in_progress", "content": []})
             yield self._about("content_part.added", content_index=0, part=dict(part))
             assert self._item is not None
@@ -190,6 +196,11 @@ class _Items:
         assert self._item is not None
         where = {"item_id": self._item["id"], "output_index": len(self.finished)}
         return {"type": f"response.{kind}", **where, **more}
+
+
+def _said(part: Mapping[str, Any]) -> str:
+    """The field of a part that has its text."""
+    return "refusal" if part["type"] == "refusal" else "text"
 
 
 def _logprobs(part: Mapping[str, Any]) -> dict[str, Any]:

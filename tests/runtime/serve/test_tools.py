@@ -81,7 +81,7 @@ def test_json_object(ask: Callable[..., Any]) -> None:
 
 def test_schema_that_is_none(ask: Callable[..., Any]) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nope"}}}
-    with pytest.raises(openai.BadRequestError, match="the guidance is not valid"):
+    with pytest.raises(openai.BadRequestError, match="'nope' is not valid"):
         ask(response_format=form)
 
 

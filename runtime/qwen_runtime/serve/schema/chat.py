@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from qwen_runtime.serve.schema.base import Integer
-from qwen_runtime.serve.schema.messages import Message, NamedTool, ResponseFormat, TemplateKwargs, Tool
+from qwen_runtime.serve.schema.messages import Message, NamedTool, TemplateKwargs, Tool
 from qwen_runtime.serve.schema.shared import SharedRequest
 from qwen_runtime.serve.schema.unsupported import CHAT
 
@@ -27,6 +27,5 @@ class ChatRequest(SharedRequest):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = Field(None, ge=0, le=20)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from qwen_runtime.serve.schema.base import Body, Integer, Number, Options
+from qwen_runtime.serve.schema.messages import ResponseFormat
+
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
 
 
 class StreamOptions(Options):
     include_usage: bool = False
+
+
+class StructuredOutputs(Options):
+    """vLLM's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool = False
+    regex: str | None = None
+    choice: Choices | None = None
 
 
 class SharedRequest(Body):
@@ -31,6 +45,12 @@ class SharedRequest(Body):
     stop_token_ids: list[int] = Field(default_factory=list)
     min_tokens: Integer = Field(0, ge=0)
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    json_schema: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    structured_outputs: StructuredOutputs | None = None
     presence_penalty: Number | None = Field(None, ge=-2, le=2)
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
 

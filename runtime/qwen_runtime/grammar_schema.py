@@ -1,0 +1,86 @@
+"""A JSON schema as far as a grammar can carry it: what is left out is checked when the answer is there.
+
+llguidance refuses what it does not know, and xgrammar leaves most of it out in silence. Both take what comes
+out of here. Source: llguidance's docs/json_schema.md, xgrammar's json_schema_converter.cc, and runs of both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"})
+_LEFT_OUT = frozenset(
+    {
+        "$dynamicRef", "contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if",
+        "maxContains", "minContains", "not", "propertyNames", "then", "unevaluatedItems",
+        "unevaluatedProperties", "uniqueItems", "x-guidance",
+    }
+)  # fmt: skip
+_SCHEMA = frozenset({"additionalProperties", "items"})  # keywords whose value is a schema, a list of them,
+_LIST = frozenset({"allOf", "anyOf", "prefixItems"})
+_MAP = frozenset({"$defs", "definitions", "patternProperties", "properties"})  # or an object of them
+_NEVER: tuple[Any, ...] = ({}, True)  # `not` of these allows nothing
+# Look-around, named groups and flags; references back; classes of Unicode; borders of words.
+_IRREGULAR = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?(?!:)|\\[1-9kpPbB])")
+
+
+def carried(schema: Any) -> Any:
+    """`schema` without what no grammar carries; it allows all that `schema` does, and perhaps more."""
+    if not isinstance(schema, Mapping):
+        return schema
+    if schema.keys() == {"not"} and schema["not"] in _NEVER:
+        return False
+    found = {
+        keyword: _value(keyword, value)
+        for keyword, value in _modern(schema).items()
+        if keyword not in _LEFT_OUT and not _unknown(keyword, value)
+    }
+    patterns = schema.get("patternProperties")
+    if isinstance(patterns, Mapping) and any(map(is_irregular, patterns)):
+        # Names that cannot be told by a grammar are others to it.
+        regular = {
+            name: value for name, value in found["patternProperties"].items() if not is_irregular(name)
+        }
+        found["patternProperties"] = regular
+        found.pop("additionalProperties", None)
+    return found
+
+
+def is_irregular(pattern: Any) -> bool:
+    """Whether a regular expression has what no grammar carries."""
+    return isinstance(pattern, str) and _IRREGULAR.search(pattern) is not None
+
+
+def _unknown(keyword: str, value: Any) -> bool:
+    return (keyword == "format" and value not in _FORMATS) or (keyword == "pattern" and is_irregular(value))
+
+
+def _value(keyword: str, value: Any) -> Any:
+    if keyword in _SCHEMA:
+        return carried(value)
+    if keyword in _LIST and isinstance(value, list):
+        return [carried(each) for each in value]
+    if keyword in _MAP and isinstance(value, Mapping):
+        return {name: carried(each) for name, each in value.items()}
+    return value
+
+
+def _modern(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Older drafts' lists of items and bounds that are true or false, and `oneOf` as `anyOf`."""
+    found = dict(schema)
+    if isinstance(found.get("items"), list):
+        found["prefixItems"] = found.pop("items")
+        found["items"] = found.pop("additionalItems", True)
+    for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(found.get(exclusive), bool) and found.pop(exclusive) and bound in found:
+            found[exclusive] = found.pop(bound)
+    if isinstance(found.get("oneOf"), list):
+        either = found.pop("oneOf")
+        if "anyOf" in found:
+            both = found.get("allOf")
+            found["allOf"] = [*(both if isinstance(both, list) else []), {"anyOf": either}]
+        else:
+            found["anyOf"] = either
+    return found

@@ -1,0 +1,129 @@
+"""Whether an answer is what a JSON schema asks for: grammars do not carry all of it.
+
+By jsonschema. Regular expressions come from clients and may take for ever, so they have a limit of time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import regex
+from jsonschema import Draft4Validator, Draft7Validator, Draft202012Validator, SchemaError, ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
+
+from qwen_runtime.serve.errors import ApiError
+
+_DRAFTS = (Draft202012Validator, Draft7Validator, Draft4Validator)
+_MOST_CHARACTERS = 250_000  # of a schema
+_PATTERN_SECONDS = 1.0
+_LONGEST_REASON = 300  # characters
+
+
+def check_schema(schema: Mapping[str, Any], field: str) -> None:
+    """Raises:
+    ApiError: it is no schema of any draft, refers to other documents, or is very large.
+    """
+    if len(json.dumps(schema)) > _MOST_CHARACTERS:
+        raise _refused(field, f"the schema has more than {_MOST_CHARACTERS} characters")
+    try:
+        _draft(schema)
+    except SchemaError as error:
+        raise _refused(field, f"{_at(error, '.')}{error.message}") from error
+    if far := next(_far_references(schema), None):
+        raise _refused(field, f"$ref to '{far}', and nothing is fetched: put it in $defs")
+
+
+def fault(schema: Mapping[str, Any], answer: str) -> str | None:
+    """What of `answer` is not as `schema` asks; None where nothing is, or where it is no whole JSON."""
+    try:
+        value = json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    try:
+        checker = _with_limits(_draft(schema))(schema, registry=Registry())
+        found = min(checker.iter_errors(value), key=lambda error: len(error.absolute_path), default=None)
+    except Exception as error:  # a reference that leads nowhere or in a circle, a pattern that is none
+        return f"the answer could not be checked: {type(error).__name__}"
+    return (
+        None if found is None else f"the answer does not match the schema: {_at(found, '/')}{_short(found)}"
+    )
+
+
+def _draft(schema: Mapping[str, Any]) -> Any:
+    """The newest draft that `schema` is a schema of.
+
+    Raises:
+        SchemaError: it is of none, as the newest says it.
+    """
+    first: SchemaError | None = None
+    for draft in _DRAFTS:
+        try:
+            draft.check_schema(dict(schema))
+            return draft
+        except SchemaError as error:
+            first = first or error
+        except RecursionError:
+            break
+    raise first or SchemaError("it is nested too deeply")
+
+
+@cache
+def _with_limits(draft: Any) -> Any:
+    keywords = {"pattern": _pattern, "patternProperties": _pattern_properties}
+    return extend(draft, {**keywords, "additionalProperties": _additional_properties})
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return regex.search(pattern, text, timeout=_PATTERN_SECONDS) is not None
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if isinstance(value, str) and not _matches(pattern, value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    for pattern, inner in patterns.items() if isinstance(value, dict) else ():
+        for name, each in value.items():
+            if _matches(pattern, name):
+                yield from validator.descend(each, inner, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, inner: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    if not isinstance(value, dict):
+        return
+    patterns = schema.get("patternProperties", {})
+    for name, each in value.items():
+        if name in schema.get("properties", {}) or any(_matches(pattern, name) for pattern in patterns):
+            continue
+        if inner is False:
+            yield ValidationError(f"{name!r} is one property too many")
+        else:
+            yield from validator.descend(each, inner, path=name)
+
+
+def _far_references(schema: Any) -> Iterator[str]:
+    for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _far_references(each)
+    if isinstance(schema, dict):
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and not reference.startswith("#"):
+            yield reference
+
+
+def _at(error: SchemaError | ValidationError, separator: str) -> str:
+    place = separator.join(str(step) for step in error.absolute_path)
+    return f"{place}: " if place else ""
+
+
+def _short(error: ValidationError) -> str:
+    return error.message if len(error.message) <= _LONGEST_REASON else f"{error.validator} does not hold"
+
+
+def _refused(field: str, message: str) -> ApiError:
+    short = message if len(message) <= _LONGEST_REASON else f"{message[:_LONGEST_REASON]}..."
+    return ApiError(400, f"{field}: {short}", code="invalid_json_schema", parameter=field)

@@ -1,0 +1,134 @@
+"""What answers must be: schemas as pydantic and zod make them, regular expressions, choices."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from pydantic import BaseModel, Field
+from qwen_runtime.serve.json_check import fault
+
+from tests.support.schemas import EVERY_DAY, object_of
+from tests.support.servers import Server
+
+
+def form(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.parametrize("name", EVERY_DAY)
+def test_schemas_of_every_day(ask: Callable[..., Any], name: str) -> None:
+    schema = EVERY_DAY[name]
+    choice = ask(response_format=form(schema), max_tokens=60, temperature=1, seed=3).choices[0]
+    if choice.finish_reason == "stop":
+        assert choice.message.refusal == fault(schema, choice.message.content)
+        json.loads(choice.message.content)
+    else:
+        assert name in ("recursion", "lookahead", "formats")
+
+
+def test_tools_with_such_schemas(ask: Callable[..., Any]) -> None:
+    parameters = object_of(a={"type": "array", "items": {"enum": [1, 2]}, "maxItems": 1, "uniqueItems": True})
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    [call] = ask(tools=[tool], tool_choice="required", max_tokens=90).choices[0].message.tool_calls[:1]
+    assert json.loads(call.function.arguments).keys() == {"a"}
+
+
+def test_answer_that_is_not_what_was_asked(ask: Callable[..., Any], server: Server) -> None:
+    """The text stays, and the refusal says what is wrong with it."""
+    schema = object_of(a={"type": "string", "enum": ["b"], "not": {"const": "b"}})
+    choice = ask(response_format=form(schema)).choices[0]
+    assert json.loads(choice.message.content) == {"a": "b"} and choice.finish_reason == "stop"
+    reason = choice.message.refusal
+    assert reason.startswith("the answer does not match the schema: a: ")
+    chunks = [chunk.choices[0].delta for chunk in ask(response_format=form(schema), stream=True)]
+    assert [delta.refusal for delta in chunks if delta.refusal] == [reason]
+    client = server.client()
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    options: dict[str, Any] = {"model": "any", "input": "What?", "text": text, "temperature": 0}
+    answer = client.responses.create(**options)
+    parts = [part for item in answer.output for part in getattr(item, "content", None) or ()]
+    assert [part.type for part in parts] == ["output_text", "refusal"]
+    assert parts[1].refusal == reason  # type: ignore[union-attr]
+    kinds = [event.type for event in client.responses.create(**options, stream=True)]
+    assert kinds.count("response.refusal.delta") == kinds.count("response.refusal.done") == 1
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=5)
+    site: str = Field(max_length=5, json_schema_extra={"format": "uri"})
+    marks: set[bool] = Field(max_length=1)
+
+
+def test_pydantic_model(server: Server) -> None:
+    answer = server.client().chat.completions.parse(
+        model="any",
+        messages=[{"role": "user", "content": "Who?"}],
+        response_format=Person,
+        temperature=0,
+        max_tokens=60,
+    )
+    assert isinstance(answer.choices[0].message.parsed, Person)
+
+
+@pytest.mark.parametrize(
+    "further,expected",
+    [
+        ({"response_format": {"type": "json_object", "schema": object_of(a={"enum": [7]})}}, r'\{"a": 7\}'),
+        ({"json_schema": object_of(a={"enum": [7]})}, r'\{"a": 7\}'),
+        ({"guided_json": object_of(a={"enum": [7]})}, r'\{"a": 7\}'),
+        ({"guided_json": json.dumps(object_of(a={"enum": [7]}))}, r'\{"a": 7\}'),
+        ({"guided_regex": "[ab]{2}/c\\/"}, "[ab]{2}/c/"),
+        ({"guided_choice": ["yes", 'no "n" / \\ é']}, 'yes|no "n" / \\\\ é'),
+        ({"structured_outputs": {"json": object_of(a={"enum": [7]})}}, r'\{"a": 7\}'),
+        ({"structured_outputs": {"regex": "x\ny"}}, "x\ny"),
+        ({"structured_outputs": {"choice": ["maybe"]}}, "maybe"),
+    ],
+)
+def test_fields_of_other_servers(
+    ask: Callable[..., Any], client: OpenAI, further: dict[str, Any], expected: str
+) -> None:
+    found = ask(extra_body=further).choices[0].message.content
+    assert re.fullmatch(expected, found)
+    plain = client.completions.create(model="any", prompt="The", max_tokens=30, extra_body=further)
+    assert re.fullmatch(expected, plain.choices[0].text)
+
+
+@pytest.mark.parametrize(
+    "further,message",
+    [
+        ({"response_format": form({"type": "nope"})}, "'nope' is not valid under any of the given schemas"),
+        ({"response_format": form(object_of(a={"$ref": "https://x.org/b"}))}, "nothing is fetched"),
+        ({"response_format": form(object_of(a={"$ref": "#/$defs/N"}))}, "guidance is not valid: .*N"),
+        ({"response_format": form(object_of(a=False))}, "guidance is not valid: .*unsatisfiable$"),
+        ({"response_format": form({"enum": ["x" * 300_000]})}, "more than 250000 characters"),
+        ({"response_format": form({"type": "object"}), "guided_regex": "a"}, "leave one off"),
+        ({"guided_regex": "(?=a)b"}, "look-around"),
+        ({"guided_regex": "("}, "guidance is not valid"),
+        ({"guided_choice": []}, "guided_choice: "),
+        ({"guided_json": "5"}, "no JSON object"),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar: "),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar: "),
+        ({"grammar": "root ::= x"}, "grammar: "),
+    ],
+)
+def test_what_is_refused_in_one_line(ask: Callable[..., Any], further: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(extra_body=further)
+    said = caught.value.body["message"]  # type: ignore[index, call-overload]
+    assert re.search(message, said), said
+    assert "\n" not in said and len(said) < 450 and "start:" not in said
+
+
+def test_patterns_have_a_limit_of_time() -> None:
+    schema = object_of(a={"type": "string", "pattern": "^(?=a)(a|aa)+$"})
+    assert fault(schema, json.dumps({"a": "a" * 60 + "b"}))
+    assert fault(object_of(a={"$ref": "#/$defs/none"}), '{"a": 1}') == (
+        "the answer could not be checked: _WrappedReferencingError"
+    )
+    assert fault(schema, '{"a": "aa"') is None
