@@ -7,6 +7,7 @@ from click_default_group import DefaultGroup
 from qwen_common.version import DISTRIBUTION
 
 from qwen_export.cli.bundle import bundle
+from qwen_export.cli.catalog import catalog
 from qwen_export.cli.export import EPILOG, export
 from qwen_export.cli.inspect import inspect
 from qwen_export.cli.keygen import keygen
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (export, verify, profiles, plan, inspect, bundle, keygen):
+for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen):
     main.add_command(command)
