@@ -25,6 +25,7 @@ from qwen_common.errors import UserError, one_line
 from qwen_common.files import parse_json, sha256
 from qwen_common.manifest import FileEntry
 from qwen_common.shape import first_fault
+from qwen_common.system import misfit
 
 from qwen_launcher import ed25519
 
@@ -53,7 +54,13 @@ class SelfTest(TypedDict):
     tokens: list[int]
 
 
-class Contents(TypedDict):
+class _Later(TypedDict, total=False):
+    """`needs`: the oldest system that it runs on, see `qwen_common.system`."""
+
+    needs: dict[str, str]
+
+
+class Contents(_Later):
     """bundle.json. `python` is a version of CPython, such as 3.12; `version` the bundle's own."""
 
     format_version: int
@@ -118,6 +125,14 @@ class Bundle:
                     f"{root / CONTENTS} names a file outside the folder, {one_line(name)}: {_ADVICE}"
                 )
         return cls(root, cast(Contents, contents), (data, signature))
+
+    def check_fit(self) -> None:
+        """Raises:
+        UserError: this machine, or the Python that runs, is not what the bundle was made for.
+        """
+        made = self.contents
+        if fault := misfit(made["platform"], made["python"], made.get("needs", {})):
+            raise UserError(fault)
 
     def check(
         self, seen: Seen | None = None, within: str = "", note: Callable[[int], None] | None = None

@@ -108,6 +108,7 @@ def install(folder: Path, target: Path, key: Path) -> None:
     """Install with the bundle's own programs, which are checked first; the device has none yet."""
     started = time.monotonic()
     bundle = Bundle.open(folder, key)
+    bundle.check_fit()
     bundle.check(within=f"{SITE}/", note=_Progress("checking the bundle's programs").add)
     print(f"checked in {time.monotonic() - started:.0f} s", file=sys.stderr)
     _run(

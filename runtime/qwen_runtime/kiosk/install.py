@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
@@ -35,6 +36,7 @@ _BESIDE = (
     "task.xml",
     "README.txt",
 )
+_TASK, _TASK_TARGET = "task.xml", rb"C:\qwen-edge"
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 
@@ -82,6 +84,7 @@ class Installation(Installed):
         source = bundle_folder(bundle) if isinstance(bundle, Path) else bundle
         key = self._trusted(public_key)
         signed = self._signed(source, key)
+        signed.check_fit()
         self.target.mkdir(parents=True, exist_ok=True)
         with self._locked():
             in_use = self._in_use()
@@ -239,7 +242,7 @@ class Installation(Installed):
         self._trust(key)
         for name in _BESIDE:
             if (release.root / name).exists():
-                data = (release.root / name).read_bytes()
+                data = beside(name, (release.root / name).read_bytes(), self.target)
                 replace(self.target / name, data)
                 if data.startswith(b"#!"):  # which a stick's file system may not have kept
                     (self.target / name).chmod(0o755)
@@ -278,6 +281,16 @@ class Installation(Installed):
             for path in self.releases.iterdir():
                 if path.name.startswith((_PARTIAL, _REPLACED)) and path != partial.root:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def beside(name: str, data: bytes, target: Path) -> bytes:
+    """A bundle's file as it is put beside the versions: Windows' task carries the folder's own path.
+
+    systemd's unit finds it by itself.
+    """
+    if name != _TASK:
+        return data
+    return data.replace(_TASK_TARGET, escape(str(target)).encode())
 
 
 def _told(name: str) -> str:
