@@ -97,6 +97,7 @@ class PromptBuilder:
             check_count(request.conversation, self.context_length)
             messages, sources = take_images(with_frames(request.conversation, request.video_frames))
             text = self.render(messages, request.thinking, request.tools, request.template_kwargs)
+            text += request.begun
             tokens = self._encode(text)
         tokens, images = self._place_images(tokens, sources, request.max_image_tokens)
         return Prompt(text, tokens, images, messages)

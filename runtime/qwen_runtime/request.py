@@ -46,6 +46,7 @@ class Request:
         echo: the prompt is told first, also its log probabilities where `logprobs` is set; it is then read
             token by token, as an answer is computed, and nothing that was kept is used. The token that ends
             the answer has a log probability then too.
+        begun: for messages, how the answer begins; it goes on from there.
         read_ahead: whether a server may read the conversation on after the answer.
     """
 
@@ -57,6 +58,7 @@ class Request:
     min_tokens: int = 0
     ignore_eos: bool = False
     echo: bool = False
+    begun: str = ""
     read_ahead: bool = True
     thinking: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

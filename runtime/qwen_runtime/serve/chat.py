@@ -17,6 +17,7 @@ from qwen_runtime.guidance import Guidance
 from qwen_runtime.logits import Candidate, TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
+from qwen_runtime.serve.begun import begun
 from qwen_runtime.serve.common import engine_for, sampling
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
@@ -67,10 +68,15 @@ def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, An
         ApiError: the request cannot be obeyed.
     """
     template_kwargs = _template_kwargs(asked, thinking_default)
-    thinking = template_kwargs["enable_thinking"]
+    start = begun(asked, template_kwargs["enable_thinking"])
+    template_kwargs["enable_thinking"] = start.template_thinking
+    if start.text or asked.add_generation_prompt is False:
+        template_kwargs["add_generation_prompt"] = bool(start.text)
     structure = structure_of(asked)
-    tools, guidance = _tools(asked, structure, thinking)
-    ordered = in_order_of_calls(asked.messages)
+    if start.text and structure:
+        raise ApiError(400, "messages: an answer that is begun can have no other form", parameter="messages")
+    tools, guidance = _tools(asked, structure, start.in_thought)
+    ordered = in_order_of_calls(start.messages)
     request = Request(
         prompt=[_for_template(message, at) for at, message in enumerate(ordered)],
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
@@ -79,14 +85,15 @@ def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, An
         stop_token_ids=asked.stop_token_ids,
         min_tokens=asked.min_tokens,
         ignore_eos=asked.ignore_eos,
-        thinking=thinking,
+        thinking=start.template_thinking,
+        begun=start.text,
         template_kwargs=template_kwargs,
         tools=tools,
         guidance=guidance,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
     check = structure.check if structure else None
-    return request, AnswerParser(thinking, tools, _several(asked), check)
+    return request, AnswerParser(start.in_thought, tools, _several(asked), check)
 
 
 async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:

@@ -277,7 +277,7 @@ class _ReadAhead:
         if request.conversation is None:
             return
         parser = AnswerParser(request.thinking, request.tools)
-        parser.feed(self._answered)
+        parser.feed(request.begun + self._answered)
         parser.finish()
         if "tool_calls" in parser.message:  # a result comes next, and no word of the user
             return

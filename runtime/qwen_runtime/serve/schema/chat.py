@@ -23,6 +23,8 @@ class ChatRequest(SharedRequest):
     max_completion_tokens: Integer | None = Field(None, ge=1)
     chat_template_kwargs: TemplateKwargs | None = None
     enable_thinking: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     reasoning_effort: Effort | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
