@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _SECONDS = 30
@@ -55,7 +55,7 @@ def vulkaninfo_adapters(text: str) -> list[Adapter]:
     return found
 
 
-def windows_adapters(entries: list[Mapping[str, str]]) -> list[Adapter]:
+def windows_adapters(entries: Sequence[Mapping[str, str | None]]) -> list[Adapter]:
     """From Windows' display adapters: those of its own software renderer."""
-    names = [entry["Name"] for entry in entries if _SOFTWARE_ON_WINDOWS.search(entry["Name"] or "")]
-    return [Adapter(name, True, None, "Windows") for name in names]
+    names = [entry.get("Name") or "" for entry in entries]
+    return [Adapter(name, True, None, "Windows") for name in names if _SOFTWARE_ON_WINDOWS.search(name)]

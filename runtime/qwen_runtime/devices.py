@@ -137,21 +137,35 @@ def linux_devices(root: Path = _PCI) -> list[Device]:
 def _on_windows() -> tuple[list[Device], list[Adapter]]:
     command = ["powershell", "-NoProfile", "-NonInteractive", "-Command", _WINDOWS_QUERY]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        # Its encoding is the console's, whatever Python's own is.
+        answer = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
-        return [], vulkan_adapters()
-    return windows_devices(answer), windows_adapters(json.loads(answer)["gpu"])
+        answer = ""
+    found = windows_devices(answer), windows_adapters(_listed(answer, "gpu"))
+    return found if any(found) else ([], vulkan_adapters())
+
+
+def _listed(answer: str, kind: str) -> list[dict[str, Any]]:
+    """Entries of one kind in PowerShell's answer; none where it is no such answer: Wine's prints nothing."""
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return []
+    entries = found.get(kind) if isinstance(found, dict) else None
+    return [entry for entry in entries or () if isinstance(entry, dict)]
 
 
 def windows_devices(answer: str) -> list[Device]:
     """Devices from PowerShell's answer to the query above."""
     found = []
-    for kind, entries in json.loads(answer).items():
-        for entry in entries:
-            match = re.search(r"VEN_([0-9A-F]{4})&DEV_([0-9A-F]{4})", entry["PNPDeviceID"] or "")
+    for kind in ("gpu", "npu"):
+        for entry in _listed(answer, kind):
+            match = re.search(r"VEN_([0-9A-F]{4})&DEV_([0-9A-F]{4})", entry.get("PNPDeviceID") or "")
             if match and match[1].lower() in PCI_VENDORS:
                 pci = f"{match[1]}:{match[2]}".lower()
-                found.append(Device(kind, entry["Name"], pci, entry.get("AdapterRAM")))
+                found.append(Device(kind, entry.get("Name") or pci, pci, entry.get("AdapterRAM")))
     return found
 
 

@@ -167,7 +167,7 @@ def test_windows_program_with_the_winml_libraries_on_wine(artifact: Path, tmp_pa
 @pytest.mark.skipif(not AVAILABLE, reason=REASON)
 @pytest.mark.skipif(shutil.which("x86_64-w64-mingw32-gcc") is None, reason="no mingw-w64")
 def test_windows_program_on_directml(exported: Exported, windows: Windows) -> None:
-    """With the WinML package's own onnxruntime, 1.24.6, and the portable graph of a folder for several providers."""
+    """With the WinML package's own onnxruntime, 1.24.6, and the portable graph of a folder for several."""
     artifact, library = (
         exported(TINY, load_profile("strix-halo")),
         windows.libraries / "onnxruntime-genai.dll",

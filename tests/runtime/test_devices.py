@@ -94,6 +94,24 @@ def test_windows_devices() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "\n",
+        "Get-CimInstance : Access denied",
+        "null",
+        "[]",
+        '"x"',
+        "{}",
+        '{"gpu": null, "npu": [null, "x", {}]}',
+    ],
+)
+def test_an_answer_that_lists_nothing(answer: str) -> None:
+    """Wine's PowerShell prints nothing."""
+    assert windows_devices(answer) == []
+
+
 def test_instruction_sets_have_their_names_on_linux_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """What py-cpuinfo finds on Windows, from the processor itself: the profile for AVX-512 is found there."""
     found = {"brand_raw": "AMD Ryzen 9 9950X", "flags": ["avx2", "avx512f", "avx512vl", "avx512vnni"]}

@@ -1,4 +1,6 @@
-"""An artifact's decoder on one provider, in a process of its own: python plugin_run.py PROVIDER ARTIFACT [OPTIONS]
+"""An artifact's decoder on one provider, in a process of its own.
+
+    python plugin_run.py PROVIDER ARTIFACT [OPTIONS]
 
 PROVIDER is the module of a plug-in, or the name of a provider that this onnxruntime has built in, with
 OPTIONS in JSON. Reads JSON from standard input, {"graph": "model.onnx", "ids": [...], "chunks": [...]}: the

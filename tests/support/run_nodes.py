@@ -1,7 +1,7 @@
 """Graphs without states on one provider: python run_nodes.py FOLDER PROVIDER [OPTIONS]
 
-PROVIDER and OPTIONS as in plugin_run.py. Each `NAME.onnx` of the folder takes its inputs from `NAME.npz`. Prints
-as JSON, by NAME, which providers ran nodes, and writes the outputs to `NAME.out.npz`.
+PROVIDER and OPTIONS as in plugin_run.py. Each `NAME.onnx` of the folder takes its inputs from `NAME.npz`.
+Prints as JSON, by NAME, which providers ran nodes, and writes the outputs to `NAME.out.npz`.
 """
 
 from __future__ import annotations

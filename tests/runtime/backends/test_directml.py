@@ -38,3 +38,11 @@ def test_the_profile_as_shipped_answers_as_on_the_cpu(
     assert found["provider"] == "dml" and len(found["text"]) > 8
     assert found["text"] == answer["text"] and found["usage"] == answer["usage"]
     assert "with the portable graph" in done.stderr
+
+
+def test_devices_where_powershell_says_nothing(windows: Windows) -> None:
+    done = windows.qwen_run("devices", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["system"] == "win32" and found["devices"] == []
+    assert next(item for item in found["providers"] if item["name"] == "cpu")["usable"]
