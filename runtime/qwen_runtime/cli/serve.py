@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, PROVIDER, VERIFY
+from qwen_runtime.cli.options import DEBUG, PROVIDER, VERIFY
 
 _EPILOG = """\b
 Examples:
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --state-dir ~/.cache/qwen-edge/states
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu --model large=artifacts/Qwen3.5-4B-cpu --unload-after 600
   QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --allowed-host chat.example.org --cors-origin https://app.example.org
 """
@@ -23,7 +25,20 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 
 
 @click.command(epilog=_EPILOG)
-@ARTIFACT
+@click.argument("artifacts", metavar="[ARTIFACT]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    "named",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="An artifact by another name. One is in memory at a time. May be repeated.",
+)
+@click.option(
+    "--unload-after",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="Free the model's memory after so long without a request; the next one loads it.  [default: never]",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
 @click.option(
@@ -117,7 +132,8 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 @VERIFY
 @DEBUG
 def serve(
-    artifact: Path,
+    artifacts: tuple[Path, ...],
+    named: tuple[str, ...],
     provider: str,
     verify: bool,
     context_length: int | None,
@@ -131,7 +147,7 @@ def serve(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Serve ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
+    """Serve each ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
     with reported(debug):
         try:
             from qwen_runtime.serve.server import serve as listen
@@ -147,8 +163,26 @@ def serve(
         if state_dir is not None:
             states = StateSettings(state_dir, round(state_disk * GB), round(state_memory * GB))
         pixels = round(10**6 * (image_megapixels or (_KIOSK_MEGAPIXELS if kiosk else _MEGAPIXELS)))
-        settings = ModelSettings(artifact, provider, verify, context_length, keep, states, pixels)
-        listen(settings, kiosk=kiosk, **options)
+        listen(
+            [
+                ModelSettings(path, provider, verify, context_length, keep, states, pixels, name)
+                for path, name in _paths(artifacts, named)
+            ],
+            kiosk=kiosk,
+            **options,
+        )
+
+
+def _paths(artifacts: Sequence[Path], named: Sequence[str]) -> list[tuple[Path, str | None]]:
+    found: list[tuple[Path, str | None]] = [(path, None) for path in artifacts]
+    for text in named:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise UserError(f"--model {text}: give NAME=FOLDER")
+        found.append((Path(path), name))
+    if not found:
+        raise UserError("no artifact: give the folder that qwen-export made")
+    return found
 
 
 def _key_in(path: Path) -> str:

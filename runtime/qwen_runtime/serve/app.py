@@ -30,13 +30,14 @@ from qwen_runtime.serve.http import ClientGone
 from qwen_runtime.serve.llama_server import apply_template, detokenize, props, slots, tokenize
 from qwen_runtime.serve.messages import count_tokens, messages
 from qwen_runtime.serve.metrics import Metrics, metrics
+from qwen_runtime.serve.models import Models
 from qwen_runtime.serve.responses import responses
 
 _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
 
 
 def make_app(
-    engine: Engine,
+    served: Models,
     *,
     access: Access | None = None,
     api_key: str | None = None,
@@ -57,7 +58,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        running = asyncio.create_task(engine.supervise())
+        running = asyncio.create_task(served.supervise())
         yield
         running.cancel()
         await asyncio.wait([running])
@@ -100,7 +101,7 @@ def make_app(
     ]
     paths = frozenset(_paths(routes))
     middleware = [
-        Middleware(_Count, metrics=engine.metrics, paths=paths),
+        Middleware(_Count, metrics=served.metrics, paths=paths),
         *(access or Access()).middleware(),
     ]
     if api_key is not None:
@@ -116,7 +117,7 @@ def make_app(
         },
         lifespan=lifespan,
     )
-    app.state.engine = engine
+    app.state.models = served
     app.state.thinking = thinking
     app.state.strict_model = strict_model
     return app
@@ -221,33 +222,37 @@ def _on_client_gone(http: HttpRequest, error: Exception) -> Response:
 
 
 async def health(http: HttpRequest) -> Response:
-    engine: Engine = http.app.state.engine
+    """The model in memory, or the first: `asleep` where the next request loads it."""
+    served: Models = http.app.state.models
+    engine = served.current
+    ready = engine.alive or engine.asleep
     body = {
-        "status": "ok" if engine.alive else "loading",
+        "status": "asleep" if engine.asleep else "ok" if engine.alive else "loading",
         "model": engine.info.name,
         "provider": engine.info.provider,
-        "running": engine.running,
-        "waiting": engine.waiting,
+        "running": served.running,
+        "waiting": served.waiting,
     }
-    return JSONResponse(body, 200 if engine.alive else 503)
+    return JSONResponse(body, 200 if ready else 503)
 
 
 async def models(http: HttpRequest) -> Response:
     """As OpenAI has them, and as Anthropic has them."""
-    found = [_model(http)]
+    found = [_model(engine) for engine in http.app.state.models.engines.values()]
     ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
     return JSONResponse({"object": "list", "data": found, **ends})
 
 
 async def model(http: HttpRequest) -> Response:
-    found = _model(http)
-    if http.path_params["name"] != found["id"]:
-        raise ApiError(404, f"this server has the model '{found['id']}' only", code="model_not_found")
-    return JSONResponse(found)
+    served: Models = http.app.state.models
+    if (name := http.path_params["name"]) not in served.engines:
+        names = ", ".join(f"'{name}'" for name in served.engines)
+        raise ApiError(404, f"no model '{name}': this server has {names}", code="model_not_found")
+    return JSONResponse(_model(served.engines[name]))
 
 
-def _model(http: HttpRequest) -> dict[str, object]:
-    info, loaded = http.app.state.engine.info, int(http.app.state.engine.loaded)
+def _model(engine: Engine) -> dict[str, object]:
+    info, loaded = engine.info, int(engine.loaded)
     return {
         "id": info.name,
         "object": "model",

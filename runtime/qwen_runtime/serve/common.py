@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from qwen_runtime.sampling import Sampling
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.models import Models
 from qwen_runtime.serve.schema.shared import SharedRequest
 
 SEEDS = 2**31  # of the runtime
@@ -18,20 +19,23 @@ _EVERY_TOKEN = SEEDS - 1  # what vLLM's clients mean by a top_k of -1 or 0
 def engine_for(http: HttpRequest, name: str | None) -> Engine:
     """What answers a request for the model `name`.
 
-    Clients come with names of their own: the server's model answers to all, unless the server is strict.
+    Clients come with names of their own: the model in memory answers to all, unless the server is strict.
 
     Raises:
-        ApiError: another model was asked for, and the server is strict.
+        ApiError: a model was asked for that is not there, and the server is strict.
     """
-    engine: Engine = http.app.state.engine
-    if http.app.state.strict_model and name is not None and name != engine.info.name:
+    models: Models = http.app.state.models
+    if name is None or name in models.engines:
+        return models.current if name is None else models.engines[name]
+    if http.app.state.strict_model:
+        names = ", ".join(f"'{name}'" for name in models.engines)
         raise ApiError(
             404,
-            f"no model '{name}': this server has '{engine.info.name}'",
+            f"no model '{name}': this server has {names}",
             code="model_not_found",
             parameter="model",
         )
-    return engine
+    return models.current
 
 
 def sampling(asked: SharedRequest) -> Sampling:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import logging
-import multiprocessing
 import pickle
-import queue
-import threading
 import time
-from collections.abc import Callable, Collection
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
-from qwen_common.errors import UserError
-
-from qwen_runtime.model import ModelInfo
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.info import ModelInfo
 from qwen_runtime.prompt import check_count
 from qwen_runtime.request import ContextLengthError, Request
-from qwen_runtime.serve import worker
 from qwen_runtime.serve.answer import Answer as Answer
 from qwen_runtime.serve.errors import ApiError, queue_full, reloading, request_failed
 from qwen_runtime.serve.metrics import Metrics
+from qwen_runtime.serve.process import ModelProcess
 from qwen_runtime.serve.worker import (
     Cancel,
     Done,
@@ -35,7 +28,6 @@ from qwen_runtime.serve.worker import (
     Piece,
     Query,
     Reading,
-    Ready,
     Reply,
     Result,
     Started,
@@ -47,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 _RESTART_PAUSE = 1.0  # seconds, doubled with every failure in a row
 _LONGEST_PAUSE = 60.0
+_LONGEST_END = 20.0  # in which the worker may write states to disk
+_LAST_WRITES = 5.0  # the same, where the server ends
 _FIRST_GUESS = 5.0  # seconds that an answer takes, before any was made
 _MEMORY = 0.2  # weight of the newest answer in that
 
@@ -57,14 +51,33 @@ class Engine:
     Args:
         parallel: most answers that are made at the same time.
         waiting: most requests that wait for their turn.
+        metrics: those of several engines.
+
+    Attributes:
+        alive: the worker is there.
+        asleep: it is not there because nobody needs it: the next request starts it.
+        enter: waits until a request may count on the model, and admits it; loads the model if need be.
     """
 
-    def __init__(self, settings: ModelSettings, parallel: int = 1, waiting: int = 16) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        parallel: int = 1,
+        waiting: int = 16,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.parallel = parallel
         self.alive = False
-        self.metrics = Metrics()
-        self.metrics.watch(lambda: self.running, lambda: self.waiting)
+        self.asleep = True
+        self.enter: Callable[[], Awaitable[None]] = self._enter
+        self.metrics = metrics or Metrics()
         self._settings = settings
+        self._inside = 0  # requests that count on the model
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._idle_since = time.monotonic()
+        self._woken = asyncio.Event()
+        self._loading = asyncio.Lock()
         self._limit = waiting
         self._waiting = 0
         self._slots = asyncio.Semaphore(parallel)
@@ -73,14 +86,25 @@ class Engine:
         self._queries: dict[int, asyncio.Future[Reply]] = {}
         self._seconds = _FIRST_GUESS  # that an answer takes, lately
         self._info: ModelInfo | None = None
-        self._process: BaseProcess | None = None
-        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._process: ModelProcess | None = None
         self.loaded = 0.0  # seconds since 1970
 
     @property
     def info(self) -> ModelInfo:
-        assert self._info is not None, "load the model first"
+        """Before the model was loaded for the first time what the artifact says, without a provider."""
+        if self._info is None:
+            artifact = Artifact.open(self._settings.path)
+            self._inform(ModelInfo.of(artifact, "", "not loaded yet", self._settings.context_length))
+        assert self._info is not None
         return self._info
+
+    def _inform(self, info: ModelInfo) -> None:
+        self._info = dataclasses.replace(info, name=self._settings.name or info.name)
+
+    @property
+    def idle_for(self) -> float:
+        """Seconds since the last request ended; 0 while there is one."""
+        return 0.0 if self._inside else time.monotonic() - self._idle_since
 
     @property
     def answers(self) -> Collection[Answer]:
@@ -101,24 +125,56 @@ class Engine:
         Raises:
             UserError: the artifact cannot be loaded.
         """
-        context = multiprocessing.get_context("spawn")  # a fork of a process with threads is not safe
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=worker.main, args=(self._settings, theirs), name="qwen-run model", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        try:
-            message = self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"the model's process ended with {self._exit_code()} while loading") from None
-        if isinstance(message, Failed):
-            raise UserError(message.message) if message.user_error else RuntimeError(message.message)
-        assert isinstance(message, Ready)
-        self._info = message.info
-        self._outbox = queue.SimpleQueue()  # before a request can see that the worker is there
-        self.alive = True
+        self._process = ModelProcess(self._settings)  # before a request can see that the worker is there
+        self._inform(self._process.info)
+        self.alive, self.asleep = True, False
         self.loaded = time.time()
+
+    async def _enter(self) -> None:
+        await self.wake()
+        self.admit()
+
+    def admit(self) -> None:
+        """A request counts on the model."""
+        self._inside += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._idle_since = time.monotonic()
+            self._idle.set()
+
+    async def wake(self) -> None:
+        """Load the model, if it is asleep.
+
+        Raises:
+            ApiError: it cannot be loaded.
+        """
+        # To its end, also where who asked for it leaves.
+        await asyncio.shield(asyncio.ensure_future(self._wake()))
+
+    async def _wake(self) -> None:
+        async with self._loading:
+            if not self.asleep:
+                return
+            try:
+                await asyncio.to_thread(self.load)
+            except Exception as error:
+                _log.error("%s was not loaded: %s", self.info.name, error)
+                raise ApiError(503, f"{self.info.name} cannot be loaded: {error}") from None
+            self._woken.set()
+
+    async def sleep(self) -> None:
+        """End the worker, once no request counts on it."""
+        await self._idle.wait()
+        async with self._loading:
+            if self.asleep:
+                return
+            self.alive, self.asleep = False, True
+            self._woken.clear()
+            assert self._process is not None
+            await asyncio.to_thread(self._process.end, _LONGEST_END)
 
     async def supervise(self) -> None:
         """Pass the worker's replies on until cancelled, and start it again when it dies.
@@ -128,10 +184,16 @@ class Engine:
         pause = _RESTART_PAUSE
         early = 0
         while True:
+            if self.asleep:
+                await self._woken.wait()
             if self.alive:
                 started = time.monotonic()
-                await self._attend()
-                exit_code = await asyncio.to_thread(self._exit_code)
+                process = self._process
+                assert process is not None
+                await self._attend(process)
+                if self.asleep:
+                    continue
+                exit_code = await asyncio.to_thread(process.exit_code)
                 _log.error("the model's process ended with %s; starting it again", exit_code)
                 if time.monotonic() - started > _LONGEST_PAUSE:
                     pause, early = _RESTART_PAUSE, 0
@@ -141,24 +203,20 @@ class Engine:
                     self._settings = dataclasses.replace(self._settings, provider="cpu")
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-            try:
-                await asyncio.to_thread(self.load)
-            except Exception as error:
-                _log.error("the model did not load again: %s", error)
+            async with self._loading:
+                if self.asleep:
+                    continue
+                try:
+                    await asyncio.to_thread(self.load)
+                except Exception as error:
+                    _log.error("the model did not load again: %s", error)
 
-    async def _attend(self) -> None:
+    async def _attend(self, process: ModelProcess) -> None:
         """Returns when the worker has died."""
-        dead = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for target, *arguments in (
-            (_write, self._connection, self._outbox),
-            (_read, self._connection, loop, self._dispatch, dead),
-        ):
-            threading.Thread(target=target, args=arguments, daemon=True).start()
-        await dead.wait()
-        self._outbox.put(_CLOSE)
+        await process.attend(self._dispatch)
         self._forget("the model's process ended: try again")
-        self.metrics.restarts.inc()
+        if not self.asleep:
+            self.metrics.restarts.inc()
 
     async def submit(self, request: Request, admitted: bool = False) -> Answer:
         """Wait for a place, and start an answer. The caller must close it.
@@ -181,7 +239,7 @@ class Engine:
         await self._turn()
         answer = Answer(job.id, self.cancel)
         self._answers[answer.id] = answer
-        self._outbox.put(packed)
+        self._send(packed)
         try:
             await answer.start()
         except BaseException:
@@ -196,21 +254,32 @@ class Engine:
         Raises:
             ApiError: too many requests wait, or the worker is gone.
         """
-        if not self.alive:
+        if not self.alive and not self.asleep:
             raise reloading()
-        if not admitted and self._waiting >= self._limit and self._slots.locked():
+        # Requests may also wait for the model itself, with every place free.
+        busy = self._slots.locked() or self._waiting > self._limit
+        if not admitted and self._waiting >= self._limit and busy:
             raise queue_full(self._waiting, self._seconds * (1 + self._waiting / self.parallel))
 
     async def _turn(self) -> None:
         """Wait for a place, which the caller must release."""
         self._waiting += 1
         try:
-            await self._slots.acquire()
+            await self.enter()
+            try:
+                await self._slots.acquire()
+            except BaseException:
+                self._leave()
+                raise
         finally:
             self._waiting -= 1
         if not self.alive:
-            self._slots.release()
+            self._end_turn()
             raise reloading()
+
+    def _end_turn(self) -> None:
+        self._slots.release()
+        self._leave()
 
     async def ask_in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
         """As `ask`, of what takes the model some time, and so waits for a place as answers do.
@@ -219,8 +288,8 @@ class Engine:
         """
         self._check_queue()
         await self._turn()
-        asked = asyncio.ensure_future(self.ask(function, *arguments))
-        asked.add_done_callback(lambda _: self._slots.release())
+        asked = asyncio.ensure_future(self._ask(function, *arguments))
+        asked.add_done_callback(lambda _: self._end_turn())
         return await asyncio.shield(asked)
 
     async def ask(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -231,15 +300,24 @@ class Engine:
         Raises:
             ApiError: too many others ask, the worker is gone, or the arguments are at fault.
         """
-        if not self.alive:
+        if not self.alive and not self.asleep:
             raise reloading()
         if len(self._queries) > self._limit:
             raise queue_full(len(self._queries), 1)
+        await self.enter()
+        try:
+            return await self._ask(function, *arguments)
+        finally:
+            self._leave()
+
+    async def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
+        if not self.alive:
+            raise reloading()
         query = Query(next(self._ids), function, arguments)
         packed = _packed(query)
         reply = self._queries[query.id] = asyncio.get_running_loop().create_future()
         try:
-            self._outbox.put(packed)
+            self._send(packed)
             found = await reply
         finally:
             del self._queries[query.id]
@@ -250,7 +328,11 @@ class Engine:
         return value
 
     def cancel(self, job_id: int) -> None:
-        self._outbox.put(pickle.dumps(Cancel(job_id)))
+        self._send(pickle.dumps(Cancel(job_id)))
+
+    def _send(self, packed: bytes) -> None:
+        assert self._process is not None
+        self._process.send(packed)
 
     def _dispatch(self, reply: Reply) -> None:
         assert reply.id is not None
@@ -285,7 +367,7 @@ class Engine:
         answer.ended = True
         self._seconds += _MEMORY * (time.monotonic() - answer.begun - self._seconds)
         del self._answers[answer.id]
-        self._slots.release()
+        self._end_turn()
 
     def _forget(self, reason: str) -> None:
         self.alive = False
@@ -297,19 +379,10 @@ class Engine:
                 query.set_result(Failed(query_id, reason, user_error=False))
 
     def close(self) -> None:
-        """End the worker process, whatever it is doing."""
+        """End the worker process, whatever it is doing but writing states."""
         self.alive = False
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
-
-    def _exit_code(self) -> str:
-        assert self._process is not None
-        self._process.join(timeout=5)
-        return f"exit code {self._process.exitcode}"
-
-
-_CLOSE = b""
+            self._process.end(_LAST_WRITES if self._settings.states is not None else 0)
 
 
 def _packed(message: Job | Query) -> bytes:
@@ -318,26 +391,3 @@ def _packed(message: Job | Query) -> bytes:
         return pickle.dumps(message)
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply") from None
-
-
-def _write(connection: Connection, outbox: queue.SimpleQueue[bytes]) -> None:
-    """In a thread: a large job blocks until the worker reads it, and that may be after a long prompt."""
-    while message := outbox.get():
-        try:
-            connection.send_bytes(message)
-        except OSError:
-            return
-
-
-def _read(
-    connection: Connection,
-    loop: asyncio.AbstractEventLoop,
-    dispatch: Callable[[Reply], None],
-    dead: asyncio.Event,
-) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-        try:
-            while True:
-                loop.call_soon_threadsafe(dispatch, connection.recv())
-        except (EOFError, OSError):
-            loop.call_soon_threadsafe(dead.set)

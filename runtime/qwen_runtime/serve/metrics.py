@@ -52,5 +52,5 @@ class Metrics:
 
 
 async def metrics(http: HttpRequest) -> Response:
-    found: Metrics = http.app.state.engine.metrics
+    found: Metrics = http.app.state.models.metrics
     return Response(generate_latest(found.registry), media_type=CONTENT_TYPE_LATEST)

@@ -25,11 +25,16 @@ _CAPABILITIES = {"tools": "tools", "thinking": "enable_thinking"}
 
 
 async def tags(http: HttpRequest) -> Response:
-    return JSONResponse({"models": [_entry(engine_for(http, None).info)]})
+    return JSONResponse(
+        {"models": [_entry(engine.info) for engine in http.app.state.models.engines.values()]}
+    )
 
 
 async def ps(http: HttpRequest) -> Response:
-    info = engine_for(http, None).info
+    engine = engine_for(http, None)
+    if engine.asleep:
+        return JSONResponse({"models": []})
+    info = engine.info
     entry = _entry(info)
     running = {
         **entry,

@@ -18,6 +18,8 @@ from qwen_runtime.serve.app import make_app
 from qwen_runtime.serve.connection import Connection
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.http import SEND_TIMEOUT
+from qwen_runtime.serve.metrics import Metrics
+from qwen_runtime.serve.models import Models
 from qwen_runtime.serve.worker import ModelSettings
 
 _KEEP_ALIVE = 30  # seconds that an idle connection stays open
@@ -25,7 +27,7 @@ _CONNECTIONS = 256
 
 
 def serve(
-    settings: ModelSettings,
+    settings: Sequence[ModelSettings],
     *,
     host: str,
     port: int,
@@ -38,6 +40,7 @@ def serve(
     strict_model: bool,
     grace: int,
     kiosk: bool,
+    unload_after: float | None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, which let running answers finish for `grace` seconds.
 
@@ -46,7 +49,9 @@ def serve(
         allowed_hosts: names beside its own that it answers to.
         cors_origins: of other sites' pages that may use it.
         parallel: most answers that are made at the same time.
-        queue: most requests that wait for their turn.
+        settings: of each model. The first is loaded at once.
+        queue: most requests that wait for their turn, of each model.
+        unload_after: seconds without a request after which a model leaves memory.
 
     Raises:
         UserError: the artifact cannot be loaded, the address is taken, or it needs an API key.
@@ -56,17 +61,19 @@ def serve(
     if not local and not api_key:
         raise UserError(f"{host} can be reached from other machines: give an --api-key")
     allowed = access(name, local=local, allowed_hosts=allowed_hosts, origins=cors_origins, api_key=api_key)
-    with _listen(host, port) as listener, closing(Engine(settings, parallel, queue)) as engine:
+    metrics = Metrics()
+    engines = [Engine(each, parallel, queue, metrics) for each in settings]
+    with _listen(host, port) as listener, closing(Models(engines, unload_after)) as models:
         # Until uvicorn listens to signals, and when it has shut down, for it raises them again then.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # It warns of every write to a client that has just left.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        engine.load()
-        print(engine.info.reason, flush=True)
+        engines[0].load()
+        print(engines[0].info.reason, flush=True)
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(
             make_app(
-                engine,
+                models,
                 access=allowed,
                 api_key=api_key,
                 thinking=thinking,

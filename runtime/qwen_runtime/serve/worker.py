@@ -35,7 +35,7 @@ FAILED = 70  # exit code, as sysexits.h calls an internal error
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What the worker loads: the arguments of `Model.load`."""
+    """What the worker loads: the arguments of `Model.load`; and its name, if that is not the artifact's."""
 
     path: Path
     provider: str = "auto"
@@ -44,6 +44,7 @@ class ModelSettings:
     keep: int = 0
     states: StateSettings | None = None
     image_pixels: int | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

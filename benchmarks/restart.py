@@ -1,0 +1,102 @@
+"""A long conversation with a new server before each turn: time to the first token, with what is on disk and
+read anew, and whether the answers are the same.
+
+python -m benchmarks.restart ARTIFACT [--tokens 25000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+from qwen_runtime.tokenizer import Tokenizer
+from rich.console import Console
+from rich.table import Table
+
+_TEXT = "A list is mutable, and a tuple is not. "
+_QUESTIONS = ("What is yield?", "What is assert?", "What is a list?")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--tokens", type=int, default=25_000, help="of the instructions")
+    asked = parser.parse_args()
+    tokenizer = Tokenizer.open(asked.artifact)
+    instructions = tokenizer.decode(tokenizer.encode(_TEXT * asked.tokens)[: asked.tokens])
+    messages: list[dict[str, Any]] = [{"role": "system", "content": instructions}]
+    table = Table("turn", "prompt", "not read", "first token, s", "GenAI, all read, s", "same answer")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, question in enumerate(_QUESTIONS):
+            # A new server for each turn, over the same folder.
+            with _serving(asked.artifact, "--state-dir", folder) as client:
+                messages.append({"role": "user", "content": question})
+                found = _ask(client, messages)
+                time.sleep(2)  # what was read is written when nobody waits
+                if number == 1:
+                    other = [messages[0], {"role": "user", "content": "Something else."}]
+                    rows.append(("another conversation", other, _ask(client, other)))
+            rows.append((f"{number + 1}, after a start", list(messages), found))
+            messages.append({"role": "assistant", "content": found[0]})
+    with _serving(asked.artifact, "--keep", "0") as client:
+        for name, conversation, (text, prompt, cached, seconds) in rows:
+            expected, _, _, anew = _ask(client, conversation)
+            same = "yes" if text == expected else "no"
+            table.add_row(name, str(prompt), str(cached), f"{seconds:.2f}", f"{anew:.2f}", same)
+    Console().print(table)
+
+
+@contextmanager
+def _serving(artifact: Path, *options: str) -> Iterator[OpenAI]:
+    command = "import sys; from qwen_runtime.cli import main; sys.exit(main())"
+    server = subprocess.Popen(
+        [sys.executable, "-c", command, "serve", str(artifact), "--port", "0", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = next(
+            found[1] for line in server.stdout or () if (found := re.match(r"listening on (\S+)", line))
+        )
+        yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=3600)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def _ask(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[str, int, int, float]:
+    """The answer, tokens of the prompt, how many were not read, and seconds to the first piece."""
+    begun, first, text, usage = time.perf_counter(), 0.0, "", None
+    stream = client.chat.completions.create(
+        model="any",
+        messages=messages,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        usage = chunk.usage or usage
+        piece = chunk.choices[0].delta.content if chunk.choices else None
+        if piece:
+            first = first or time.perf_counter() - begun
+            text += piece
+    assert usage is not None and usage.prompt_tokens_details is not None
+    return text, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens or 0, first
+
+
+if __name__ == "__main__":
+    main()
