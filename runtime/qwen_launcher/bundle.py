@@ -16,6 +16,7 @@ import base64
 import binascii
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,8 @@ class Bundle:
         for name in (CONTENTS, SIGNATURE):
             if not (root / name).is_file() or (root / name).is_symlink():
                 raise UserError(f"{root} has no {name}: it is not a bundle, or was copied in part")
-        data = _read(root / CONTENTS, MOST_BYTES)
-        return cls.read(data, _read(root / SIGNATURE, _MOST_SIGNATURE_BYTES), public_key, root)
+        data = read_bounded(root / CONTENTS, MOST_BYTES)
+        return cls.read(data, read_bounded(root / SIGNATURE, _MOST_SIGNATURE_BYTES), public_key, root)
 
     @classmethod
     def read(cls, data: bytes, signature: bytes, public_key: Path, root: Path) -> Bundle:
@@ -198,7 +199,7 @@ def public_key_of(path: Path) -> bytes:
         UserError: it cannot be read, or is no public Ed25519 key.
     """
     try:
-        key = ed25519.read_public_key(_read(path, _MOST_KEY_BYTES))
+        key = ed25519.read_public_key(read_bounded(path, _MOST_KEY_BYTES))
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give the public key that qwen-export keygen made"
@@ -231,8 +232,14 @@ def _stays_inside(name: str) -> bool:
     return not any(part in ("", ".", "..") for part in parts) and not any(sign in name for sign in "\\:\0")
 
 
-def _read(path: Path, most: int) -> bytes:
-    """Where a link leads to what has no end, such as a device, too."""
+def read_bounded(path: Path, most: int) -> bytes:
+    """A file's bytes. What lies there may be anything: a pipe that nobody writes to, a device without an end.
+
+    Raises:
+        UserError: it is no file, or larger than `most`.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path} is not a file: {_ADVICE}")
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:

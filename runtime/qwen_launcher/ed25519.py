@@ -21,7 +21,9 @@ _Point = tuple[int, int, int, int]  # X, Y, Z, T with x = X/Z, y = Y/Z, xy = T/Z
 
 def read_public_key(pem: bytes) -> bytes | None:
     """The 32 bytes of the Ed25519 key in a PEM file (RFC 7468), with any line ends; None: it has none."""
-    lines = [line.strip() for line in pem.splitlines()]
+    lines = [
+        line.strip() for line in pem.removeprefix(b"\xef\xbb\xbf").splitlines()
+    ]  # Windows' editors' mark
     try:
         first = lines.index(b"-----BEGIN PUBLIC KEY-----")
         last = lines.index(b"-----END PUBLIC KEY-----", first)

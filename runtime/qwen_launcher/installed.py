@@ -21,9 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from qwen_common.errors import UserError
-from qwen_common.files import as_json, read_json, replace
+from qwen_common.files import as_json, parse_json, partial
 
-from qwen_launcher.bundle import ARTIFACT, SITE, VERSION, Bundle, Seen, public_key_of
+from qwen_launcher.bundle import (
+    ARTIFACT,
+    MOST_BYTES,
+    SITE,
+    VERSION,
+    Bundle,
+    Seen,
+    public_key_of,
+    read_bounded,
+)
 
 _MOST_NAME_BYTES = 200
 
@@ -135,9 +144,14 @@ class Installed:
 
     def remember(self, path: Path, content: Any) -> None:
         """Write a file of `state`; without room or permission for it, not."""
+        data = as_json(content) if path.suffix == ".json" else str(content).encode()
         with suppress(OSError):
             self.state.mkdir(exist_ok=True)
-            replace(path, as_json(content) if path.suffix == ".json" else content.encode())
+            # The folder may be the service's, and root may be who writes: no link is followed.
+            partial(path).unlink(missing_ok=True)
+            with open(partial(path), "xb") as file:
+                file.write(data)
+            os.replace(partial(path), path)
 
     def forget(self, release: Release) -> None:
         with suppress(OSError):
@@ -155,9 +169,8 @@ class Installed:
     def _named(self, pointer: Path) -> Release | None:
         """The release that a file names; None where it names none."""
         try:
-            with pointer.open("rb") as file:
-                name = file.read(_MOST_NAME_BYTES).decode("ascii").strip()
-        except (OSError, ValueError):
+            name = read_bounded(pointer, _MOST_NAME_BYTES).decode("ascii").strip()
+        except (OSError, UserError, ValueError):
             return None
         return Release(self.releases / name) if VERSION.fullmatch(name) else None
 
@@ -175,6 +188,6 @@ class Installed:
 def read_state(path: Path) -> dict[str, Any]:
     """A JSON object of `state`; empty where it is missing or damaged."""
     try:
-        return read_json(path, "") if path.is_file() else {}
-    except UserError:
+        return parse_json(read_bounded(path, MOST_BYTES), path, "")
+    except (OSError, UserError):
         return {}

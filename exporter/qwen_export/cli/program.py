@@ -13,6 +13,7 @@ from qwen_export.cli.inspect import inspect
 from qwen_export.cli.keygen import keygen
 from qwen_export.cli.plan import plan
 from qwen_export.cli.profiles import profiles
+from qwen_export.cli.publish import publish
 from qwen_export.cli.verify import verify
 
 
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen):
+for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen, publish):
     main.add_command(command)

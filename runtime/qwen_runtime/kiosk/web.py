@@ -98,11 +98,13 @@ class Web:
     def _blocks(self, path: str, answer: http.client.HTTPResponse, at: int) -> Iterator[bytes]:
         """The blocks from there on, over as many connections as it takes."""
         tries = iter(self._pauses)
+        known = 0  # bytes that come again, from a server without ranges
         while True:
             try:
                 while block := answer.read1(_BLOCK):
+                    known, block = max(0, known - len(block)), block[known:]
                     at += len(block)
-                    tries = iter(self._pauses)
+                    tries = iter(self._pauses) if block else tries
                     yield block
                 if not answer.length:  # what its headers said would still come
                     return
@@ -111,8 +113,7 @@ class Web:
                 self._wait(tries, path, error)
             answer.close()
             answer = self._answer(path, at)
-            if at and answer.status != HTTPStatus.PARTIAL_CONTENT:
-                raise UserError(f"{self._url}/{path} broke off and cannot be gone on with: try again")
+            known = 0 if answer.status == HTTPStatus.PARTIAL_CONTENT else at
 
     def _answer(self, path: str, offset: int) -> http.client.HTTPResponse:
         request = urllib.request.Request(
