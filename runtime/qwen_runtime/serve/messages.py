@@ -92,10 +92,19 @@ async def _events(answer: Answer, parser: AnswerParser, blocks: _Blocks, model: 
         yield event
     yield {
         "type": "message_delta",
-        "delta": {"stop_reason": _stop_reason(answer, parser), "stop_sequence": answer.stop_string},
+        "delta": _ending(answer, parser),
         "usage": {"output_tokens": answer.completion_tokens},
     }
     yield {"type": "message_stop"}
+
+
+def _ending(answer: Answer, parser: AnswerParser) -> Event:
+    """Why the answer ended. One that does not match its schema counts as refused, as with Anthropic."""
+    ending: Event = {"stop_reason": _stop_reason(answer, parser), "stop_sequence": answer.stop_string}
+    if fault := parser.message.get("refusal"):
+        ending["stop_reason"] = "refusal"
+        ending["stop_details"] = {"type": "refusal", "category": None, "explanation": fault}
+    return ending
 
 
 def _stop_reason(answer: Answer, parser: AnswerParser) -> str:

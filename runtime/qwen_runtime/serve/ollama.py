@@ -129,6 +129,10 @@ async def answer_lines(answer: Answer, parser: AnswerParser, begun: int) -> Asyn
             yield line, {}
     if line := said(parser.finish()):
         yield line, {}
+    if fault := parser.message.get(
+        "refusal"
+    ):  # it does not match its schema, and there is no other word for it
+        raise ApiError(422, fault)
     end = time.monotonic_ns()
     yield (
         {},

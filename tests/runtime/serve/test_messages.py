@@ -23,6 +23,7 @@ from qwen_runtime.serve.schema.base import parse
 
 from benchmarks.support.checkpoints import TINY_VL
 from tests.support.exported import Exported
+from tests.support.schemas import object_of
 from tests.support.servers import Server, request, serving
 
 QUESTION: Any = [{"role": "user", "content": "What is assert?"}]
@@ -36,6 +37,7 @@ LOOK_UP: Any = {
         "required": ["word"],
     },
 }
+UNMET = object_of(a={"type": "string", "enum": ["b"], "not": {"const": "b"}})
 FUNCTION: Any = {
     "type": "function",
     "function": {
@@ -223,6 +225,16 @@ def test_json_schema(ask: Callable[..., Any]) -> None:
     form = {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}
     found = ask(output_config={"format": form})
     assert isinstance(json.loads(found.content[0].text)["yes"], bool)
+
+
+def test_answer_that_does_not_match_its_schema(ask: Callable[..., Any]) -> None:
+    """The text stays, and the ending says what is wrong with it."""
+    options: Any = {"output_config": {"format": {"type": "json_schema", "schema": UNMET}}}
+    found = ask(**options)
+    assert json.loads(found.content[0].text) == {"a": "b"} and found.stop_reason == "refusal"
+    assert found.stop_details.explanation.startswith("the answer does not match the schema: a: ")
+    last = list(ask(**options, stream=True))[-2]
+    assert last.delta.stop_details == found.stop_details
 
 
 def test_tokens_are_counted(server: Server, ask: Callable[..., Any], model: Model) -> None:

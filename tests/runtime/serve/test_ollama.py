@@ -23,6 +23,7 @@ from qwen_runtime.serve.worker import Done, Piece
 
 from benchmarks.support.checkpoints import TINY, TINY_VL
 from tests.support.exported import Exported
+from tests.support.schemas import object_of
 from tests.support.servers import Server, request, serving
 
 QUESTION: Any = [{"role": "user", "content": "What is assert?"}]
@@ -127,6 +128,10 @@ def test_formats(ask: Callable[..., Any]) -> None:
     found = ask(format={**schema, "additionalProperties": False})
     assert isinstance(json.loads(found.message.content)["yes"], bool)
     assert ask(format="json").message.content.startswith("{")
+    unmet = object_of(a={"type": "string", "enum": ["b"], "not": {"const": "b"}})
+    for stream in (False, True):
+        with pytest.raises(ollama.ResponseError, match="the answer does not match the schema: a: "):
+            list(ask(format=unmet, stream=stream))
 
 
 @pytest.mark.parametrize("path", ["/api/chat", "/api/generate", "/api/show", "/api/embed", "/api/embeddings"])
