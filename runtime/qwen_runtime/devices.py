@@ -20,7 +20,7 @@ from qwen_profiles.reading import profile_names, read_fields, shipped_text
 from qwen_runtime import plugins, windows_ml
 from qwen_runtime.adapters import Adapter, vulkan_adapters, windows_adapters
 from qwen_runtime.float16_probe import computes_float16
-from qwen_runtime.provider import is_available
+from qwen_runtime.provider import cause, is_available
 
 _PCI = Path("/sys/bus/pci/devices")
 _DISPLAY, _ACCELERATOR = "0x03", "0x12"  # PCI base classes
@@ -212,9 +212,13 @@ def _obstacle(provider: Provider, machine: Machine, og: Any) -> str:
         return "no device here that it runs on"
     if not is_available(provider, og):
         return _how_to_get(provider, machine.system)
-    if provider.plugin is not None and not plugins.devices(provider):
-        return "its plug-in finds no device here"
-    return ""
+    if provider.plugin is None:
+        return ""
+    try:
+        found = plugins.devices(provider)
+    except Exception as error:  # whatever ONNX Runtime, a package or Windows says of a library
+        return f"its library does not load: {cause(error)}"
+    return "" if found else "its plug-in finds no device here"
 
 
 def _note(provider: Provider, machine: Machine) -> str:

@@ -64,8 +64,8 @@ def load_first(
             if name == CPU.key:
                 raise
             if wanted != "auto":
-                raise UserError(f"{provider.title} could not load the artifact: {_cause(error)}") from error
-            refusals.append(f"{provider.title} did not start ({_cause(error)})")
+                raise UserError(f"{provider.title} could not load the artifact: {cause(error)}") from error
+            refusals.append(f"{provider.title} did not start ({cause(error)})")
             continue
         reason = "; ".join(refusals) or ("asked for" if wanted != "auto" else "the artifact was made for it")
         return Choice(name, f"{provider.title}: {reason}"), loaded
@@ -96,7 +96,8 @@ def is_available(provider: Provider, og: Any) -> bool:
     return provider.probe is None or bool(getattr(og, provider.probe)())
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
+    """What a library's error means here, in one line."""
     text = str(error)
-    known = next((cause for said, cause in _CAUSES.items() if said in text), None)
+    known = next((meaning for said, meaning in _CAUSES.items() if said in text), None)
     return known or textwrap.shorten(text, _LONGEST_CAUSE)

@@ -64,7 +64,8 @@ def download(provider: Provider, progress: Callable[[float], None]) -> None:
     """Have Windows download and install `provider`.
 
     Args:
-        progress: called with percent, from another thread.
+        progress: called with percent (so Microsoft's page; the package's docstring says a fraction), from
+            another thread.
 
     Raises:
         UserError: the catalogue does not offer it here, or Windows could not do it.

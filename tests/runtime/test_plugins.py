@@ -14,6 +14,7 @@ import pytest
 from qwen_common.providers import PROVIDERS
 from qwen_profiles.schema import load_profile
 from qwen_runtime import plugins
+from qwen_runtime.devices import Device, Machine, providers
 from qwen_runtime.provider import load_first
 
 from benchmarks.support.checkpoints import TINY
@@ -119,6 +120,19 @@ def test_a_library_that_is_none_is_left_for_the_next_provider(
     monkeypatch.setenv("AMDGPU_EP_PATH", str(tmp_path / "nothing.so"))
     choice, _ = load_first("auto", "amdgpu", og, str.upper, ["cpu"])
     assert choice.name == "cpu" and choice.reason.startswith("CPU: AMDGPU did not start (")
+
+
+def test_devices_says_what_is_wrong_with_a_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real ONNX Runtime, and a file that is no library."""
+    wrong = tmp_path / "libamdgpu-ep.so"
+    wrong.write_text("no library")
+    radeon = Device("gpu", "AMD 1002:1586", "1002:1586")
+    machine = Machine("linux", "some CPU", frozenset(), 10**10, (radeon,))
+    for path in (wrong, tmp_path / "nothing.so"):
+        monkeypatch.setenv("AMDGPU_EP_PATH", str(path))
+        found = next(item for item in providers(machine, og) if item.name == "amdgpu")
+        assert not found.usable and found.advice.startswith("its library does not load: ")
+        assert path.name in found.advice and "\n" not in found.advice
 
 
 @pytest.mark.parametrize("key", ["amdgpu", "nvtensorrtrtx", "mlx"])
