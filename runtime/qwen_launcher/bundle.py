@@ -5,6 +5,7 @@
     artifact/        the exported model
     site/            every Python package that it runs on, unpacked
     launcher.pyz     this package, which checks and starts the rest
+    python/          on Windows, where a bundle carries its own: CPython
     README.txt, ...  scripts and notices
 
 Nothing in the folder is trusted before both are checked. An installed version has the same files.
@@ -36,6 +37,8 @@ SIGNATURE = "bundle.json.sig"
 ARTIFACT = "artifact"
 SITE = "site"
 LAUNCHER = "launcher.pyz"
+PYTHON = "python"  # of Windows bundles that carry one
+PYTHON_PROGRAM = f"{PYTHON}/python.exe"
 # Python's own copies of what it compiled. Whatever is in them is not read: see `qwen_launcher.program`.
 COMPILED = "__pycache__"
 MOST_BYTES = 16 * 1024 * 1024  # of bundle.json, of which nothing is known before it was read
@@ -132,7 +135,8 @@ class Bundle:
         UserError: this machine, or the Python that runs, is not what the bundle was made for.
         """
         made = self.contents
-        if fault := misfit(made["platform"], made["python"], made.get("needs", {})):
+        python = None if PYTHON_PROGRAM in made["files"] else made["python"]
+        if fault := misfit(made["platform"], python, made.get("needs", {})):
             raise UserError(fault)
 
     def check(

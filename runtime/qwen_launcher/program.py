@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen_launcher.bundle import PYTHON_PROGRAM
 from qwen_launcher.installed import Release
 
 # -I would leave out the folder of compiled copies too, which only the environment tells a worker process.
@@ -19,8 +20,16 @@ _START = "import sys; sys.path.append(sys.argv.pop(1)); from qwen_runtime.kiosk.
 
 
 def command(release: Release, *arguments: str) -> list[str]:
-    """The command line of the release's `qwen-run` with these arguments."""
-    return [sys.executable, *_FLAGS, "-c", _START, str(release.site), *arguments]
+    """The command line of the release's `qwen-run`, for the Python that the release brings or this one."""
+    own = release.root / PYTHON_PROGRAM
+    return [
+        str(own) if own.is_file() else sys.executable,
+        *_FLAGS,
+        "-c",
+        _START,
+        str(release.site),
+        *arguments,
+    ]
 
 
 def environment(compiled: Path | None = None, target: Path | None = None) -> Mapping[str, str]:

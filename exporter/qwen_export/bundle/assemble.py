@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qwen_common.errors import UserError, one_line
 from qwen_common.files import as_json, sha256
 from qwen_common.manifest import MANIFEST, Manifest, file_entry
 from qwen_common.providers import PROVIDERS
+from qwen_common.system import MSVC_RUNTIME
 from qwen_common.version import own_version
 from qwen_launcher.bundle import (
     ARTIFACT,
@@ -22,6 +24,7 @@ from qwen_launcher.bundle import (
     FORMAT_VERSION,
     LAUNCHER,
     MOST_BYTES,
+    PYTHON,
     SIGNATURE,
     SITE,
     files_in,
@@ -30,9 +33,10 @@ from qwen_runtime.artifact import Artifact
 from qwen_runtime.kiosk.self_test import make_self_test
 from qwen_runtime.kiosk.versions import version_key
 
+from qwen_export.bundle import windows_python
 from qwen_export.bundle.keys import sign
 from qwen_export.bundle.launcher import launcher
-from qwen_export.bundle.notices import model_part, wheel_part, write_notices
+from qwen_export.bundle.notices import cpython_part, model_part, wheel_part, write_notices
 from qwen_export.bundle.own_wheel import build_own_wheel
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.rendering import render
@@ -45,7 +49,22 @@ _SCRIPTS = {
 }
 
 _FIRST_YEAR = 2026
+_MSVC = {"msvc-runtime": "msvc-runtime>=14.40,<15"}
 _PYTHON = re.compile(r"3\.[1-9][0-9]")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a bundle for Windows brings along.
+
+    Attributes:
+        python: CPython, see `windows_python`.
+        msvc: Microsoft's Visual C++ runtime, from PyPI's msvc-runtime. Who has a licence of Visual Studio may
+            give it away with a program.
+    """
+
+    python: bool = False
+    msvc: bool = False
 
 
 def bundle(
@@ -56,6 +75,7 @@ def bundle(
     version: str,
     private_key: Path,
     note: Callable[[str], None],
+    carried: Carried = Carried(),
 ) -> dict[str, Any]:
     """Write a bundle to `output`, a folder or a .zip file; returns its list of contents.
 
@@ -63,6 +83,7 @@ def bundle(
         python: version of CPython on the device, such as 3.12.
         version: numbers with dots between them; a device refuses one that is older than what it has.
         note: told what is being done.
+        carried: what else the device need not have.
 
     Raises:
         UserError: the artifact is damaged, the output exists, pip has no wheels for the platform, or the key
@@ -75,6 +96,10 @@ def bundle(
         raise UserError(f"{output} already exists: choose another place with -o, or remove it")
     sign(b"", private_key)  # a wrong key is known before the work
     platform = PLATFORMS[platform_name]
+    if carried.python:
+        windows_python.check(platform_name, python)
+    if carried.msvc and not platform.windows:
+        raise UserError("the Visual C++ runtime is for Windows: leave --carry-msvc off")
     note("checking the artifact")
     source = Artifact.open(artifact, verify=True)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -87,21 +112,36 @@ def bundle(
         _copy(source, staged / ARTIFACT)
         note(f"downloading wheels for {platform_name}, CPython {python}")
         provider = source.manifest["provider"]
-        wheels = _wheels(platform, python, source.manifest, Path(name, "wheels"), note)
+        wheels = _wheels(platform, python, source.manifest, Path(name, "wheels"), note, carried)
         hashes = {wheel.path.name: sha256(wheel.path) for wheel in wheels}
         note("unpacking them")
         unpack(wheels, hashes, platform, python, staged / SITE)
+        if carried.python:
+            note(f"fetching CPython {python} for {platform_name}")
+            windows_python.carry(python, staged)
         note("hashing and signing")
         model = source.manifest["model"]["name"]
         parts = [model_part(source), *(wheel_part(wheel, hashes[wheel.path.name]) for wheel in wheels)]
+        if carried.python:
+            parts.append(cpython_part(staged / PYTHON, windows_python.ARCHIVES[python].cpython))
+        needs = system_needed(wheels)
+        if platform.windows and not carried.msvc:
+            needs[MSVC_RUNTIME] = "14"
         write_notices(staged, f"qwen-edge kiosk, {model}", version, parts)
-        write_scripts(staged, platform, python=python, model=model, devices=_devices(source.manifest))
+        write_scripts(
+            staged,
+            platform,
+            python=python,
+            model=model,
+            devices=_devices(source.manifest),
+            carried_python=carried.python,
+        )
         facts = {
             "name": model,
             "version": version,
             "platform": platform_name,
             "python": python,
-            "needs": system_needed(wheels),
+            "needs": needs,
             "provider": provider,
             "self_test": self_test,
         }
@@ -149,7 +189,12 @@ def _copy(artifact: Artifact, folder: Path) -> None:
 
 
 def _wheels(
-    platform: Platform, python: str, manifest: Manifest, folder: Path, note: Callable[[str], None]
+    platform: Platform,
+    python: str,
+    manifest: Manifest,
+    folder: Path,
+    note: Callable[[str], None],
+    carried: Carried,
 ) -> list[Wheel]:
     folder.mkdir()
     own = build_own_wheel(folder)
@@ -158,7 +203,7 @@ def _wheels(
     )
     for title in left_out:
         note(f"without {title}: its packages cannot be installed beside those of a provider before it")
-    return download(own, ["kiosk"], replaced, platform, python, folder)
+    return download(own, ["kiosk"], replaced | (_MSVC if carried.msvc else {}), platform, python, folder)
 
 
 def write_scripts(folder: Path, platform: Platform, **values: object) -> None:

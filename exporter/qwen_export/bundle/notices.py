@@ -110,6 +110,14 @@ def model_part(artifact: Artifact) -> Part:
     )
 
 
+def cpython_part(folder: Path, version: str) -> Part:
+    """CPython in a folder, whose program stands for it."""
+    text = (folder / "LICENSE.txt").read_text(encoding="utf-8", errors="replace")
+    purl = PackageURL("generic", name="cpython", version=version)
+    digest = sha256(folder / "python.exe")
+    return Part("CPython", version, ComponentType.PLATFORM, purl, digest, ("Python-2.0.1",), text)
+
+
 def write_notices(folder: Path, name: str, version: str, parts: Iterable[Part]) -> None:
     """Write the licences' texts and the bill of materials of a bundle."""
     parts = list(parts)

@@ -34,6 +34,12 @@ Examples:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder, or file ending in .zip."
 )
+@click.option("--carry-python", is_flag=True, help="Bring CPython along (win_amd64): the device needs none.")
+@click.option(
+    "--carry-msvc",
+    is_flag=True,
+    help="Bring Microsoft's Visual C++ runtime along (Windows). Needs a licence of Visual Studio.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the list of contents as JSON on stdout.")
 @debug_option
 def bundle(
@@ -43,6 +49,8 @@ def bundle(
     key: Path,
     version: str | None,
     output: Path,
+    carry_python: bool,
+    carry_msvc: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -50,12 +58,13 @@ def bundle(
     with reporting(debug, extra="bundle"):
         from rich.console import Console
 
+        from qwen_export.bundle.assemble import Carried, default_version
         from qwen_export.bundle.assemble import bundle as assemble
-        from qwen_export.bundle.assemble import default_version
 
         version = version or default_version(datetime.now(UTC))
         console = Console(stderr=True)
-        contents = assemble(artifact, output, platform, python, version, key, console.print)
+        carried = Carried(carry_python, carry_msvc)
+        contents = assemble(artifact, output, platform, python, version, key, console.print, carried)
         if as_json:
             click.echo(json.dumps({"output": str(output), **contents}, indent=2))
         else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_common.errors import UserError
@@ -12,6 +15,13 @@ from qwen_runtime.backends.protocol import Backend
 
 if TYPE_CHECKING:
     from qwen_runtime.backends.ort import Ort
+
+
+_PACKAGES = Path(__file__).parents[2]
+
+if sys.platform == "win32" and (_PACKAGES / "msvcp140.dll").is_file():
+    # A bundle that brings Microsoft's runtime along has it beside the packages, where Windows does not look.
+    os.add_dll_directory(str(_PACKAGES))
 
 
 def load(artifact: Artifact, provider: str, keep: int) -> Backend:

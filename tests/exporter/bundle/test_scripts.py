@@ -33,7 +33,14 @@ LINUX, WINDOWS = PLATFORMS["linux_x86_64"], PLATFORMS["win_amd64"]
 def written(folder: Path, windows: bool, model: str = "Qwen3.5-0.8B", devices: bool = True) -> dict[str, str]:
     """By name the scripts of a bundle."""
     folder.mkdir(exist_ok=True)
-    assemble.write_scripts(folder, WINDOWS if windows else LINUX, python="3.12", model=model, devices=devices)
+    assemble.write_scripts(
+        folder,
+        WINDOWS if windows else LINUX,
+        python="3.12",
+        model=model,
+        devices=devices,
+        carried_python=False,
+    )
     return {path.name: path.read_bytes().decode() for path in folder.iterdir() if path.suffix != ".pyz"}
 
 
