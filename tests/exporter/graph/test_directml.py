@@ -22,7 +22,7 @@ from benchmarks.support.session import cosine
 from tests.support.wine import AVAILABLE, REASON, Windows
 
 pytestmark = [pytest.mark.slow, pytest.mark.directml, pytest.mark.skipif(not AVAILABLE, reason=REASON)]
-SUPPORT = Path(__file__).parents[2] / "support"
+SUPPORT = Path(__file__).parents[3] / "benchmarks" / "support"
 # Named by its number, a device is found through DXGI: Wine's DXCore is an empty shell.
 DIRECTML = ("DmlExecutionProvider", json.dumps({"device_id": "0"}))
 CHECKPOINTS = {"dense": TINY, "experts": TINY_MOE}

@@ -9,16 +9,24 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from qwen_common import manifest as manifests
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_profiles.schema import Profile, load_profile
 
 from benchmarks.support.artifacts import float_profile, make_artifact
-from benchmarks.support.checkpoints import TINY, TINY_MOE
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.provider import (
+    COPIES,
+    CPU,
+    features_of_transformers,
+    logits_of_transformers,
+    random_image,
+    webgpu,
+)
 from benchmarks.support.session import cosine
 
 PLUGIN_FOLDER = os.environ.get("QWEN_EDGE_WEBGPU")
@@ -26,6 +34,7 @@ pytestmark = [
     pytest.mark.webgpu,
     pytest.mark.skipif(not PLUGIN_FOLDER, reason="QWEN_EDGE_WEBGPU does not name the plug-in's folder"),
 ]
+WEBGPU = "WebGpuExecutionProvider"
 # Chromium's software Vulkan, whose device computes no float16.
 SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 CHECKPOINTS = {"dense": TINY, "experts": TINY_MOE}
@@ -37,36 +46,16 @@ ON_THE_CPU = {
         *{"Shape", "Slice", "Squeeze", "Sub", "Tile", "Unsqueeze"},
     },
 }
+# Where each patch of an image lies.
+IN_THE_TOWER = {"Cast", "Concat", "Expand", "Range", "Reshape", "Shape", "Slice", "Split", "Squeeze"}
+MOST_COPIES = 3  # of all that the CPU computes, a run
 # Where experts are gathered, their places among all rows are computed there too.
 WITH_EXPERTS = {"Add", "Mul", "Slice"}
 
 
-@dataclass(frozen=True)
-class Run:
-    """Logits float32 [tokens, vocab], and the operators of the nodes that ran, by provider."""
-
-    logits: np.ndarray
-    ran: dict[str, dict[str, int]]
-
-
 def environment() -> dict[str, str]:
     assert PLUGIN_FOLDER is not None
-    path = os.pathsep.join([PLUGIN_FOLDER, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER": "1"}
-
-
-def run(artifact: Path, ids: list[int], chunks: list[int], folder: Path) -> Run:
-    script = Path(__file__).parents[2] / "support" / "plugin_run.py"
-    done = subprocess.run(
-        [sys.executable, script, "onnxruntime_ep_webgpu", artifact],
-        input=json.dumps({"ids": ids, "chunks": chunks}),
-        env=environment(),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Run(np.load(folder / "logits.npy"), json.loads(done.stdout.splitlines()[-1]))
+    return {**os.environ, **webgpu(PLUGIN_FOLDER).variables}
 
 
 def on_webgpu(profile: Profile) -> Profile:
@@ -77,22 +66,40 @@ def on_webgpu(profile: Profile) -> Profile:
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_logits_are_those_of_transformers(kind: str, lowering: str, tmp_path: Path) -> None:
     """A prompt in pieces, then step by step; every node that has a kernel on the GPU runs there."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    profile = on_webgpu(float_profile(lowering, "float16"))
-    artifact = make_artifact(CHECKPOINTS[kind], profile, tmp_path / "artifact")
+    assert PLUGIN_FOLDER is not None
+    checkpoint = CHECKPOINTS[kind]
+    artifact = make_artifact(checkpoint, on_webgpu(float_profile(lowering, "float16")), tmp_path / "artifact")
     ids = np.random.default_rng(3).integers(0, 2000, 45).tolist()
-    found = run(artifact, ids, [24, 16, 1, 1, 3], tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS[kind], dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].numpy()
-    assert cosine(found.logits, expected).min() > 0.9995
-    assert (found.logits.argmax(-1) == expected.argmax(-1)).mean() > 0.95
+    found = webgpu(PLUGIN_FOLDER).run(artifact, ids, [24, 16, 1, 1, 3], tmp_path)
+    agree(found.logits, logits_of_transformers(checkpoint, ids))
     allowed = ON_THE_CPU[lowering] | (WITH_EXPERTS if kind == "experts" else set())
-    assert set(found.ran["CPUExecutionProvider"]) <= allowed
-    gpu = found.ran["WebGpuExecutionProvider"]
+    assert set(found.ran[CPU]) <= allowed
+    gpu = found.ran[WEBGPU]
     assert gpu["MatMul"] and (gpu.get("LinearAttention") if lowering == "fused" else gpu["CumSum"])
+    # Positions, lengths and masks go to the GPU, once for all layers; nothing comes back but the outputs.
+    copies = {operator: count for operator, count in gpu.items() if operator in COPIES}
+    if kind == "dense":
+        assert set(copies) <= {"MemcpyFromHost"} and sum(copies.values()) <= MOST_COPIES
+
+
+def agree(found: np.ndarray, expected: np.ndarray) -> None:
+    assert cosine(found, expected).min() > 0.9995
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.95
+
+
+@pytest.mark.parametrize("lowering", ["fused", "portable"])
+def test_images(lowering: str, tmp_path: Path) -> None:
+    """The tower's features, and the logits of a prompt with an image, then step by step."""
+    assert PLUGIN_FOLDER is not None
+    artifact = make_artifact(TINY_VL, on_webgpu(float_profile(lowering, "float16")), tmp_path / "artifact")
+    ids, images = random_image(TINY_VL, 8, 12, 9)
+    found = webgpu(PLUGIN_FOLDER).run(artifact, ids, [len(ids) - 2, 1, 1], tmp_path, images=images)
+    assert found.features is not None
+    assert cosine(found.features, features_of_transformers(TINY_VL, images)).min() > 0.9995
+    agree(found.logits, logits_of_transformers(TINY_VL, ids, images))
+    assert set(found.ran[CPU]) <= ON_THE_CPU[lowering]
+    assert set(found.vision[CPU]) <= IN_THE_TOWER
+    assert found.vision[WEBGPU]["MultiHeadAttention"] == Checkpoint.open(str(TINY_VL)).vision.depth
 
 
 def answer(artifact: Path, question: str, *options: str) -> tuple[str, str]:

@@ -1,12 +1,14 @@
-"""An artifact's decoder on one provider, in a process of its own.
-
-    python plugin_run.py PROVIDER ARTIFACT [OPTIONS]
+"""An artifact on one provider, in a process of its own: python plugin_run.py PROVIDER ARTIFACT [OPTIONS]
 
 PROVIDER is the module of a plug-in, or the name of a provider that this onnxruntime has built in, with
 OPTIONS in JSON. Reads JSON from standard input, {"graph": "model.onnx", "ids": [...], "chunks": [...]}: the
 token ids of one sequence, and how many of them each run takes. Writes `logits.npy` float32 [tokens, vocab]
 into the current folder, and prints as JSON the operators of the nodes that ran, by provider:
 {"WebGpuExecutionProvider": {"MatMulNBits": 33, ...}}.
+
+With "images": "images.npz" the vision tower runs first. The file has its `pixel_values` and `image_grid_thw`,
+and `position_ids` [3, 1, tokens]. `features.npy` float32 [image tokens, hidden] is written too, and the
+tower's operators are printed under "vision".
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def profiled(graph: Path, provider: str, options: dict[str, str]) -> ort.Inferen
             sys.exit(f"{provider} does not start")
         return session
     plugin = import_module(provider)
-    ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
+    if plugin.get_ep_name() not in {device.ep_name for device in ort.get_ep_devices()}:
+        ort.register_execution_provider_library(plugin.get_ep_name(), plugin.get_library_path())
     devices = [device for device in ort.get_ep_devices() if device.ep_name == plugin.get_ep_name()]
     if not devices:
         sys.exit(f"{plugin.get_ep_name()} finds no device")
@@ -58,8 +61,23 @@ def ran(session: ort.InferenceSession) -> dict[str, dict[str, int]]:
 def main() -> None:
     provider, artifact, *options = sys.argv[1:]
     asked = json.load(sys.stdin)
-    graph = Path(artifact) / asked.get("graph", "model.onnx")
-    session = profiled(graph, provider, json.loads(options[0]) if options else {})
+    settings = json.loads(options[0]) if options else {}
+
+    def opened(name: str) -> ort.InferenceSession:
+        return profiled(Path(artifact) / name, provider, settings)
+
+    ids = np.array([asked["ids"]], np.int64)
+    tokens, seen = {"input_ids": ids}, {}
+    positions = np.broadcast_to(np.arange(ids.size), (3, 1, ids.size)).astype(np.int64)
+    if "images" in asked:
+        images = dict(np.load(asked["images"]))
+        positions = images.pop("position_ids")
+        tower = opened("vision.onnx")
+        (features,) = tower.run(None, images)
+        np.save("features.npy", features.astype(np.float32))
+        embedded = opened("embedding.onnx").run(None, {**tokens, "image_features": features})
+        tokens, seen = {"inputs_embeds": embedded[0]}, {"vision": ran(tower)}
+    session = opened(asked.get("graph", "model.onnx"))
     outputs = [value.name for value in session.get_outputs()]
     sizes = {"batch_size": 1, "past_sequence_length": 0}
     states = {
@@ -71,9 +89,9 @@ def main() -> None:
     for count in asked["chunks"]:
         stop = start + count
         feeds: dict[str, Any] = {
-            "input_ids": np.array([asked["ids"][start:stop]], np.int64),
+            **{name: value[:, start:stop] for name, value in tokens.items()},
             "attention_mask": np.ones((1, stop), np.int64),
-            "position_ids": np.broadcast_to(np.arange(start, stop), (3, 1, count)).astype(np.int64),
+            "position_ids": positions[:, :, start:stop],
             **states,
         }
         found = dict(zip(outputs, session.run(None, feeds), strict=True))
@@ -81,7 +99,7 @@ def main() -> None:
         logits.append(found["logits"][0])
         start = stop
     np.save("logits.npy", np.concatenate(logits).astype(np.float32))
-    print(json.dumps(ran(session)))
+    print(json.dumps({**ran(session), **seen}))
 
 
 if __name__ == "__main__":
