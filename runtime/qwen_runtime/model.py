@@ -391,6 +391,5 @@ class Model:
         if self._sessions is None:
             self._sessions = Sessions.load(self._artifact, self.info.provider)
         generator = self._backend.generator(GREEDY, None, max_length)
-        if not isinstance(generator, OutputGenerator):
-            raise UserError("speculative decoding reads its prompts anew: load the model without states")
+        assert isinstance(generator, OutputGenerator)  # `Sessions` come only with ONNX Runtime
         return Speculator(self._sessions, generator, max_length)

@@ -16,9 +16,11 @@ from PIL import Image
 from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling, StateSettings
+from safetensors.torch import load_file
 
 from benchmarks.support.artifacts import directml_profile
-from benchmarks.support.checkpoints import TINY, TINY_VL
+from benchmarks.support.checkpoints import TINY, TINY_VL, TRAINED_HEAD
+from benchmarks.support.mtp import with_head
 from tests.support.exported import Exported
 
 GREEDY = Sampling(temperature=0)
@@ -259,6 +261,18 @@ def test_the_folder_has_a_limit(cpu_artifact: Path, tmp_path: Path) -> None:
     with keeping(cpu_artifact, tmp_path, keep=0) as model:
         held = {name: answer(model, f"{name} " * 200, max_tokens=2).cached_tokens > 0 for name in names}
     assert held == {"1": False, "2": True, "3": True}
+
+
+def test_hidden_states_and_speculative_decoding(exported: Exported, tmp_path: Path) -> None:
+    """What reads outputs of the graph besides logits."""
+    checkpoint = with_head(TINY, load_file(TRAINED_HEAD), tmp_path / "tiny-dense")
+    artifact = exported(checkpoint, load_profile("cpu"))
+    with Model.load(artifact) as fresh, keeping(artifact) as model:
+        tokens = fresh.encode("The statement is a word. " * 100)
+        assert np.array_equal(model.embed(tokens, "mean"), fresh.embed(tokens, "mean"))
+        for speculative in (False, True, True):
+            found = answer(model, [SYSTEM, QUESTION], speculative=speculative)
+            assert found.tokens == answer(fresh, [SYSTEM, QUESTION]).tokens
 
 
 def test_refusals(cpu_artifact: Path, tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def _grid(image: Patches) -> tuple[int, int]:
 
 
 class OrtGenerator(ChoosingGenerator):
-    """One sequence, an `ImageGenerator` and a `KeepingGenerator` too."""
+    """One sequence, an `ImageGenerator`, `OutputGenerator` and `KeepingGenerator` too."""
 
     def __init__(
         self, backend: Ort, settings: Mapping[str, Any], max_length: int, guide: Guide | None
@@ -214,6 +214,7 @@ class OrtGenerator(ChoosingGenerator):
         super().__init__(settings, max_length, guide)
         self._backend = backend
         self._pictures: Pictures | None = None
+        self._found: dict[str, Any] = {}  # the last run's outputs but states
         self._features: dict[int, npt.NDArray[Any]] = {}  # of images, by the place of their first token
         room = max_length if backend.shared else 0
         self._hold(backend.zeros(room))
@@ -247,12 +248,18 @@ class OrtGenerator(ChoosingGenerator):
 
     @property
     def caches(self) -> dict[str, npt.NDArray[Any]]:
-        """Keys and values, [1, heads, tokens or more, dim]."""
+        """Keys and values, [1, heads, tokens or more, dim]. An OrtValue's own array may not outlive what the
+        value was made of."""
         return {
-            name: self._arrays[name] if self._backend.shared else self._values[name].numpy()
+            name: self._arrays[name] if self._backend.shared else self._values[name].numpy().copy()
             for name in self._values
             if name not in self._spare
         }
+
+    def get_output(self, name: str) -> npt.NDArray[Any]:
+        """An output of the graph's last run."""
+        state = name.replace(_PRESENT, _PAST, 1)
+        return (self._values[state] if state in self._values else self._found[name]).numpy().copy()
 
     def _hold(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
         import onnxruntime as ort
@@ -293,6 +300,7 @@ class OrtGenerator(ChoosingGenerator):
                 self._spare_values[name], self._values[name] = values
             elif not backend.shared:
                 self._values[name] = found[name.replace(_PAST, _PRESENT, 1)]
+        self._found = {name: found[name] for name in found if not name.startswith(_PRESENT)}
         return found["logits"].numpy()[:, -1:].astype(np.float32)
 
     def _inputs(self, tokens: Sequence[int], start: int, end: int) -> dict[str, npt.NDArray[Any]]:

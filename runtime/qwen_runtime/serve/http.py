@@ -17,6 +17,7 @@ from qwen_runtime.serve.errors import ApiError
 T = TypeVar("T")
 
 MAX_BODY = 32 * 1024 * 1024  # bytes; images come as base64
+MOST_VALUES = 1_000_000  # of JSON in a body: to check 32 MiB of empty messages would take many seconds
 HEAD_TIMEOUT = 20.0  # seconds for a whole head
 BODY_TIMEOUT = 60.0  # seconds for a whole body, or more for one that is large and comes
 SLOWEST_BODY = 32 * 1024  # at this many bytes a second
@@ -41,7 +42,7 @@ async def read_json(http: HttpRequest, undeclared: bool = False) -> bytes:
         undeclared: Ollama's clients may leave the type off, or send curl's, but no browser may.
 
     Raises:
-        ApiError: it is not declared as JSON, too large, or too slow.
+        ApiError: it is not declared as JSON, too large, too slow, or has too many values.
         ClientGone: the client left before its end.
     """
     kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -64,6 +65,9 @@ async def read_json(http: HttpRequest, undeclared: bool = False) -> bytes:
         raise ApiError(
             408, f"the body came too slowly: {len(body)} bytes so far", headers={"Connection": "close"}
         ) from None
+    # Those in texts are counted too, and are fewer where a text fits any context.
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ApiError(413, f"the body has more than {MOST_VALUES} values, commas in texts too: send fewer")
     return bytes(body)
 
 
