@@ -145,6 +145,13 @@ def test_stop_sequences(ask: Callable[..., Any]) -> None:
     assert empty.content == [] and empty.stop_reason == "stop_sequence"
 
 
+def test_answer_that_is_begun_goes_on(ask: Callable[..., Any], model: Model) -> None:
+    prompt = model.apply_chat_template(QUESTION) + "The answer"
+    expected = "".join(model.generate(prompt, max_tokens=30, sampling=GREEDY))
+    begun = ask([*QUESTION, {"role": "assistant", "content": "The answer"}])
+    assert begun.content[0].text == expected
+
+
 @pytest.mark.parametrize("kind", ["enabled", "adaptive"])
 def test_thoughts_are_blocks(ask: Callable[..., Any], model: Model, kind: str) -> None:
     text = "".join(model.generate(QUESTION, max_tokens=30, sampling=GREEDY, thinking=True))

@@ -46,3 +46,5 @@ def test_strict_servers_refuse_other_names(cpu_artifact: Path, model: Model) -> 
             assert status == 404, path
             assert f"no model 'gpt-4o': this server has '{model.info.name}'" in json.dumps(found)
             assert asked(server, path, model.info.name)[0] == 200
+            tagged = asked(server, path, f"{model.info.name}:latest")[0]  # as Ollama's clients write it
+            assert tagged == (200 if path.startswith("/api/") else 404), path

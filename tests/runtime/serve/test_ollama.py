@@ -95,6 +95,12 @@ def test_options(ask: Callable[..., Any]) -> None:
             assert caught.value.status_code == 400
 
 
+def test_answer_that_is_begun_goes_on(ask: Callable[..., Any], model: Model) -> None:
+    prompt = model.apply_chat_template(QUESTION) + "The answer"
+    expected = "".join(model.generate(prompt, max_tokens=30, sampling=GREEDY))
+    assert ask([*QUESTION, {"role": "assistant", "content": "The answer"}]).message.content == expected
+
+
 def test_generate(client: Client, model: Model) -> None:
     name = model.info.name
     messages = [{"role": "system", "content": "Be short."}, *QUESTION]

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from qwen_runtime.pooling import Pooling
 from qwen_runtime.serve.schema.base import Body, Integer
+from qwen_runtime.serve.schema.ollama import ModelName
 
 _NO_DIMENSIONS: Mapping[str, Sequence[Any]] = {"dimensions": ()}
 
@@ -34,10 +35,10 @@ class EmbeddingsRequest(Body):
 class EmbedRequest(Body):
     unsupported: ClassVar[Mapping[str, Sequence[Any]]] = _NO_DIMENSIONS
 
-    model: str | None = None
+    model: ModelName | None = None
     input: str | list[str]
 
 
 class OldEmbedRequest(Body):
-    model: str | None = None
+    model: ModelName | None = None
     prompt: str

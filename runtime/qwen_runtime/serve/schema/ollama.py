@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qwen_runtime.serve.schema.base import Body, Options, parse
 from qwen_runtime.serve.schema.chat import ChatRequest, Effort
@@ -36,6 +36,10 @@ _SAMPLING = {
 }
 
 
+# "latest" is what clients add to a name that has no tag.
+ModelName = Annotated[str, AfterValidator(lambda name: name.removesuffix(":latest"))]
+
+
 class Function(Options):
     name: str
     arguments: Dict | None = None
@@ -60,7 +64,7 @@ class Message(Options):
 
 
 class AnswerRequest(Body):
-    model: str | None = None
+    model: ModelName | None = None
     stream: bool = True
     format: Literal["", "json"] | Dict = ""
     options: Dict | None = None
@@ -128,8 +132,8 @@ class GenerateRequest(AnswerRequest):
 
 
 class ShowRequest(Body):
-    model: str | None = None
-    name: str | None = None
+    model: ModelName | None = None
+    name: ModelName | None = None
 
 
 def _with_ids(messages: Sequence[Message]) -> Iterator[Dict]:
