@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def key(tmp_path: Path) -> Path:
     return new_key(tmp_path)
 
 
-TOLD = ("useradd", "chown")  # this machine's users stay as they are
+TOLD = ("useradd", "chown", "systemctl")  # as where systemd runs, and this machine's users stay as they are
 # The small bundle's program installs nothing, so this one does.
 INSTALLS = """
 import os, sys
@@ -48,9 +49,11 @@ def installing(folder: Path, key: Path) -> Path:
     return resealed(made, folder, key)
 
 
-def install(bundle: Path, key: Path, target: str | Path) -> subprocess.CompletedProcess[str]:
+def install(
+    bundle: Path, key: Path, target: str | Path, before: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """As somebody does whose files are everybody's."""
-    script = 'umask 0; exec sh "$@"'
+    script = 'umask 0; exec "$@"'
     arguments = [str(bundle / "install.sh"), str(key.with_suffix(".pub")), str(target)]
     told = bundle.with_name("told")
     told.mkdir()
@@ -59,7 +62,7 @@ def install(bundle: Path, key: Path, target: str | Path) -> subprocess.Completed
         (told / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{told}:{os.environ['PATH']}"}
     return subprocess.run(
-        ["sh", "-c", script, "sh", *arguments], capture_output=True, text=True, env=environment
+        ["sh", "-c", script, "sh", *before, "sh", *arguments], capture_output=True, text=True, env=environment
     )
 
 
@@ -80,7 +83,8 @@ def test_nobody_else_writes_what_runs(key: Path, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         calls = (tmp_path / "told" / "calls").read_text().splitlines()
         assert calls[-1] == f"chown -R qwen-edge: {target}/state {target}/logs"
-        assert [call.split()[0] for call in calls[:-1]] in ([], ["useradd"])  # where there is none yet
+        users = [call for call in calls if call.startswith("useradd")]
+        assert len(users) == (subprocess.run(["id", "-u", "qwen-edge"], capture_output=True).returncode != 0)
 
 
 @pytest.mark.parametrize(
@@ -140,3 +144,17 @@ def test_the_key_of_the_api_is_in_a_file(tmp_path: Path) -> None:
         ["sh", str(folder / "start.sh")], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.endswith(f"file={folder / 'api.key'}\n") and "sesame" not in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="faketime is not installed")
+@pytest.mark.parametrize("clock", ["1970-01-02", "2040-01-01", "2112-01-01"])
+def test_a_device_whose_clock_is_wrong(clock: str, key: Path, tmp_path: Path) -> None:
+    """Batteries of clocks die. It installs, starts what it installed, and checks it again at another time."""
+    target, faked = tmp_path / "kiosk", ["faketime", f"{clock} 00:00:00"]
+    done = install(installing(tmp_path / "bundle", key), key, target, faked)
+    assert done.returncode == 0, done.stderr
+    for prefix in ([], faked):
+        verify = [*prefix, sys.executable, str(target / "launcher.pyz"), "verify", str(target), "--full"]
+        assert subprocess.run(verify, capture_output=True, text=True).returncode == 0
+        run = [*prefix, str(target / "qwen-run"), "self-test", "."]
+        assert subprocess.run(run, capture_output=True).returncode == 0
