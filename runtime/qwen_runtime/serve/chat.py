@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -18,7 +16,7 @@ from qwen_runtime.logits import Candidate, TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
 from qwen_runtime.serve.begun import begun
-from qwen_runtime.serve.common import engine_for, sampling
+from qwen_runtime.serve.common import engine_for, head_of, sampling
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
@@ -41,7 +39,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     request, parser = request_for(asked, http.app.state.thinking)
     answers = Answers(engine, variants(request, asked.n))
     await while_connected(http, answers.start())
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.info.name}
+    head = head_of("chatcmpl", engine)
     if asked.stream:
         chunks = _chunks(answers, parser, head, asked.include_usage)
         return EventStream(chunks, answers.close, answers.progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -50,6 +52,16 @@ def sampling(asked: SharedRequest) -> Sampling:
         logit_bias=asked.logit_bias,
         seed=None if asked.seed is None else asked.seed % SEEDS,  # any integer is OpenAI's range
     )
+
+
+def head_of(kind: str, engine: Engine) -> dict[str, Any]:
+    """What an answer begins with. The fingerprint is of what makes the same answer of the same seed."""
+    return {
+        "id": f"{kind}-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": engine.info.name,
+        "system_fingerprint": f"{engine.info.profile}-{engine.info.provider}",
+    }
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

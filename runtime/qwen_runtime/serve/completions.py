@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -14,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
-from qwen_runtime.serve.common import engine_for, sampling
+from qwen_runtime.serve.common import engine_for, head_of, sampling
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
@@ -26,12 +24,7 @@ async def completions(http: HttpRequest) -> Response:
     asked = parse(CompletionRequest, await read_json(http))
     engine = engine_for(http, asked.model)
     answers = Answers(engine, _requests(asked))
-    head = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": engine.info.name,
-    }
+    head = {**head_of("cmpl", engine), "object": "text_completion"}
     await while_connected(http, answers.start())
     if asked.stream:
         chunks = _chunks(answers, head, asked.include_usage)

@@ -19,12 +19,7 @@ Tokens = Annotated[list[int], Field(min_length=1)]
 class CompletionRequest(SharedRequest):
     unsupported: ClassVar[Mapping[str, Sequence[Any]]] = COMPLETIONS
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1)]
-    )
+    prompt: str | Annotated[list[str | Tokens], Field(min_length=1)] | Tokens
     max_tokens: Integer = Field(16, ge=0)
     echo: bool = False
     logprobs: Integer | None = Field(None, ge=0, le=20)
