@@ -137,6 +137,10 @@ class Model:
         """Text of `tokens`; of special tokens like <|im_end|> only if `special`."""
         return self._backend.tokenizer.decode(tokens, special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What `token` stands for, which may be a part of a character; b"" where there is no such token."""
+        return self._backend.tokenizer.raw(token)
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],

@@ -29,7 +29,19 @@ async def tokenize(http: HttpRequest) -> Response:
     asked = parse(TokenizeRequest, await read_json(http))
     engine = engine_for(http, asked.model)
     tokens = await while_connected(http, engine.ask(queries.tokenize, asked.content))
-    return JSONResponse({"tokens": tokens})
+    if not asked.with_pieces:
+        return JSONResponse({"tokens": tokens})
+    pieces = await while_connected(http, engine.ask(queries.token_bytes, tokens))
+    found = [{"id": token, "piece": _piece(raw)} for token, raw in zip(tokens, pieces, strict=True)]
+    return JSONResponse({"tokens": found})
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    """Text, or the bytes of a part of a character."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 async def detokenize(http: HttpRequest) -> Response:

@@ -13,6 +13,10 @@ def tokenize(model: Model, text: str) -> list[int]:
     return model.encode(text)
 
 
+def token_bytes(model: Model, tokens: list[int]) -> list[bytes]:
+    return [model.token_bytes(token) for token in tokens]
+
+
 def detokenize(model: Model, tokens: list[int]) -> str:
     """With the special tokens, so that it can be tokenized again."""
     return model.decode(tokens, special=True)

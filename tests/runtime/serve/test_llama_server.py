@@ -25,6 +25,13 @@ def test_tokens_are_the_tokenizers_and_come_back(server: Server, text: str) -> N
     expected = Tokenizer.from_file(str(TINY / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     assert post(server, "/tokenize", {"content": text, "add_special": True}) == {"tokens": expected}
     assert post(server, "/detokenize", {"tokens": expected}) == {"content": text}
+    pieces = post(server, "/tokenize", {"content": text, "with_pieces": True})["tokens"]
+    assert [piece["id"] for piece in pieces] == expected
+    parts = [piece["piece"] for piece in pieces]
+    assert (
+        b"".join(part.encode() if isinstance(part, str) else bytes(part) for part in parts) == text.encode()
+    )
+    assert any(isinstance(part, list) for part in parts) == ("中" in text)
 
 
 def test_what_cannot_be_tokenized(server: Server) -> None:

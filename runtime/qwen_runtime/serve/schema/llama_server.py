@@ -13,10 +13,11 @@ from qwen_runtime.serve.schema.base import Body, Integer
 class TokenizeRequest(Body):
     """`add_special` changes nothing: Qwen's tokenizer puts no token before a text."""
 
-    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"parse_special": (True,), "with_pieces": (False,)}
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {"parse_special": (True,)}
 
     model: str | None = None
     content: str
+    with_pieces: bool = False
 
 
 class DetokenizeRequest(Body):
