@@ -199,16 +199,16 @@ _RECORDS = (
         settings=frozenset({"device_id", "performance_preference", "device_filter", "disable_metacommands"}),
         appends=False,  # ONNX Runtime GenAI refuses a second append to a generator
         # GenAI's package takes onnxruntime.dll and DirectML.dll from an installed onnxruntime, and is refused
-        # without one (read in 0.18's _dll_directory.py).
+        # without one (0.18, run on Wine; 1.24.4's and 1.30's both serve).
         replaces={
             "onnxruntime": "onnxruntime-windowsml>=1.30,<2",
             "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19",
         },
         lowerings=frozenset({"portable"}),
-        # Its MatMulNBits dequantises without subtracting the default zero point when the input is absent, and
-        # reads zero points with rows padded to an even count of blocks: those of 4 bits must fill whole
-        # bytes, and those of 8 bits are wrong by 80 to 170% where the count is odd (12 single nodes, run on
-        # the DirectML of onnxruntime-genai-winml 0.18).
+        # By tests/exporter/graph/test_directml.py: its MatMulNBits leaves a padded K to the CPU, and reads
+        # zero points with rows padded to an even count of blocks, so that those of 8 bits are wrong where
+        # the count is odd. By its source it subtracts no default zero point where the input is absent. Runs
+        # on a software device were right all the same; no GPU's driver was tried, so they stay stored.
         zero_points_required=True,
         exact_blocks=True,
     ),

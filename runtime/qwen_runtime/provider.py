@@ -17,6 +17,9 @@ T = TypeVar("T")
 # What ONNX Runtime says, in words of what it means here.
 _CAUSES = {
     "is not supported in this build": "it finds no device here",  # of a plug-in that is registered
+    # Of the onnxruntime that ONNX Runtime GenAI has loaded, where that has no DirectML.
+    "Specified provider is not supported": "the onnxruntime that is installed has none: "
+    "pip uninstall onnxruntime, then pip install onnxruntime-windowsml",
     "requires f16 but the device": "its device has no float16: export with --set activation_dtype=float32",
 }
 _LONGEST_CAUSE = 240  # characters; OpenVINO's fill a page

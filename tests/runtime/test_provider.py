@@ -64,6 +64,14 @@ def test_provider_choice() -> None:
         load_first("cuda", "cpu", FakeGenAI("cuda"), loads_on("cpu"))
 
 
+def test_an_onnxruntime_without_directml() -> None:
+    def load(name: str) -> str:
+        raise RuntimeError("Specified provider is not supported.")  # seen with onnxruntime 1.32's for Windows
+
+    with pytest.raises(UserError, match=r"DirectML could not load .*: .*pip install onnxruntime-windowsml"):
+        load_first("dml", "dml", FakeGenAI("dml"), load)
+
+
 def test_the_next_provider_that_loads() -> None:
     choice, _ = load_first("auto", "dml", FakeGenAI("cuda"), loads_on("cuda", "cpu"))
     assert choice.name == "cuda"
