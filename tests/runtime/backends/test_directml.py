@@ -24,7 +24,7 @@ OPTIONS = ("--temperature", "0", "--max-tokens", "16", "--json", "--provider")
 def test_the_profile_as_shipped_answers_as_on_the_cpu(
     exported: Exported, windows: Windows, kind: str, tmp_path: Path
 ) -> None:
-    """One folder: the fused graph here on the CPU, the portable one there on DirectML."""
+    """One folder: the fused graph here and there on the CPU, the portable one there on DirectML."""
     artifact, question = exported(CHECKPOINTS[kind], load_profile("strix-halo")), ["What is an iterator?"]
     if kind == "images":
         picture, path = drawing(7), tmp_path / "picture.png"
@@ -32,12 +32,13 @@ def test_the_profile_as_shipped_answers_as_on_the_cpu(
         question = [picture.question, "--image", str(path)]
     here = [sys.executable, "-c", "from qwen_runtime.cli import main; main()", artifact, *question]
     answer = json.loads(subprocess.check_output([*here, *OPTIONS, "cpu"]))
-    done = windows.qwen_run(artifact, *question, *OPTIONS, "dml")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["provider"] == "dml" and len(found["text"]) > 8
-    assert found["text"] == answer["text"] and found["usage"] == answer["usage"]
-    assert "with the portable graph" in done.stderr
+    for provider in ("dml", "cpu"):
+        done = windows.qwen_run(artifact, *question, *OPTIONS, provider)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["provider"] == provider and len(found["text"]) > 8
+        assert found["text"] == answer["text"] and found["usage"] == answer["usage"]
+        assert ("with the portable graph" in done.stderr) == (provider == "dml")
 
 
 def test_devices_where_powershell_says_nothing(windows: Windows) -> None:
