@@ -122,6 +122,8 @@ def bundle(
         note("hashing and signing")
         model = source.manifest["model"]["name"]
         parts = [model_part(source), *(wheel_part(wheel, hashes[wheel.path.name]) for wheel in wheels)]
+        if not parts[0].text:
+            note("the model has no licence file: put its LICENSE beside the checkpoint and export it again")
         if carried.python:
             parts.append(cpython_part(staged / PYTHON, windows_python.ARCHIVES[python].cpython))
         needs = system_needed(wheels)
