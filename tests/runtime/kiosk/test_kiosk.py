@@ -168,9 +168,11 @@ def test_refused_versions_keep_the_old_one(device: Path, first: Path, key: Path,
         first, tmp_path / "wrong", key, version="1.2", self_test={"prompt": "Hello", "tokens": [0]}
     )
     assert "the new version does not work: the self-test answered" in refusal(device, wrong)
-    damaged = resealed(first, tmp_path / "damaged", key, version="1.3")
-    (damaged / "artifact" / "model.onnx.data").write_bytes(b"x")
-    assert "model.onnx.data in" in refusal(device, damaged)
+    other = Path(shutil.copytree(first, tmp_path / "other"))
+    (other / "README.txt").write_text("what no version here has")
+    damaged = resealed(other, tmp_path / "damaged", key, version="1.3")
+    (damaged / "README.txt").write_text("x")
+    assert "README.txt is not as it was signed" in refusal(device, damaged)
     assert "is not the key of" in refusal(device, first, make_keys(tmp_path / "other.key"))
 
 
