@@ -69,3 +69,7 @@ def bundle(
             click.echo(json.dumps({"output": str(output), **contents}, indent=2))
         else:
             click.echo(f"{output}: version {version}, {len(contents['files'])} files")
+            click.echo("Keep these beside the public key; sha256sum -c compares them before a first install:")
+            for name in ("launcher.pyz", "install.sh", "install.ps1"):
+                if entry := contents["files"].get(name):
+                    click.echo(f"{entry['sha256']}  {name}")

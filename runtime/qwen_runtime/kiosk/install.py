@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
 from qwen_common.files import replace
 from qwen_launcher.bundle import LAUNCHER, Bundle, public_key_of
+from qwen_launcher.command import check_scripts
 from qwen_launcher.installed import Installed, Release
 from qwen_launcher.program import command, environment
 
@@ -37,6 +38,7 @@ _BESIDE = (
     "README.txt",
 )
 _TASK, _TASK_TARGET = "task.xml", rb"C:\qwen-edge"
+_ALREADY = "version {} is in use already: nothing to do"
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 
@@ -83,6 +85,9 @@ class Installation(Installed):
         started = time.monotonic()
         source = bundle_folder(bundle) if isinstance(bundle, Path) else bundle
         key = self._trusted(public_key)
+        if source.version is not None and self._serves(source.version):
+            note(_ALREADY.format(source.version))  # and nothing more was asked of the store
+            return Change(source.version, source.version, None, time.monotonic() - started)
         signed = self._signed(source, key)
         signed.check_fit()
         self.target.mkdir(parents=True, exist_ok=True)
@@ -91,7 +96,7 @@ class Installation(Installed):
             moved = self._install(signed, source, key, note, older)
         name = signed.contents["version"]
         already = moved is None and in_use == name
-        note(f"version {name} is in use already: nothing to do" if already else _told(name))
+        note(_ALREADY.format(name) if already else _told(name))
         return Change(in_use, name, moved, time.monotonic() - started)
 
     def roll_back(self, note: Callable[[str], None] = lambda _: None) -> Release:
@@ -135,6 +140,18 @@ class Installation(Installed):
         except FileNotFoundError as error:
             raise UserError(f"no bundle is there: {error.filename or error} is missing") from error
         return Bundle.read(data, signature, key, source.where)
+
+    def _serves(self, version: str) -> bool:
+        """Whether it is in use and whole, as far as a start looks."""
+        current = self.current
+        if current is None or current.name != version:
+            return False
+        try:
+            self.check(current)
+            check_scripts(self)
+        except UserError:
+            return False
+        return True
 
     def _in_use(self) -> str | None:
         return self.current.name if self.current else None

@@ -67,6 +67,7 @@ class Source:
         contents: path of its bundle.json.
         path: of a file of it, by its name and its entry in the list.
         resumes: whether what an interrupted copy left is worth keeping.
+        version: where it is known before the list is read.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Source:
         contents: str,
         path: Callable[[str, FileEntry], str],
         resumes: bool,
+        version: str | None = None,
     ) -> None:
         self.where = where
+        self.version = version
         self._place = place
         self._contents = contents
         self._path = path
@@ -144,7 +147,7 @@ def store(where: str, ring: str) -> Source:
     if not isinstance(version, str) or not version or set(version) & set("/\\:") or version.startswith("."):
         raise UserError(f"{where} has no version for the ring '{ring}': publish one with --ring {ring}")
     folder = f"versions/{version}"
-    return Source(Path(folder), place, f"{folder}/{CONTENTS}", object_path, resumes=True)
+    return Source(Path(folder), place, f"{folder}/{CONTENTS}", object_path, resumes=True, version=version)
 
 
 def object_path(name: str, entry: FileEntry) -> str:
