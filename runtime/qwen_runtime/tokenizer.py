@@ -31,6 +31,11 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 
+# GPT-2's characters for bytes: printable ones for themselves, and the others from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + at): byte for at, byte in enumerate(_OTHERS)}
+
 
 class Tokenizer:
     """Text to tokens and back. Safe to use from several threads."""
@@ -70,6 +75,23 @@ class Tokenizer:
     def longest_token(self) -> int:
         """Bytes that the longest one stands for, at most, and so characters."""
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
+    def bytes_of_tokens(self, count: int) -> tuple[list[bytes], list[int]]:
+        """What each of the first `count` tokens stands for, and the ids of those that stand for no text.
+
+        Of byte-level BPE, which writes each byte as a character of its own.
+        """
+        found = [b""] * count
+        for token, id in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if id < count:
+                found[id] = bytes(_BYTES[character] for character in token if character in _BYTES)
+        special = []
+        for id, added in self._tokenizer.get_added_tokens_decoder().items():
+            if id < count:
+                found[id] = added.content.encode()
+                if added.special:
+                    special.append(id)
+        return found, special
 
     def id_of(self, token: str) -> int | None:
         """None where there is no such token."""

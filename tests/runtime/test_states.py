@@ -16,6 +16,8 @@ from PIL import Image
 from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling, StateSettings
+from qwen_runtime.grammar import make_guidance
+from qwen_runtime.tokenizer import Tokenizer
 from safetensors.torch import load_file
 
 from benchmarks.support.artifacts import directml_profile
@@ -187,6 +189,26 @@ def test_json_is_what_llguidance_in_genai_makes(cpu_artifact: Path) -> None:
     with Model.load(cpu_artifact) as fresh, keeping(cpu_artifact) as model:
         found = answer(model, [QUESTION], guidance=guidance, max_tokens=60)
         assert found.tokens == answer(fresh, [QUESTION], guidance=guidance, max_tokens=60).tokens
+
+
+def test_forced_calls_are_what_genai_makes(cpu_artifact: Path) -> None:
+    parameters = {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]}
+    tools = [{"type": "function", "function": {"name": "now", "description": "", "parameters": parameters}}]
+    options: dict[str, Any] = {"tools": tools, "guidance": make_guidance(thinking=False, tools=tools)}
+    with Model.load(cpu_artifact) as fresh, keeping(cpu_artifact) as model:
+        found = answer(model, [QUESTION], **options)
+        assert found.text.startswith("<tool_call>\n<function=now>")
+        assert found.tokens == answer(fresh, [QUESTION], **options).tokens
+
+
+def test_bytes_of_tokens(cpu_artifact: Path) -> None:
+    tokenizer = Tokenizer.open(cpu_artifact)
+    text = "Ünïcode, 日本語, 🙂\n\tdef f(): pass <tool_call>" + "".join(map(chr, range(1, 128)))
+    tokens, special = tokenizer.bytes_of_tokens(2048)
+    assert b"".join(tokens[token] for token in tokenizer.encode(text)).decode() == text
+    assert tokenizer.encode("<|im_end|>")[0] in special
+    assert tokenizer.encode("<tool_call>")[0] not in special
+    assert {bytes([byte]) for byte in range(256)} <= set(tokens)
 
 
 def test_save_and_load(cpu_artifact: Path, copied: Path, tmp_path: Path) -> None:

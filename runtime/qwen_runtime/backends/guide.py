@@ -12,14 +12,14 @@ from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import Logits
 from qwen_runtime.grammar import lark, why_refused
 from qwen_runtime.guidance import Guidance
-from qwen_runtime.tokenizer import TOKENIZER_FILE
+from qwen_runtime.tokenizer import Tokenizer
 
 
 class Guides:
     """Makes them for one artifact. Its vocabulary is read when somebody first asks, which takes seconds."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+    def __init__(self, artifact: Artifact, tokenizer: Tokenizer) -> None:
+        self._artifact, self._tokens = artifact, tokenizer
         self._tokenizer: Any = None
 
     def make(self, guidance: Guidance) -> LlGuide:
@@ -33,10 +33,12 @@ class Guides:
                 "guidance where states are kept on disk needs llguidance: pip install 'qwen-edge[serve]'"
             ) from error
         if self._tokenizer is None:
-            artifact = self._artifact
-            text = (artifact.root / TOKENIZER_FILE).read_text(encoding="utf-8")
-            ends = sorted(artifact.end_tokens)
-            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=artifact.vocab_size, eos_token=ends)
+            ends = sorted(self._artifact.end_tokens)
+            vocabulary = Vocabulary(self._tokens, ends[0], self._artifact.vocab_size)
+            wrapper = llguidance.TokenizerWrapper(vocabulary)
+            self._tokenizer = llguidance.LLTokenizer(
+                wrapper, n_vocab=self._artifact.vocab_size, eos_token=ends
+            )
         kinds: Mapping[str, Callable[[str], str]] = {
             "answer": lambda text: llguidance.LLMatcher.grammar_from_lark(lark(text)),
             "lark_grammar": llguidance.LLMatcher.grammar_from_lark,
@@ -50,6 +52,24 @@ class Guides:
         if matcher.is_error():
             raise UserError(f"the guidance is not valid: {why_refused(matcher.get_error())}")
         return LlGuide(matcher, self._artifact.vocab_size)
+
+
+class Vocabulary:
+    """The tokens as llguidance wants them: the bytes of each, and which stand for no text.
+
+    It reads tokenizer.json too, but takes tokens like <tool_call> for none of a text: a grammar that has
+    them written in it then forces a token that it does not accept.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, end: int, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = end
+        self.tokens, self.special_token_ids = tokenizer.bytes_of_tokens(vocab_size)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode(text if isinstance(text, str) else text.decode(errors="replace"))
 
 
 class LlGuide:

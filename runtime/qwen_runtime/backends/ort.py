@@ -71,7 +71,7 @@ class Ort:
         self.tokenizer = Tokenizer.open(artifact.root)
         made = f"{sha256(artifact.root / MANIFEST)} {CPU.key} {ort.__version__}"
         self.digest = hashlib.sha256(made.encode()).hexdigest()
-        self._guides = Guides(artifact)
+        self._guides = Guides(artifact, self.tokenizer)
         release_mapped(artifact.root)
 
     @classmethod
