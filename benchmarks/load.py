@@ -26,8 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ollama
 import openai
 import psutil
+
+from benchmarks.support import protocols
 
 _WARM_UP = 60.0  # seconds before memory is expected to be flat
 _SAMPLE = 2.0  # seconds between looks at it
@@ -49,12 +52,14 @@ class Load:
     """What the clients share.
 
     Attributes:
+        embeds: whether the artifact makes embeddings.
         seen: how often each kind of request ended in which way.
         wrong: what should not have happened.
     """
 
     url: str
     model: str
+    embeds: bool
     until: float
     seen: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -89,7 +94,8 @@ def main() -> None:
             found[1] for line in server.stdout or () if (found := re.match(r"listening on (\S+)", line))
         )
         model = openai.OpenAI(base_url=f"{url}/v1", api_key="unused").models.list().data[0].id
-        load = Load(url, model, time.monotonic() + 60 * asked.minutes)
+        embeds = "embedding" in (ollama.Client(host=url).show(model).capabilities or [])
+        load = Load(url, model, embeds, time.monotonic() + 60 * asked.minutes)
         threads = [threading.Thread(target=_client, args=(load, seed)) for seed in range(asked.clients)]
         for thread in threads:
             thread.start()
@@ -109,14 +115,15 @@ def _client(load: Load, seed: int) -> None:
         name = kind.__name__.strip("_")
         try:
             outcome = kind(load, rng)
-        except openai.RateLimitError as error:
-            outcome = "429"
-            if "Retry-After" not in error.response.headers:
-                load.wrong.append(f"{name}: 429 without Retry-After")
-            time.sleep(rng.uniform(0.05, 0.5))
         except Exception as error:
-            outcome = "wrong"
-            load.wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
+            if getattr(error, "status_code", None) != 429:
+                outcome = "wrong"
+                load.wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
+            else:
+                outcome = "429"
+                if isinstance(error, openai.APIStatusError) and "Retry-After" not in error.response.headers:
+                    load.wrong.append(f"{name}: 429 without Retry-After")
+                time.sleep(rng.uniform(0.05, 0.5))
         load.seen[f"{name}: {outcome}"] += 1
 
 
@@ -274,9 +281,26 @@ def _hang_up(load: Load, rng: random.Random) -> str:
     return "left"
 
 
+def _messages(load: Load, rng: random.Random) -> str:
+    return protocols.messages(load.url, _question(load, rng), rng)
+
+
+def _count_tokens(load: Load, rng: random.Random) -> str:
+    return protocols.count_tokens(load.url, _question(load, rng), rng)
+
+
+def _ollama_chat(load: Load, rng: random.Random) -> str:
+    return protocols.ollama_chat(load.url, _question(load, rng), rng)
+
+
+def _embeddings(load: Load, rng: random.Random) -> str:
+    return protocols.embeddings(load.url, _question(load, rng), rng) if load.embeds else "not asked"
+
+
 _WEIGHTS = {
     _chat: 15, _stream: 15, _responses: 5, _responses_stream: 5, _turns: 5, _json: 5,
     _leave_stream: 10, _leave_responses: 5, _leave_waiting: 10, _leave_long_prompt: 5, _read_slowly: 5,
+    _messages: 15, _count_tokens: 5, _ollama_chat: 10, _embeddings: 5,
     _send_rubbish: 10, _send_too_much: 2, _send_bad_image: 5, _hang_up: 5,
 }  # fmt: skip
 
