@@ -209,12 +209,15 @@ def _template_kwargs(asked: ChatRequest, thinking_default: bool) -> dict[str, An
     template knows the word.
     """
     found = dict(asked.chat_template_kwargs or {})
-    effort = found.get("reasoning_effort", asked.reasoning_effort)
+    effort = asked.reasoning_effort or (asked.reasoning.effort if asked.reasoning else None)
+    effort = found.get("reasoning_effort", effort)
     if effort not in (None, "none"):
         found["reasoning_effort"] = effort
     thinking = found.get("enable_thinking")
     if thinking is None:
         thinking = asked.enable_thinking
+    if thinking is None and asked.thinking is not None:
+        thinking = asked.thinking.type == "enabled"
     if thinking is None:
         thinking = thinking_default if effort is None else effort != "none"
     return {**found, "enable_thinking": thinking}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,25 +17,28 @@ from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.completions import CompletionRequest
-from qwen_runtime.serve.structure import structure_of
+from qwen_runtime.serve.structure import Structure, structure_of
+
+Check = Callable[[str], str | None]
 
 
 async def completions(http: HttpRequest) -> Response:
     asked = parse(CompletionRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    answers = Answers(engine, _requests(asked))
+    structure = structure_of(asked)
+    check = (structure.check if structure else None) or (lambda text: None)
+    answers = Answers(engine, _requests(asked, structure))
     head = {**head_of("cmpl", engine), "object": "text_completion"}
     await while_connected(http, answers.start())
     if asked.stream:
-        chunks = _chunks(answers, head, asked.include_usage)
+        chunks = _chunks(answers, check, head, asked.include_usage)
         return EventStream(chunks, answers.close, answers.progress)
     with closing(answers):
-        return await while_connected(http, _whole(answers, head))
+        return await while_connected(http, _whole(answers, check, head))
 
 
-def _requests(asked: CompletionRequest) -> list[Request]:
+def _requests(asked: CompletionRequest, structure: Structure | None) -> list[Request]:
     """One for each choice; those of a prompt follow one another."""
-    structure = structure_of(asked)
     requests = [
         Request(
             prompt=prompt,
@@ -54,30 +57,39 @@ def _requests(asked: CompletionRequest) -> list[Request]:
     return [variant for request in requests for variant in variants(request, asked.n)]
 
 
-async def _whole(answers: Answers, head: Mapping[str, Any]) -> Response:
+async def _whole(answers: Answers, check: Check, head: Mapping[str, Any]) -> Response:
     choices = []
     async for index, answer in answers:
         pieces = [piece async for piece in answer]
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
         text = "".join(piece.text for piece in pieces)
-        choices.append(_choice(index, text, [*logprobs, *answer.logprobs], answer.finish_reason))
+        choice = _choice(index, text, [*logprobs, *answer.logprobs], answer.finish_reason)
+        choices.append({**choice, **_refusal(check(text))})
     return JSONResponse({**head, "choices": choices, "usage": answers.usage})
 
 
 async def _chunks(
-    answers: Answers, head: Mapping[str, Any], include_usage: bool
+    answers: Answers, check: Check, head: Mapping[str, Any], include_usage: bool
 ) -> AsyncIterator[dict[str, Any] | None]:
     try:
         async for index, answer in answers:
+            text = ""
             async for piece in answer:
+                text += piece.text
                 yield {**head, "choices": [_choice(index, piece.text, piece.logprobs)]}
-            yield {**head, "choices": [_choice(index, "", answer.logprobs, answer.finish_reason)]}
+            choice = _choice(index, "", answer.logprobs, answer.finish_reason)
+            yield {**head, "choices": [{**choice, **_refusal(check(text))}]}
     except ApiError as error:  # too late for a status code
         yield error.body
         return
     if include_usage:
         yield {**head, "choices": [], "usage": answers.usage}
     yield None
+
+
+def _refusal(fault: str | None) -> dict[str, str]:
+    """What is wrong with an answer; OpenAI has no field for it here."""
+    return {"refusal": fault} if fault else {}
 
 
 def _choice(

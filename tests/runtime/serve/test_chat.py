@@ -62,6 +62,9 @@ def test_thoughts_are_apart(ask: Callable[..., Any], model: Model) -> None:
     for options in (
         {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}},
         {"reasoning_effort": "low"},
+        {"extra_body": {"reasoning": {"effort": "low"}}},
+        {"extra_body": {"thinking": {"type": "enabled"}}},
+        {"extra_body": {"enable_thinking": True, "thinking": {"type": "disabled"}}},
     ):
         message = ask(**options).choices[0].message
         thoughts, _, said = text.partition("</think>")

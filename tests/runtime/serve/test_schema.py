@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 from qwen_runtime import Model
+from qwen_runtime.serve.schema import unsupported
 
 from tests.support.servers import Server, request
 
@@ -20,6 +22,12 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
     "options,status,message",
     [
         ({"n": 0}, 400, "n: "),
+        (
+            {"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 9}}},
+            400,
+            "thinking.budget_tokens",
+        ),
+        ({"extra_body": {"reasoning": {"max_tokens": 9}}}, 400, "reasoning.max_tokens"),
         ({"extra_body": {"stop_token_ids": [10**8]}}, 400, "stop_token_ids has 100000000"),
         ({"extra_body": {"best_of": 3}}, 400, "best_of: only 1 is supported"),
         ({"extra_body": {"mirostat": 2}}, 400, "mirostat: only 0 is supported"),
@@ -87,3 +95,9 @@ def test_prompt_that_is_too_long(server: Server) -> None:
         error = json.loads(text)["error"]
         assert (status, error["code"], error["n_ctx"]) == (400, "context_length_exceeded", 8192)
         assert error["n_prompt_tokens"] > 8999 and str(error["n_prompt_tokens"]) in error["message"]
+
+
+def test_page_names_what_is_refused() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="utf-8")
+    for name in {**unsupported.CHAT, **unsupported.COMPLETIONS, **unsupported.RESPONSES}:
+        assert f"`{name}`" in page, f"docs/server.md does not name {name}"

@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from qwen_runtime.serve.schema.base import Integer
+from qwen_runtime.serve.schema.base import Integer, Options
 from qwen_runtime.serve.schema.messages import Message, NamedTool, TemplateKwargs, Tool
 from qwen_runtime.serve.schema.shared import SharedRequest
 from qwen_runtime.serve.schema.unsupported import CHAT
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+class Reasoning(Options):
+    """OpenAI's newer form, which gateways send to this endpoint too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    effort: Effort | None = None
+    summary: Any = None
+
+
+class Thinking(Options):
+    """As other makers of models have it. A budget would change the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["enabled", "disabled"]
 
 
 class ChatRequest(SharedRequest):
@@ -26,6 +43,8 @@ class ChatRequest(SharedRequest):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    thinking: Thinking | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
