@@ -1,4 +1,7 @@
-"""An ONNX artifact through ONNX Runtime GenAI: python -m benchmarks.peers.genai ARTIFACT [--prompt 512]"""
+"""An ONNX artifact through ONNX Runtime GenAI: python -m benchmarks.peers.genai ARTIFACT [--prompt 512]
+
+The provider is the artifact's own; `--plugin` names it where it is a plug-in.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
+from qwen_common.providers import PROVIDERS
+from qwen_runtime.plugins import register
 
 from benchmarks.peers.turns import Measure, take_turns
 
 
-def load(artifact: str, prompt: int, tokens: int) -> tuple[Measure, dict[str, Any]]:
+def load(artifact: str, prompt: int, tokens: int, plugin: str | None) -> tuple[Measure, dict[str, Any]]:
+    if plugin:
+        register(PROVIDERS[plugin], og)
     model = og.Model(artifact)
     ids = np.random.default_rng(0).integers(0, 100_000, prompt).astype(np.int32)
 
@@ -40,8 +47,9 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--plugin", choices=[key for key, provider in PROVIDERS.items() if provider.plugin])
     asked = parser.parse_args()
-    take_turns(lambda: load(asked.artifact, asked.prompt, asked.tokens))
+    take_turns(lambda: load(asked.artifact, asked.prompt, asked.tokens, asked.plugin))
 
 
 if __name__ == "__main__":
