@@ -27,12 +27,15 @@ def variants(request: Request, count: int) -> list[Request]:
 class Answers:
     """The answers to `requests`, one after the other: each waits for its turn. Close it whatever happens.
 
+    Args:
+        each: how many of them have the same prompt; they follow one another.
+
     Attributes:
         usage: OpenAI's, of the answers that have ended. A prompt with several answers counts once.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self._engine, self._requests = engine, requests
+    def __init__(self, engine: Engine, requests: Sequence[Request], each: int = 1) -> None:
+        self._engine, self._requests, self._each = engine, requests, each
         self._current: Answer | None = None
         self._read = self._cached = self._written = 0
 
@@ -56,7 +59,7 @@ class Answers:
             answer = self._current
             assert answer is not None, "start first"
             yield at, answer
-            if not at or request.prompt is not self._requests[at - 1].prompt:
+            if at % self._each == 0:
                 self._read += answer.prompt_tokens
                 self._cached += answer.cached_tokens
             self._written += answer.completion_tokens

@@ -37,7 +37,7 @@ async def chat_completions(http: HttpRequest) -> Response:
     asked = parse(ChatRequest, await read_json(http))
     engine = engine_for(http, asked.model)
     request, parser = request_for(asked, http.app.state.thinking)
-    answers = Answers(engine, variants(request, asked.n))
+    answers = Answers(engine, variants(request, asked.n), asked.n)
     await while_connected(http, answers.start())
     head = head_of("chatcmpl", engine)
     if asked.stream:

@@ -27,7 +27,7 @@ async def completions(http: HttpRequest) -> Response:
     engine = engine_for(http, asked.model)
     structure = structure_of(asked)
     check = (structure.check if structure else None) or (lambda text: None)
-    answers = Answers(engine, _requests(asked, structure))
+    answers = Answers(engine, _requests(asked, structure), asked.n)
     head = {**head_of("cmpl", engine), "object": "text_completion"}
     await while_connected(http, answers.start())
     if asked.stream:

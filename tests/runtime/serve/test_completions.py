@@ -131,6 +131,8 @@ def test_several_prompts_and_answers(client: OpenAI, model: Model) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     read = len(model.encode("The")) + len(model.encode("A list"))
     assert answer.usage and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 32)
+    twice = client.completions.create(**options, prompt=["The", "The"], n=2)
+    assert twice.usage and twice.usage.prompt_tokens == 2 * len(model.encode("The"))
     texts = ["", "", "", ""]
     stream = client.completions.create(
         **options, prompt=["The", "A list"], n=2, seed=5, stream=True, stream_options={"include_usage": True}
