@@ -230,8 +230,8 @@ def test_call_that_is_cut_off(ask: Callable[..., Any]) -> None:
 def test_json_schema(ask: Callable[..., Any]) -> None:
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
     form = {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}
-    found = ask(output_config={"format": form})
-    assert isinstance(json.loads(found.content[0].text)["yes"], bool)
+    for options in ({"output_config": {"format": form}}, {"extra_body": {"output_format": form}}):
+        assert isinstance(json.loads(ask(**options).content[0].text)["yes"], bool)
 
 
 def test_answer_that_does_not_match_its_schema(ask: Callable[..., Any]) -> None:

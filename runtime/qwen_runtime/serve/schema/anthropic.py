@@ -231,6 +231,7 @@ class CountRequest(Body):
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig = OutputConfig()
+    output_format: OutputFormat | None = None  # where `output_config.format` was at first
 
     def as_chat(self) -> ChatRequest:
         """The same request as chat completions have it.
@@ -239,7 +240,7 @@ class CountRequest(Body):
             ApiError: a tool or a schema is not one.
         """
         system = SystemMessage(role="system", content=self.system) if self.system else None
-        choice, form = self.tool_choice, self.output_config.format
+        choice, form = self.tool_choice, self.output_config.format or self.output_format
         thinks = None if self.thinking is None else self.thinking.type != "disabled"
         effort = self.output_config.effort
         fields = {
