@@ -49,7 +49,7 @@ def answer(model: Model, messages: Any, **options: Any) -> Any:
 
 
 def keeping(artifact: Path, folder: Path | None = None, keep: int = 2, **options: Any) -> Model:
-    return Model.load(artifact, keep=keep, states=StateSettings(folder, **options))
+    return Model.load(artifact, "cpu", keep=keep, states=StateSettings(folder, **options))
 
 
 def conversation(model: Model, fresh: Model, turns: int) -> list[Any]:
@@ -297,7 +297,9 @@ def test_hidden_states_and_speculative_decoding(exported: Exported, tmp_path: Pa
             assert found.tokens == answer(fresh, [SYSTEM, QUESTION]).tokens
 
 
-def test_refusals(cpu_artifact: Path, tmp_path: Path) -> None:
+def test_refusals(cpu_artifact: Path, exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="on the CPU only, not on DirectML: take --provider cpu"):
+        Model.load(exported(TINY, directml_profile()), states=StateSettings())
     with pytest.raises(UserError, match="on the CPU only, not on CUDA"):
         Model.load(cpu_artifact, "cuda", states=StateSettings())
     (tmp_path / "file").touch()

@@ -77,16 +77,17 @@ class Ort:
     @classmethod
     def load(cls, artifact: Artifact, provider: str) -> Ort:
         """Args:
-            provider: `auto` or `cpu`.
+            provider: `cpu`, or `auto` of an artifact that was made for it.
 
         Raises:
             UserError: the artifact or the provider is not one for states of ours.
         """
-        if provider not in ("auto", CPU.key):
-            known = PROVIDERS.get(provider)
+        wanted = artifact.manifest["provider"] if provider == "auto" else provider
+        if wanted != CPU.key:
+            known = PROVIDERS.get(wanted)
             raise UserError(
-                f"states are kept on the CPU only, not on {known.title if known else provider}: leave "
-                "--state-dir off, or take --provider cpu"
+                f"states are kept on the CPU only, not on {known.title if known else wanted}: "
+                "take --provider cpu, or leave --state-dir off"
             )
         try:
             return cls(artifact)
