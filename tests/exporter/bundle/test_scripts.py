@@ -129,3 +129,19 @@ def test_shell_scripts_are_sh(tmp_path: Path) -> None:
 def test_no_script_has_a_key_on_a_command_line(windows: bool, tmp_path: Path) -> None:
     for name, text in written(tmp_path / "bundle", windows).items():
         assert "--api-key " not in text and "api-key=" not in text, name
+
+
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="PowerShell is not installed")
+def test_powershell_itself_takes_them(tmp_path: Path) -> None:
+    """It parses each, and start.ps1 of a folder without a launcher ends with a line."""
+    scripts = written(tmp_path / "kiosk", windows=True)
+    (tmp_path / "kiosk" / "launcher.pyz").unlink()
+    parse = "$found = $null; [void][Management.Automation.Language.Parser]::ParseFile($args[0], [ref]$null, "
+    parse += "[ref]$found); exit $found.Count"
+    for name in (name for name in scripts if name.endswith(".ps1")):
+        path = tmp_path / "kiosk" / name
+        done = subprocess.run(["pwsh", "-NoProfile", "-Command", f"& {{ {parse} }} '{path}'"])
+        assert done.returncode == 0, name
+    start = ["pwsh", "-NoProfile", "-File", str(tmp_path / "kiosk" / "start.ps1")]
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert done.returncode == 2 and "is damaged: install a bundle again" in done.stderr
