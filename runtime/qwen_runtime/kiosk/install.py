@@ -96,7 +96,8 @@ class Installation(Installed):
             moved = self._install(signed, source, key, note, older)
         name = signed.contents["version"]
         already = moved is None and in_use == name
-        note(_ALREADY.format(name) if already else _told(name))
+        first = f"version {name} is in use"
+        note(_ALREADY.format(name) if already else _told(name) if in_use else first)
         return Change(in_use, name, moved, time.monotonic() - started)
 
     def roll_back(self, note: Callable[[str], None] = lambda _: None) -> Release:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_common.errors import UserError
@@ -37,14 +37,6 @@ class Moved:
     reused: int = 0
     linked: int = 0
     total: int = 0
-    _said: int = field(default=-1, repr=False)
-
-    def tell(self, note: Note) -> None:
-        """A line for every tenth of the whole."""
-        tenths = 10 * (self.fetched + self.reused) // max(1, self.total)
-        if tenths > self._said:
-            self._said = tenths
-            note(f"copying: {10 * tenths}% of {self.total / 1e9:.2f} GB")
 
 
 def stage(folder: Path, bundle: Bundle, source: Source, others: Sequence[Bundle], note: Note) -> Moved:
@@ -80,18 +72,19 @@ def stage(folder: Path, bundle: Bundle, source: Source, others: Sequence[Bundle]
         )
     link = free < new + copies
     moved = Moved(total=sum(entry["size"] for entry in missing.values()))
+    tell = _tenths(moved.total, note)
     for name, entry in missing.items():
         to = folder / name
         to.parent.mkdir(parents=True, exist_ok=True)
         if name in shared and _take(shared[name], to, entry, clones, link):
             moved.reused += entry["size"]
             moved.linked += entry["size"] * (link and not clones)
-            moved.tell(note)
+            tell(moved.fetched + moved.reused)
         else:
 
             def came(count: int) -> None:
                 moved.fetched += count
-                moved.tell(note)
+                tell(moved.fetched + moved.reused)
 
             source.fetch(name, entry, to, came)
     if moved.linked:
@@ -102,6 +95,19 @@ def stage(folder: Path, bundle: Bundle, source: Source, others: Sequence[Bundle]
     for name, data in zip((CONTENTS, SIGNATURE), bundle.signed, strict=True):
         replace(folder / name, data)
     return moved
+
+
+def _tenths(total: int, note: Note) -> Callable[[int], None]:
+    """What says a line for every tenth of the whole, when told how many bytes are done."""
+    said = -1
+
+    def tell(done: int) -> None:
+        nonlocal said
+        if (tenths := 10 * done // max(1, total)) > said:
+            said = tenths
+            note(f"copying: {10 * tenths}% of {total / 1e9:.2f} GB")
+
+    return tell
 
 
 def _clean(folder: Path, files: Mapping[str, FileEntry]) -> set[str]:

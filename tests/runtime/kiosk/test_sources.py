@@ -165,6 +165,7 @@ def test_reports_are_read_by_machines(folder: Path, kiosk: Installation) -> None
             assert done.returncode == 0, done.stderr
             reports.append(json.loads(done.stdout))
         assert reports[0] == reports[0] | {"ok": True, "before": "1.0", "after": "1.2", "ring": "early"}
+        assert reports[0]["moved"].keys() == {"fetched", "reused", "linked", "total"}
         assert reports[0]["moved"]["fetched"] > 300_000
         assert reports[1] == reports[1] | {"ok": True, "before": "1.2", "after": "1.2", "moved": None}
         web.fails = 0
