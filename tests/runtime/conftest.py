@@ -20,3 +20,18 @@ def model(cpu_artifact: Path) -> Iterator[Model]:
 def copied(cpu_artifact: Path, tmp_path: Path) -> Path:
     """An artifact that may be damaged."""
     return Path(shutil.copytree(cpu_artifact, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shows hidden states: in float32, with the trained head, read in chunks of 16 tokens."""
+    from safetensors.torch import load_file
+
+    from benchmarks.support.artifacts import float_profile, make_artifact
+    from benchmarks.support.checkpoints import TINY, TRAINED_HEAD
+    from benchmarks.support.mtp import with_head
+
+    folder = tmp_path_factory.mktemp("hidden")
+    checkpoint = with_head(TINY, load_file(TRAINED_HEAD), folder / "tiny-dense")
+    profile = float_profile("fused", prefill_chunk=16).model_copy(update={"mtp": True})
+    return make_artifact(checkpoint, profile, folder / "out", False)

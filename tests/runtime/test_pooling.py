@@ -9,20 +9,9 @@ import pytest
 import torch
 from qwen_common.errors import UserError
 from qwen_runtime import Model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.support.artifacts import float_profile, make_artifact
-from benchmarks.support.checkpoints import TINY, TRAINED_HEAD
-from benchmarks.support.mtp import with_head
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In float32, with the trained head, and read in chunks of 16 tokens."""
-    folder = tmp_path_factory.mktemp("pooling")
-    profile = float_profile("fused", prefill_chunk=16).model_copy(update={"mtp": True})
-    return make_artifact(with_head(TINY, load_file(TRAINED_HEAD), folder / "tiny"), profile, folder / "out")
+from benchmarks.support.checkpoints import TINY
 
 
 def test_vectors_are_those_of_transformers(seeing: Path) -> None:

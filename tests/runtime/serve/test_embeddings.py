@@ -11,27 +11,11 @@ import ollama
 import openai
 import pytest
 from openai import OpenAI
-from qwen_profiles.schema import load_profile
 from qwen_runtime import Model
 
-from benchmarks.support.checkpoints import TINY, TRAINED_HEAD
 from tests.support.servers import Server, serving, wait_until_idle
 
 TEXTS = ["A list is mutable.", "A tuple is not.", "Rain in Rome"]
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As it ships, with the trained head."""
-    from safetensors.torch import load_file
-
-    from benchmarks.support.artifacts import make_artifact
-    from benchmarks.support.mtp import with_head
-
-    folder = tmp_path_factory.mktemp("embeddings")
-    return make_artifact(
-        with_head(TINY, load_file(TRAINED_HEAD), folder / "tiny-dense"), load_profile("cpu"), folder / "out"
-    )
 
 
 @pytest.fixture(scope="module")
