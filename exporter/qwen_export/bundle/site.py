@@ -13,9 +13,8 @@ from qwen_common.errors import UserError
 from qwen_export.bundle.platforms import Platform
 from qwen_export.bundle.wheels import Wheel
 
-# Console scripts, whose first line names a Python of this machine, and what pip writes of itself.
+# Console scripts, whose first line names a Python of this machine.
 _UNUSED = ("bin", "Scripts")
-_OF_PIP = ("INSTALLER", "REQUESTED")
 
 
 def unpack(
@@ -37,7 +36,9 @@ def unpack(
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command += ["--require-hashes", "--find-links", str(wheels[0].path.parent), "-r", str(requirements)]
     command += ["--target", str(folder), "--only-binary", ":all:", "--implementation", "cp"]
-    command += ["--python-version", python, "--disable-pip-version-check"]
+    # What a wheel says of Python is compared with the one that runs pip, in spite of --python-version. The
+    # download has compared it with the target's.
+    command += ["--python-version", python, "--ignore-requires-python", "--disable-pip-version-check"]
     for tag in platform.tags:
         command += ["--platform", tag]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -46,6 +47,3 @@ def unpack(
         raise UserError(f"pip could not unpack the wheels: {' '.join(result.stderr.split())[-300:]}")
     for name in _UNUSED:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in _OF_PIP:
-        for path in folder.glob(f"*.dist-info/{name}"):
-            path.unlink()
