@@ -36,7 +36,7 @@ from qwen_runtime.kiosk.versions import version_key
 from qwen_export.bundle import windows_python
 from qwen_export.bundle.keys import sign
 from qwen_export.bundle.launcher import launcher
-from qwen_export.bundle.notices import cpython_part, model_part, wheel_part, write_notices
+from qwen_export.bundle.notices import cpython_part, model_part, wheel_parts, write_notices
 from qwen_export.bundle.own_wheel import build_own_wheel
 from qwen_export.bundle.platforms import PLATFORMS, Platform
 from qwen_export.bundle.rendering import render
@@ -121,7 +121,9 @@ def bundle(
             windows_python.carry(python, staged)
         note("hashing and signing")
         model = source.manifest["model"]["name"]
-        parts = [model_part(source), *(wheel_part(wheel, hashes[wheel.path.name]) for wheel in wheels)]
+        parts = [model_part(source)]
+        for wheel in wheels:
+            parts += wheel_parts(wheel, hashes[wheel.path.name])
         if not parts[0].text:
             note("the model has no licence file: put its LICENSE beside the checkpoint and export it again")
         if carried.python:

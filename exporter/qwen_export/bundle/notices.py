@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from qwen_export.bundle.wheels import Wheel
 
 NOTICES, SBOM = "THIRD-PARTY-NOTICES.txt", "sbom.cdx.json"
 _LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "AUTHORS", "THIRDPARTYNOTICES")
+_VENDORED = "vendored.json"  # beside the files of others that a wheel has in it
 _LINE = "=" * 80
 
 
@@ -62,9 +64,20 @@ class Part:
         )
 
 
-def wheel_part(wheel: Wheel, digest: str) -> Part:
+def wheel_parts(wheel: Wheel, digest: str) -> list[Part]:
+    """The wheel, and the JavaScript libraries that it says it has in it.
+
+    Args:
+        digest: SHA-256 of the wheel.
+    """
+    vendored = _vendored(wheel)
+    others = {item["licence_file"] for item, _ in vendored}
+    return [_wheel_part(wheel, digest, others), *(part for _, part in vendored)]
+
+
+def _wheel_part(wheel: Wheel, digest: str, others: Collection[str]) -> Part:
     """Args:
-    digest: SHA-256 of the wheel.
+    others: names of licence files that are not the wheel's own.
     """
     metadata = wheel.distribution.metadata
     classifiers = [
@@ -78,14 +91,38 @@ def wheel_part(wheel: Wheel, digest: str) -> Part:
         *classifiers,
     ]
     texts = [
-        wheel.distribution.read_text(_within(str(path))) or ""
+        wheel.text(path)
         for path in wheel.distribution.files or []
-        if any(word in path.name.upper() for word in _LICENCE_FILES) and path.suffix != ".py"
+        if any(word in path.name.upper() for word in _LICENCE_FILES)
+        and path.suffix != ".py"
+        and path.name not in others
     ]
     purl = PackageURL("pypi", name=wheel.name, version=wheel.version)
     return Part(
         wheel.name, wheel.version, ComponentType.LIBRARY, purl, digest, tuple(stated), "\n\n".join(texts)
     )
+
+
+def _vendored(wheel: Wheel) -> list[tuple[dict[str, str], Part]]:
+    """What the wheel's `vendored.json` files list, and as parts."""
+    found = []
+    for path in wheel.distribution.files or []:
+        if path.name != _VENDORED:
+            continue
+        for item in json.loads(wheel.text(path)):
+            text = wheel.text(path.parent / item["licence_file"])
+            purl = PackageURL("npm", name=item["name"], version=item["version"])
+            part = Part(
+                item["name"],
+                item["version"],
+                ComponentType.LIBRARY,
+                purl,
+                item["sha256"],
+                (item["licence"],),
+                text,
+            )
+            found.append((item, part))
+    return found
 
 
 def model_part(artifact: Artifact) -> Part:
@@ -151,8 +188,3 @@ def _licence(part: Part) -> License:
     if fixup_id(expression) == expression:
         return DisjunctiveLicense(id=expression)
     return LicenseExpression(expression)
-
-
-def _within(path: str) -> str:
-    """A path of the wheel, relative to its .dist-info folder, as Distribution.read_text takes it."""
-    return path.partition(".dist-info/")[2] if ".dist-info/" in path else f"../{path}"

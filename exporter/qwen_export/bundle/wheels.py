@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PathDistribution
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -36,6 +36,11 @@ class Wheel:
             name.partition("/")[0] for name in archive.namelist() if name.endswith(".dist-info/METADATA")
         )
         return PathDistribution(zipfile.Path(archive, f"{folder}/"))
+
+    def text(self, path: PurePath) -> str:
+        """A file of it. Distribution.read_text finds none of those beside .dist-info in an archive."""
+        with zipfile.ZipFile(self.path) as archive:
+            return archive.read(path.as_posix()).decode(errors="replace")
 
     @property
     def name(self) -> str:

@@ -129,6 +129,7 @@ class _Page(StaticFiles):
     _HEADERS: ClassVar = {
         "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
         "connect-src 'self'; img-src 'self' data: blob:; "
+        "require-trusted-types-for 'script'; trusted-types dompurify; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

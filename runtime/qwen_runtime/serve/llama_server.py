@@ -86,6 +86,7 @@ async def props(http: HttpRequest) -> Response:
         {
             "default_generation_settings": {
                 "n_ctx": engine.info.context_length,
+                "chat_template_kwargs": {"enable_thinking": http.app.state.thinking},
                 "params": {theirs: defaults[ours] for ours, theirs in _PARAMS.items() if ours in defaults},
             },
             "total_slots": engine.parallel,

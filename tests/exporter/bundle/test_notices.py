@@ -10,9 +10,11 @@ import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from qwen_common import manifest as manifests
+from qwen_common.files import sha256
 from qwen_export.bundle.licences import spdx
-from qwen_export.bundle.notices import Part, bill_of_materials, licence_texts, model_part, wheel_part
+from qwen_export.bundle.notices import Part, bill_of_materials, licence_texts, model_part, wheel_parts
 from qwen_export.bundle.wheels import Wheel
+from qwen_runtime import serve
 from qwen_runtime.artifact import Artifact
 
 from tests.exporter.bundle.test_own_wheel import wheel
@@ -57,7 +59,7 @@ def test_the_model_is_a_component(model: Part, tmp_path: Path) -> None:
     for name, licence in ("a", "License-Expression: MIT AND Zlib"), ("b", "License: Own terms"):
         metadata = f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{licence}\nLicense-File: LICENSE\n"
         files = {f"{name}-1.0.dist-info/licenses/LICENSE": f"text of {name}"}
-        parts.append(wheel_part(Wheel(wheel(tmp_path / "wheels", f"{name}-1.0", files, metadata)), "0" * 64))
+        parts += wheel_parts(Wheel(wheel(tmp_path / "wheels", f"{name}-1.0", files, metadata)), "0" * 64)
     text = bill_of_materials("kiosk", "1.0", parts)
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     found = {item["name"]: item for item in json.loads(text)["components"]}
@@ -77,3 +79,22 @@ def test_the_model_is_a_component(model: Part, tmp_path: Path) -> None:
 def test_a_folder_of_ones_own_has_no_purl(cpu_artifact: Path) -> None:
     part = model_part(Artifact.open(cpu_artifact))
     assert part.purl is None and part.version == "unknown"
+
+
+def test_libraries_in_a_wheel_are_components(tmp_path: Path) -> None:
+    """The page's, with their licences; a wheel's own are not theirs."""
+    folder = Path(serve.__file__).parent / "page" / "vendor"
+    files = {f"own/page/vendor/{path.name}": path.read_text() for path in folder.iterdir()}
+    files["own-1.0.dist-info/licenses/LICENSE"] = "terms of its own"
+    metadata = "Metadata-Version: 2.4\nName: own\nVersion: 1.0\nLicense-Expression: Zlib\n"
+    own, *libraries = wheel_parts(Wheel(wheel(tmp_path, "own-1.0", files, metadata)), "0" * 64)
+    assert (own.text, own.licence) == ("terms of its own", "Zlib")
+    text = bill_of_materials("kiosk", "1.0", [own, *libraries])
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    purls = {item["purl"].partition("@")[0] for item in json.loads(text)["components"]}
+    assert purls == {"pkg:pypi/own", "pkg:npm/marked", "pkg:npm/dompurify"}
+    for part in libraries:
+        assert part.sha256 in {sha256(path) for path in folder.iterdir()}
+    notices = licence_texts(libraries)
+    assert "marked 18.2.1: MIT AND BSD-3-Clause" in notices and "Copyright (c) 2018+, MarkedJS" in notices
+    assert "dompurify 3.4.18: Apache-2.0" in notices and "Version 2.0, January 2004" in notices

@@ -54,7 +54,9 @@ def test_template_is_the_one_that_chat_uses(server: Server, model: Model) -> Non
 
 def test_props(server: Server, model: Model) -> None:
     found = json.loads(request(server, "GET", "/props")[2])
-    assert found["default_generation_settings"]["n_ctx"] == model.info.context_length
+    settings = found["default_generation_settings"]
+    assert settings["n_ctx"] == model.info.context_length
+    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
     assert found["chat_template"] == (TINY / "chat_template.jinja").read_text()
     assert found["modalities"] == {"vision": False, "audio": False}
     assert (found["total_slots"], found["model_alias"]) == (1, model.info.name)

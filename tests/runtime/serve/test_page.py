@@ -2,70 +2,33 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from qwen_profiles.schema import load_profile
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
+from selenium.webdriver.support.select import Select
 
 from benchmarks.support.checkpoints import TINY_VL
 from tests.checkpoints.drawings import drawing
 from tests.support.exported import Exported
+from tests.support.pages import (
+    articles,
+    ask,
+    by_id,
+    click,
+    kept,
+    needs_chromium,
+    open_page,
+    said,
+    stop_at_once,
+    until,
+)
 from tests.support.servers import Server, serving
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1000,760"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def page(browser: Chrome, server: Server) -> Chrome:
-    open_page(browser, server.url)
-    return browser
-
-
-def open_page(browser: Chrome, url: str) -> None:
-    browser.get(url)
-    until(browser, lambda: by_id(browser, "model").text not in ("", "qwen-edge"))
-
-
-def until(browser: Chrome, holds: Callable[[], object], seconds: float = 30) -> None:
-    WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: holds())
-
-
-def by_id(browser: Chrome, name: str) -> WebElement:
-    return browser.find_element(By.ID, name)
-
-
-def articles(browser: Chrome, role: str) -> list[WebElement]:
-    return browser.find_elements(By.CSS_SELECTOR, f"article.{role}")
-
-
-def ask(browser: Chrome, text: str) -> str:
-    count = len(articles(browser, "assistant"))
-    by_id(browser, "text").send_keys(text, Keys.ENTER)
-    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "article footer")) > count)
-    return articles(browser, "assistant")[-1].text
+pytestmark = needs_chromium
 
 
 def test_a_conversation_with_the_keyboard_alone(page: Chrome) -> None:
@@ -73,7 +36,7 @@ def test_a_conversation_with_the_keyboard_alone(page: Chrome) -> None:
     first = ask(page, "What is yield?")
     assert len(first) > 40 and "a second, first after" in first
     ask(page, "Explain numbers.")
-    assert [item.text for item in articles(page, "user")] == ["What is yield?", "Explain numbers."]
+    assert said(page) == ["What is yield?", "Explain numbers."]
     assert page.switch_to.active_element == by_id(page, "text")
     by_id(page, "new").click()
     assert not articles(page, "user") and by_id(page, "greeting").is_displayed()
@@ -87,8 +50,88 @@ def test_stop_keeps_what_was_written(page: Chrome) -> None:
     assert articles(page, "assistant")[-1].text
 
 
+def test_a_question_stopped_at_once_stays(page: Chrome) -> None:
+    """And can be answered yet, now or after a reload, or be followed by another."""
+    stop_at_once(page, "What is yield?")
+    assert said(page) == ["What is yield?"] and not articles(page, "assistant")
+    page.refresh()
+    open_page(page, page.current_url)
+    by_id(page, "open-history").click()
+    click(page, "#chats button")
+    click(page, "article.failed button")
+    until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant footer"))
+    assert said(page) == ["What is yield?"] and not articles(page, "failed")
+    stop_at_once(page, "Explain numbers.")
+    ask(page, "Explain classes.")
+    assert said(page) == ["What is yield?", "Explain numbers.", "Explain classes."]
+
+
+def test_regenerate_and_edit(page: Chrome) -> None:
+    """Nothing is lost: an answer stays where no new one comes, and an edited chat is kept as it was."""
+    ask(page, "What is yield?")
+    page.execute_script(
+        """document.querySelector(".again").click(); document.getElementById("stop").click()"""
+    )
+    until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant footer"))
+    click(page, ".again")
+    until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant:not(.working) footer"))
+    assert said(page) == ["What is yield?"] and len(articles(page, "assistant")) == 1
+    ask(page, "Explain numbers.")
+    before = kept(page)
+    click(page, "article.user footer button")
+    editor = page.switch_to.active_element
+    assert editor.get_attribute("aria-label") == "Edit your question"
+    editor.send_keys(Keys.ESCAPE)
+    assert page.switch_to.active_element.text == "Edit" and said(page)[0] == "What is yield?"
+    page.switch_to.active_element.click()
+    page.switch_to.active_element.send_keys(" And classes?", Keys.ENTER)
+    until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant footer"))
+    assert said(page) == ["What is yield? And classes?"]
+    assert kept(page) == ["What is yield? And classes?", *before]
+
+
+def test_chats_are_kept_until_they_are_deleted(page: Chrome) -> None:
+    for text in ("What is yield?", "Explain numbers."):
+        ask(page, text)
+        by_id(page, "new").click()
+    assert kept(page)[:2] == ["Explain numbers.", "What is yield?"]
+    by_id(page, "open-history").click()
+    click(page, "#chats li:nth-child(2) button")
+    until(page, lambda: said(page) == ["What is yield?"])
+    assert not by_id(page, "history").is_displayed()
+    by_id(page, "open-history").click()
+    click(page, "#chats li:nth-child(2) button + button")
+    until(page, lambda: not articles(page, "user"))
+    assert kept(page)[0] == "Explain numbers."
+    by_id(page, "delete-all").click()
+    page.switch_to.alert.accept()
+    until(page, lambda: by_id(page, "no-chats").is_displayed())
+    by_id(page, "keep").click()
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    ask(page, "What is yield?")
+    assert kept(page) == []
+    by_id(page, "open-history").click()
+    by_id(page, "keep").click()
+
+
+def test_a_browser_that_keeps_nothing_is_no_error(browser: Chrome, server: Server) -> None:
+    script = """
+      for (const name of ["indexedDB", "localStorage", "sessionStorage"])
+        Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });"""
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    try:
+        open_page(browser, server.url)
+        assert ask(browser, "What is yield?")
+        by_id(browser, "open-history").click()
+        until(browser, lambda: by_id(browser, "not-kept").is_displayed())
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
 def test_thoughts_are_folded_away(page: Chrome) -> None:
-    page.execute_script("document.getElementById('think').checked = true")
+    by_id(page, "open-settings").click()
+    by_id(page, "think").click()
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
     by_id(page, "text").send_keys("What is yield?", Keys.ENTER)
     until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article details"))
     details = page.find_element(By.CSS_SELECTOR, "article details")
@@ -96,33 +139,82 @@ def test_thoughts_are_folded_away(page: Chrome) -> None:
     by_id(page, "new").click()
 
 
-def test_what_a_model_writes_is_only_text(page: Chrome) -> None:
-    nodes = page.execute_async_script(
-        """const done = arguments[arguments.length - 1];
-        import("/markdown.js").then(({ markdown }) => {
-          const div = document.createElement("div");
-          div.append(...markdown(arguments[0]));
-          done(div.innerHTML);
+def test_two_models_and_thinking_by_default(
+    browser: Chrome, exported: Exported, cpu_artifact: Path, tmp_path: Path
+) -> None:
+    """The page chooses the model, offers what it can, and thinks as the server does; then pictures."""
+    item = drawing(1_000_000_003)
+    item.image.save(tmp_path / "drawing.png")
+    (tmp_path / "none.png").write_bytes(b"not an image")
+    with serving(cpu_artifact, str(exported(TINY_VL, load_profile("cpu"))), "--think") as server:
+        open_page(browser, server.url)
+        assert by_id(browser, "think").is_selected() and not by_id(browser, "attach").is_displayed()
+        Select(by_id(browser, "models")).select_by_visible_text("tiny-vl")
+        until(browser, lambda: by_id(browser, "attach").is_displayed())
+        browser.execute_script("document.getElementById('think').click()")
+        by_id(browser, "file").send_keys(str(tmp_path / "none.png"))
+        until(browser, lambda: "none.png is not an image" in by_id(browser, "status").text)
+        by_id(browser, "file").send_keys(str(tmp_path / "drawing.png"))
+        until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#images img"))
+        assert ask(browser, item.question).startswith(item.answer)
+        browser.refresh()
+        open_page(browser, server.url)
+        by_id(browser, "open-history").click()
+        click(browser, "#chats button")
+        until(browser, lambda: by_id(browser, "models").get_attribute("value") == "tiny-vl")
+        assert browser.find_elements(By.CSS_SELECTOR, ".said img")
+
+
+def test_how_far_a_prompt_is_read(page: Chrome) -> None:
+    """A stream in pieces that a network makes, as the client of the API reads it."""
+    stream = (
+        ": prompt: 512 of 9000 tokens\n\n"
+        'data: {"choices": [{"delta": {"content": "\u00fc"}}]}\n\ndata: [DONE]\n\n'
+    )
+    found = page.execute_async_script(
+        """const [stream, done] = arguments;
+        const bytes = new TextEncoder().encode(stream);
+        window.fetch = async () => new Response(new ReadableStream({ start(controller) {
+          for (const byte of bytes) controller.enqueue(new Uint8Array([byte]));
+          controller.close();
+        } }));
+        import("/api.js").then(async ({ chat }) => {
+          const found = [];
+          for await (const chunk of chat({}, "")) found.push(chunk);
+          done(found);
         });""",
-        "# Title\n\n<script>alert(1)</script> **bold** `a<b`\n- one\n- *two*\n\n1. first\n\n"
-        "[ok](https://example.org/) [bad](javascript:alert(1))\n```py\nx = 1 < 2",
+        stream,
     )
-    assert nodes == (
-        "<h3>Title</h3><p>&lt;script&gt;alert(1)&lt;/script&gt; <strong>bold</strong> <code>a&lt;b</code></p>"
-        "<ul><li>one</li><li><em>two</em></li></ul><ol><li>first</li></ol>"
-        '<p><a href="https://example.org/" target="_blank" rel="noopener noreferrer">ok</a> '
-        "[bad](javascript:alert(1))</p><pre><code>x = 1 &lt; 2</code></pre>"
-    )
+    assert found == [{"read": 512, "of": 9000}, {"choices": [{"delta": {"content": "\u00fc"}}]}]
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_everything_fits(page: Chrome, width: int) -> None:
+    """Name and buttons are whole, in one row, and nothing makes the page wider than the screen."""
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        for name in ("model", "new", "open-history", "open-settings", "send"):
+            box = by_id(page, name)
+            assert box.is_displayed() and box.rect["x"] + box.rect["width"] <= width, name
+            assert box.get_property("scrollWidth") <= box.get_property("clientWidth") + 2, name
+        assert by_id(page, "name").rect["width"] > 150
+        assert page.find_element(By.TAG_NAME, "header").rect["height"] < 70
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_kiosk_forgets_when_nobody_is_there(browser: Chrome, server: Server) -> None:
     open_page(browser, f"{server.url}/?kiosk&idle=1&greeting=Welcome")
+    before = kept(browser)
     assert by_id(browser, "greeting").text == "Welcome"
     assert not by_id(browser, "open-settings").is_displayed()
     by_id(browser, "text").send_keys("What is yield?", Keys.ENTER)
     until(browser, lambda: articles(browser, "assistant"))
     until(browser, lambda: not articles(browser, "assistant"))
     assert by_id(browser, "greeting").is_displayed()
+    assert not by_id(browser, "open-history").is_displayed() and kept(browser) == before
 
 
 def test_it_asks_no_other_host_and_breaks_no_rule(browser: Chrome, server: Server) -> None:
@@ -139,25 +231,14 @@ def test_it_asks_no_other_host_and_breaks_no_rule(browser: Chrome, server: Serve
     assert browser.get_log("browser") == []
 
 
-def test_pictures(browser: Chrome, exported: Exported, tmp_path: Path) -> None:
-    """The button is there for a model that sees, and the answer is right."""
-    item = drawing(1_000_000_003)
-    item.image.save(tmp_path / "drawing.png")
-    (tmp_path / "none.png").write_bytes(b"not an image")
-    with serving(exported(TINY_VL, load_profile("cpu"))) as server:
-        open_page(browser, server.url)
-        assert by_id(browser, "attach").is_displayed()
-        by_id(browser, "file").send_keys(str(tmp_path / "none.png"))
-        until(browser, lambda: "none.png is not an image" in by_id(browser, "status").text)
-        by_id(browser, "file").send_keys(str(tmp_path / "drawing.png"))
-        until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#images img"))
-        assert ask(browser, item.question).startswith(item.answer)
-
-
 def test_a_key_is_asked_for(browser: Chrome, cpu_artifact: Path) -> None:
     with serving(cpu_artifact, "--api-key", "secret") as server:
         browser.get(server.url)
-        until(browser, lambda: by_id(browser, "settings").is_displayed())
+        until(browser, lambda: browser.switch_to.active_element == by_id(browser, "key"))
+        assert by_id(browser, "key-wanted").is_displayed()
+        browser.switch_to.active_element.send_keys("wrong", Keys.ENTER)
+        until(browser, lambda: browser.switch_to.active_element == by_id(browser, "key"))
+        by_id(browser, "key").clear()
         by_id(browser, "key").send_keys("secret", Keys.ENTER)
         until(browser, lambda: by_id(browser, "model").text == "tiny-dense")
         assert ask(browser, "What is yield?")

@@ -1,44 +1,29 @@
-// The page: one conversation, kept in memory only.
+// The page: the chat at hand, and what its buttons and keys do.
 
-import { ApiError, chat, health, model } from "./api.js";
-import { markdown } from "./markdown.js";
+import * as api from "./api.js";
+import { offerChats } from "./chats.js";
+import { $, element } from "./dom.js";
+import { isKept, save } from "./history.js";
+import { kiosk, startKiosk } from "./kiosk.js";
+import { Answer, clear, clearFailures, failure, question } from "./log.js";
+import { anyWaiting, attach, takeAll } from "./pictures.js";
 
-const $ = (id) => document.getElementById(id);
-const options = new URLSearchParams(location.search);
-const kiosk = options.has("kiosk");
-const idleSeconds = Number(options.get("idle") ?? 120);
-const LARGEST_SIDE = 1536; // pixels of an image that is sent
+const KEY = "key"; // in sessionStorage, which may be forbidden
 
-let served = null; // the model
-let messages = [];
-let images = []; // data URLs that go with the next message
+let models = [];
+let served = null; // the model that is asked
+let chat = newChat();
 let running = null; // AbortController of the answer that is being written
+let thinkChosen = false; // whether the switch was touched, and the server's default says nothing any more
 
-function article(role, ...children) {
-  const node = document.createElement("article");
-  node.className = role;
-  node.setAttribute("aria-label", role === "user" ? "You" : "Answer");
-  node.append(...children);
-  $("greeting").hidden = true;
-  $("log").append(node);
-  scroll(true);
-  return node;
+/** Messages are { role, content } with a question's `images`, and an answer's `thoughts` and `facts`. */
+function newChat() {
+  return { id: `${Date.now()}-${Math.random()}`, title: "", model: served?.id, messages: [] };
 }
 
-/** Follow the answer, unless the reader has scrolled up. */
-function scroll(always) {
-  const log = $("log");
-  if (always || log.scrollHeight - log.scrollTop - log.clientHeight < 120) log.scrollTop = log.scrollHeight;
-}
-
-function picture(url) {
-  return Object.assign(document.createElement("img"), { src: url, alt: "Attached image" });
-}
-
-function button(label, act) {
-  const node = Object.assign(document.createElement("button"), { type: "button", textContent: label });
-  node.addEventListener("click", act);
-  return node;
+async function keep(one) {
+  if (kiosk || one.removed || !isKept()) return;
+  $("not-kept").hidden = await save(one);
 }
 
 function setRunning(controller) {
@@ -48,12 +33,21 @@ function setRunning(controller) {
   $("log").setAttribute("aria-busy", String(controller !== null));
 }
 
-function request() {
+function sent({ role, content, images = [] }) {
+  if (!images.length) return { role, content };
+  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  return { role, content: [...parts, { type: "text", text: content }] };
+}
+
+function request(messages) {
   const system = $("system").value.trim();
   const numbers = { temperature: $("temperature").value, max_tokens: $("max-tokens").value };
   return {
     model: served.id,
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    messages: [
+      ...(system ? [{ role: "system", content: system }] : []),
+      ...messages.filter(({ role, content }) => role === "user" || content).map(sent),
+    ],
     chat_template_kwargs: { enable_thinking: $("think").checked },
     ...Object.fromEntries(
       Object.entries(numbers).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]),
@@ -61,127 +55,133 @@ function request() {
   };
 }
 
-async function send() {
+async function ask() {
   const text = $("text").value.trim();
-  if (running || !served || (!text && !images.length)) return;
-  article("user", ...images.map(picture), text);
-  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
-  messages.push({ role: "user", content: parts.length ? [...parts, { type: "text", text }] : text });
+  if (running || !served || (!text && !anyWaiting())) return;
   $("text").value = "";
-  images = [];
-  showImages();
   grow();
+  clearFailures();
+  await add({ role: "user", content: text, images: takeAll() });
+}
+
+/** Put a question to the chat, and have it answered. */
+async function add(message) {
+  chat.title ||= message.content.split("\n")[0].slice(0, 80) || "An image";
+  chat.model = served.id;
+  chat.messages.push(message);
+  drawQuestion(message, chat.messages.length - 1);
+  keep(chat);
   await answer();
 }
 
-async function answer() {
-  const controller = new AbortController();
+function drawQuestion(message, at) {
+  question(message, kiosk ? null : (content) => edit(at, content));
+}
+
+/** Ask another question in place of one. The chat as it was stays among those that are kept. */
+function edit(at, content) {
+  if (running || !served) return;
+  const { messages } = chat;
+  show({ ...newChat(), messages: messages.slice(0, at), title: at ? chat.title : "" });
+  add({ ...messages[at], content });
+}
+
+function regenerate() {
+  if (running || !served) return;
+  const before = chat.messages.at(-1).role === "assistant" ? chat.messages.pop() : null;
+  show(chat);
+  clearFailures();
+  answer(before);
+}
+
+/** Let the model answer the chat at hand. Where it writes nothing, `before` stays the answer. */
+async function answer(before = null) {
+  const [one, controller] = [chat, new AbortController()];
   setRunning(controller);
-  const node = article("assistant working");
-  const thoughts = document.createElement("div");
-  const body = document.createElement("div");
-  node.append(body);
-  let written = "";
-  let usage = null;
-  let first = 0;
-  const begun = performance.now();
+  const message = { role: "assistant", content: "", thoughts: "" };
+  const drawn = new Answer(message);
+  let why = "";
   $("status").textContent = "Reading\u2026";
   try {
-    for await (const chunk of chat(request(), $("key").value, controller.signal)) {
-      usage = chunk.usage ?? usage;
-      const delta = chunk.choices[0]?.delta ?? {};
-      if (!first && (delta.content || delta.reasoning_content)) {
-        first = performance.now();
-        $("status").textContent = "";
-      }
-      if (delta.reasoning_content) {
-        if (!thoughts.parentNode) {
-          const details = document.createElement("details");
-          const summary = Object.assign(document.createElement("summary"), { textContent: "Thoughts" });
-          details.append(summary, thoughts);
-          body.before(details);
-        }
-        thoughts.append(delta.reasoning_content);
-      }
-      if (delta.content) {
-        written += delta.content;
-        body.replaceChildren(...markdown(written));
-      }
-      scroll(false);
-    }
+    await write(message, drawn, request(one.messages), controller.signal);
   } catch (error) {
-    if (error.name !== "AbortError") fail(error);
-  } finally {
-    node.classList.remove("working");
-    $("status").textContent = controller.signal.aborted ? "Stopped." : "";
-    if (running === controller) setRunning(null);
+    why = error.name === "AbortError" ? "Stopped." : explained(error);
   }
-  if (!node.isConnected) return; // a new chat has begun meanwhile
-  if (!written && !thoughts.parentNode) {
-    node.remove();
-    messages.pop(); // the question can be asked again
-    return;
-  }
-  messages.push({ role: "assistant", content: written });
-  node.append(footer(written, usage, begun, first));
-  scroll(false);
-  $("text").focus();
+  const written = message.content || message.thoughts;
+  const kept = written ? message : before;
+  if (kept) one.messages.push(kept);
+  if (written) keep(one);
+  if (running === controller) setRunning(null);
+  if (one !== chat) return; // another chat is at hand meanwhile
+  $("status").textContent = kept && why === "Stopped." ? why : "";
+  if (written) drawn.end(regenerate);
+  else drawn.remove();
+  if (!written && before) drawAnswer(before);
+  if (why && !(kept && why === "Stopped.")) failure(why, kept ? null : regenerate);
+  if (!document.querySelector("dialog[open]")) $("text").focus();
 }
 
-function footer(written, usage, begun, first) {
-  const node = document.createElement("footer");
-  const copy = button("Copy", async () => {
-    await navigator.clipboard.writeText(written);
-    copy.textContent = "Copied";
-    setTimeout(() => (copy.textContent = "Copy"), 1500);
-  });
-  if (navigator.clipboard) node.append(copy); // browsers have none on plain HTTP from another machine
-  if (usage && first) {
-    const rate = (usage.completion_tokens - 1) / ((performance.now() - first) / 1000);
-    const wait = (first - begun) / 1000;
-    node.append(`${usage.completion_tokens} tokens, ${rate.toFixed(1)} a second, first after ${wait.toFixed(1)} s`);
-  }
-  return node;
-}
-
-function fail(error) {
-  let text = "The server cannot be reached: is it running?";
-  if (error instanceof ApiError) text = error.message;
-  if (error.status === 401) $("settings").showModal();
-  article("failed", kiosk && error.status !== 429 ? "Something went wrong. Please try again." : text);
-}
-
-/** Redrawn at a size that the model can use; a file that is no image is refused here already. */
-async function attach(files) {
-  for (const file of files) {
-    try {
-      const bitmap = await createImageBitmap(file);
-      const scale = Math.min(1, LARGEST_SIDE / Math.max(bitmap.width, bitmap.height));
-      const canvas = document.createElement("canvas");
-      canvas.width = Math.max(1, Math.round(bitmap.width * scale));
-      canvas.height = Math.max(1, Math.round(bitmap.height * scale));
-      canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-      images.push(canvas.toDataURL("image/png"));
-    } catch {
-      $("status").textContent = `${file.name || "That"} is not an image that this browser can read.`;
+async function write(message, drawn, asked, signal) {
+  const begun = performance.now();
+  let [first, usage, cut] = [0, null, false];
+  for await (const chunk of api.chat(asked, $("key").value, signal)) {
+    if (chunk.of && !first) $("status").textContent = `Reading: ${chunk.read} of ${chunk.of} tokens\u2026`;
+    usage = chunk.usage ?? usage;
+    const { delta = {}, finish_reason: reason } = chunk.choices?.[0] ?? {};
+    cut ||= reason === "length";
+    if (!delta.content && !delta.reasoning_content) continue;
+    if (!first) {
+      first = performance.now();
+      $("status").textContent = "";
     }
+    message.thoughts += delta.reasoning_content ?? "";
+    message.content += delta.content ?? "";
+    drawn.changed();
   }
-  showImages();
+  if (!usage || !first) return;
+  const rate = (usage.completion_tokens - 1) / ((performance.now() - first) / 1000);
+  const wait = ((first - begun) / 1000).toFixed(1);
+  message.facts = `${usage.completion_tokens} tokens, ${rate.toFixed(1)} a second, first after ${wait} s`;
+  if (cut) message.facts += ", cut off at the limit";
 }
 
-function showImages() {
-  $("images").replaceChildren(
-    ...images.map((url, index) => {
-      const item = document.createElement("li");
-      const remove = button("\u00d7", () => {
-        images.splice(index, 1);
-        showImages();
-      });
-      remove.setAttribute("aria-label", `Remove image ${index + 1}`);
-      item.append(picture(url), remove);
-      return item;
-    }),
-  );
+/** What went wrong, for the person at the page. A key is asked for at once. */
+function explained(error) {
+  if (error.status === 401) {
+    $("key-wanted").hidden = false;
+    if (!$("settings").open) $("settings").showModal();
+    $("key").focus();
+  }
+  if (kiosk && error.status !== 429) return "Something went wrong. Please try again.";
+  return error instanceof api.ApiError ? error.message : "The server cannot be reached: is it running?";
+}
+
+function drawAnswer(message) {
+  new Answer(message).end(regenerate);
+}
+
+/** Make another chat the one at hand. */
+function show(other) {
+  running?.abort();
+  setRunning(null);
+  chat = other;
+  clear();
+  $("status").textContent = "";
+  for (const [at, message] of chat.messages.entries()) {
+    if (message.role === "user") drawQuestion(message, at);
+    else drawAnswer(message);
+  }
+  if (chat.messages.at(-1)?.role === "user") failure("Not answered yet.", regenerate);
+  const wanted = models.find(({ id }) => id === chat.model);
+  if (wanted) change(wanted);
+}
+
+function reset() {
+  takeAll();
+  show(newChat());
+  $("text").value = "";
+  grow();
+  $("text").focus();
 }
 
 function grow() {
@@ -189,67 +189,64 @@ function grow() {
   $("text").style.height = `${$("text").scrollHeight + 2}px`;
 }
 
-function reset() {
-  running?.abort();
-  messages = [];
-  images = [];
-  showImages();
-  for (const node of $("log").querySelectorAll("article")) node.remove();
-  $("greeting").hidden = false;
-  $("text").value = "";
-  $("status").textContent = "";
-  grow();
-  $("text").focus();
-}
-
 async function connect() {
   try {
-    served = await model($("key").value);
-    const state = await health();
-    $("model").textContent = document.title = kiosk ? "Ask me" : served.id;
+    models = await api.models($("key").value);
+    const state = await api.health();
     $("provider").textContent = `on ${state.provider}`;
-    $("attach").hidden = !served.images;
+    $("models").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
+    $("models").hidden = kiosk || models.length < 2;
+    $("model").classList.toggle("hidden", !$("models").hidden);
+    await choose(models.find(({ id }) => id === state.model) ?? models[0]);
   } catch (error) {
-    if (error instanceof ApiError) fail(error);
-    else setTimeout(connect, 2000); // the server may be starting
+    if (!(error instanceof api.ApiError)) setTimeout(connect, 2000); // the server may be starting
+    else $("status").textContent = explained(error);
   }
 }
 
-function startKiosk() {
-  document.body.classList.add("kiosk");
-  $("greeting").textContent = options.get("greeting") ?? "Touch here and ask me something.";
-  let timer;
-  const touched = () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => (running ? touched() : reset()), idleSeconds * 1000);
-  };
-  for (const name of ["pointerdown", "keydown", "scroll"]) addEventListener(name, touched, true);
-  addEventListener("pointerdown", () => document.documentElement.requestFullscreen?.().catch(() => {}), {
-    once: true,
-  });
-  addEventListener("contextmenu", (event) => event.preventDefault());
-  touched();
+/** Ask another model from now on. */
+function change(model) {
+  choose(model).catch((error) => ($("status").textContent = explained(error)));
+}
+
+async function choose(model) {
+  if (model === served) return;
+  const { chat_template_kwargs: template } = await api.defaults($("key").value, model.id);
+  served = model;
+  if (!thinkChosen) $("think").checked = template.enable_thinking;
+  $("models").value = model.id;
+  $("model").textContent = document.title = kiosk ? "Ask me" : model.id;
+  $("attach").hidden = !model.images;
 }
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  send();
+  ask();
 });
 $("text").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    send();
+    ask();
   }
 });
 $("text").addEventListener("input", grow);
 $("text").addEventListener("paste", (event) => served?.images && attach(event.clipboardData.files));
 $("stop").addEventListener("click", () => running?.abort());
-addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) running?.abort();
+});
 $("new").addEventListener("click", reset);
+$("models").addEventListener("change", () => change(models.find(({ id }) => id === $("models").value)));
+$("think").addEventListener("change", () => (thinkChosen = true));
 $("open-settings").addEventListener("click", () => $("settings").showModal());
 $("settings").addEventListener("close", () => {
-  sessionStorage.setItem("key", $("key").value);
-  if (!served) connect();
+  $("key-wanted").hidden = true;
+  try {
+    sessionStorage.setItem(KEY, $("key").value);
+  } catch {
+    // it is asked for again after a reload
+  }
+  if (!served && $("key").value) connect();
 });
 $("attach").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", async () => {
@@ -263,6 +260,22 @@ for (const name of ["dragover", "dragleave", "drop"]) {
     if (name === "drop" && served?.images) attach(event.dataTransfer.files);
   });
 }
-$("key").value = sessionStorage.getItem("key") ?? "";
-if (kiosk) startKiosk();
+try {
+  $("key").value = sessionStorage.getItem(KEY) ?? "";
+} catch {
+  // no key is kept here
+}
+if (kiosk) {
+  startKiosk(() => running !== null, reset);
+} else {
+  offerChats({
+    current: () => chat,
+    choose: show,
+    removed(id) {
+      if (id !== chat.id) return;
+      chat.removed = true;
+      reset();
+    },
+  });
+}
 connect();

@@ -1,74 +1,133 @@
-// Markdown as models write it, to DOM nodes. No HTML is ever parsed: text becomes text nodes, so whatever a
-// model writes can only be read. Paragraphs, headings, lists, code, bold, italic and web links.
+// Markdown as models write it, to DOM nodes: parsed by marked, and cleaned by DOMPurify. HTML in it is shown as
+// text, pictures are links, links go to the web only, and formulas stay as they were written.
 
-const INLINE = /(`+)(.+?)\1|\*\*(.+?)\*\*|\*([^\s*].*?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/s;
+import { Marked } from "./vendor/marked.esm.js";
+import DOMPurify from "./vendor/purify.es.mjs";
 
-function element(name, ...children) {
-  const node = document.createElement(name);
-  node.append(...children);
-  return node;
-}
+import { copyButton, element } from "./dom.js";
 
-function inline(text) {
-  const nodes = [];
-  for (let match; (match = INLINE.exec(text)); text = text.slice(match.index + match[0].length)) {
-    const [, , code, bold, italic, label, url] = match;
-    nodes.push(text.slice(0, match.index));
-    if (code !== undefined) nodes.push(element("code", code));
-    else if (bold !== undefined) nodes.push(element("strong", ...inline(bold)));
-    else if (italic !== undefined) nodes.push(element("em", ...inline(italic)));
-    else {
-      const link = element("a", label);
-      Object.assign(link, { href: url, target: "_blank", rel: "noopener noreferrer" });
-      nodes.push(link);
-    }
-  }
-  return [...nodes, text];
-}
+const WEB = /^(?:https?:\/\/|mailto:)/i;
+const LONGEST = 400_000; // characters; beyond them the text is shown as it is
+const CLEAN = {
+  ALLOWED_TAGS: [
+    ...["p", "br", "hr", "strong", "em", "del", "code", "pre", "span", "a", "blockquote", "ul", "ol", "li"],
+    ...["h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"],
+  ],
+  ALLOWED_ATTR: ["href", "class", "align", "start"],
+  ALLOWED_URI_REGEXP: WEB, // of every attribute but class, and:
+  ADD_URI_SAFE_ATTR: ["align", "start"],
+  ALLOW_DATA_ATTR: false,
+  ALLOW_ARIA_ATTR: false,
+  RETURN_DOM_FRAGMENT: true,
+};
+const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
 
-const LINES = [
-  [/^#{1,6}\s+(.*)/, (match) => ["h3", match[1]]],
-  [/^\s*[-*+]\s+(.*)/, (match) => ["ul", match[1]]],
-  [/^\s*\d+[.)]\s+(.*)/, (match) => ["ol", match[1]]],
+const escaped = (text) => text.replace(/[&<>"']/g, (character) => ESCAPES[character]);
+
+// TeX between its signs. A lone dollar is money, so it begins a formula only before and ends it only after a sign
+// that is no space, and not before a digit.
+const BLOCK_MATH = /^ {0,3}(?:\$\$[^]{1,4000}?\$\$|\\\[[^]{1,4000}?\\\])[ \t]*(?:\n|$)/;
+const INLINE_MATH =
+  /^(?:\$\$[^]{1,4000}?\$\$|\\\[[^]{1,4000}?\\\]|\\\([^]{1,4000}?\\\)|\$(?![\s$])(?:[^$\n\\]|\\.){0,400}?(?<!\s)\$(?!\d))/;
+
+const math = [
+  {
+    name: "blockMath",
+    level: "block",
+    start: (text) => /^ {0,3}(?:\$\$|\\\[)/m.exec(text)?.index,
+    tokenizer(text) {
+      const match = BLOCK_MATH.exec(text);
+      return match ? { type: "blockMath", raw: match[0], text: match[0].trim() } : undefined;
+    },
+    renderer: (token) => `<p class="math">${escaped(token.text)}</p>`,
+  },
+  {
+    name: "inlineMath",
+    level: "inline",
+    start: (text) => /\$|\\[([]/.exec(text)?.index,
+    tokenizer(text) {
+      const match = INLINE_MATH.exec(text);
+      return match ? { type: "inlineMath", raw: match[0] } : undefined;
+    },
+    renderer: (token) => `<span class="math">${escaped(token.raw)}</span>`,
+  },
 ];
 
-function kind(line) {
-  for (const [pattern, make] of LINES) {
-    const match = pattern.exec(line);
-    if (match) return make(match);
+const renderer = {
+  html: ({ text, block }) => (block ? `<p>${escaped(text)}</p>` : escaped(text)),
+  checkbox: ({ checked }) => (checked ? "\u2611 " : "\u2610 "),
+  heading({ tokens, depth }) {
+    const name = `h${Math.min(6, depth + 2)}`; // below the page's own
+    return `<${name}>${this.parser.parseInline(tokens)}</${name}>`;
+  },
+  link({ href, raw, tokens }) {
+    return WEB.test(href) ? `<a href="${escaped(href)}">${this.parser.parseInline(tokens)}</a>` : escaped(raw);
+  },
+  image: ({ href, raw, text }) =>
+    WEB.test(href) ? `<a href="${escaped(href)}">${escaped(text || href)}</a>` : escaped(raw),
+};
+
+const marked = new Marked({ breaks: true, renderer, extensions: math });
+
+function finished(fragment) {
+  for (const link of fragment.querySelectorAll("a")) {
+    Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
   }
-  return ["p", line];
+  for (const table of fragment.querySelectorAll("table")) {
+    const frame = element("div", { className: "table" });
+    table.replaceWith(frame);
+    frame.append(table);
+  }
+  for (const pre of fragment.querySelectorAll("pre")) {
+    const language = /language-(\S+)/.exec(pre.firstElementChild?.className ?? "")?.[1] ?? "";
+    const frame = element("div", { className: "code" });
+    pre.replaceWith(frame);
+    frame.append(element("div", {}, element("span", {}, language), copyButton(() => pre.textContent)), pre);
+  }
+  return fragment;
 }
 
-/** DOM nodes for `text`, which may still grow: an open code block ends with the text. */
-export function markdown(text) {
-  const blocks = [];
-  let last = null; // the block that the next line may continue
-  const lines = text.split("\n");
-  for (let at = 0; at < lines.length; at++) {
-    const fence = /^\s*(```+|~~~+)/.exec(lines[at]);
-    if (fence) {
-      const code = [];
-      while (++at < lines.length && !lines[at].trim().startsWith(fence[1])) code.push(lines[at]);
-      blocks.push(element("pre", element("code", code.join("\n"))));
-      last = null;
-    } else if (!lines[at].trim()) {
-      last = last?.name === "p" ? null : last;
-    } else {
-      const [name, content] = kind(lines[at]);
-      if (name === "h3") {
-        blocks.push(element("h3", ...inline(content)));
-        last = null;
-      } else if (name === "p" && last?.name === "p") {
-        last.node.append("\n", ...inline(content));
-      } else {
-        if (last?.name !== name) {
-          last = { name, node: element(name) };
-          blocks.push(last.node);
-        }
-        last.node.append(...(name === "p" ? inline(content) : [element("li", ...inline(content))]));
-      }
-    }
+function drawn(token) {
+  const block = element("div");
+  block.append(finished(DOMPurify.sanitize(marked.parser([token]), CLEAN)));
+  return block;
+}
+
+const plain = (text) => element("div", { className: "plain" }, text);
+
+/** A node that shows a text which grows: only the blocks that changed are drawn again. */
+export class Markdown {
+  #blocks = []; // of { raw, node }
+  #links = "";
+
+  constructor() {
+    this.node = element("div");
   }
-  return blocks;
+
+  show(text) {
+    let next;
+    try {
+      next = text.length > LONGEST ? null : this.#drawBlocks(text);
+    } catch {
+      next = null; // nested deeper than the parser can follow
+    }
+    next ??= [{ raw: text, node: plain(text) }];
+    const same = next.findIndex((block, at) => block.node !== this.#blocks[at]?.node);
+    const from = same < 0 ? next.length : same;
+    for (const { node } of this.#blocks.slice(from)) node.remove();
+    this.node.append(...next.slice(from).map(({ node }) => node));
+    this.#blocks = next;
+  }
+
+  #drawBlocks(text) {
+    const tokens = marked.lexer(text);
+    const links = JSON.stringify(tokens.links); // references that any block may use
+    const known = links === this.#links ? this.#blocks : [];
+    this.#links = links;
+    return tokens
+      .filter(({ type }) => type !== "space" && type !== "def")
+      .map((token, at) =>
+        known[at]?.raw === token.raw ? known[at] : { raw: token.raw, node: drawn(token) },
+      );
+  }
 }

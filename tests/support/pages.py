@@ -1,0 +1,68 @@
+"""The web page in Chromium, as tests use it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
+)
+
+
+def open_page(browser: Chrome, url: str) -> None:
+    browser.get(url)
+    until(browser, lambda: by_id(browser, "model").text not in ("", "qwen-edge"))
+
+
+def until(browser: Chrome, holds: Callable[[], object], seconds: float = 30) -> None:
+    WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: holds())
+
+
+def by_id(browser: Chrome, name: str) -> WebElement:
+    return browser.find_element(By.ID, name)
+
+
+def articles(browser: Chrome, role: str) -> list[WebElement]:
+    return browser.find_elements(By.CSS_SELECTOR, f"article.{role}")
+
+
+def ask(browser: Chrome, text: str) -> str:
+    count = len(articles(browser, "assistant"))
+    by_id(browser, "text").send_keys(text, Keys.ENTER)
+    until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "article.assistant footer")) > count)
+    return articles(browser, "assistant")[-1].text
+
+
+def said(browser: Chrome) -> list[str]:
+    return [item.text for item in browser.find_elements(By.CSS_SELECTOR, "article.user .said")]
+
+
+def click(browser: Chrome, selector: str) -> None:
+    """As a finger would, once it is there."""
+    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, selector))
+    browser.find_element(By.CSS_SELECTOR, selector).click()
+
+
+def kept(browser: Chrome) -> list[str]:
+    """Titles of the chats that the browser keeps."""
+    return browser.execute_async_script(
+        """const done = arguments[0];
+        import("/history.js").then(({ list }) => list()).then((found) =>
+          done(found.map((chat) => chat.title)));"""
+    )
+
+
+def stop_at_once(browser: Chrome, text: str) -> None:
+    """Ask, and stop in the same moment: no token can have come."""
+    by_id(browser, "text").send_keys(text)
+    browser.execute_script("document.getElementById('send').click(); document.getElementById('stop').click()")
+    until(browser, lambda: articles(browser, "failed"))
