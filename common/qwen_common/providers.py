@@ -46,6 +46,8 @@ class Provider:
         lowerings: which it has kernels for.
         lacks: of com.microsoft's operators that its lowerings use, those that it has no kernel for, or none
             that answers rightly.
+        wrong: of com.microsoft's operators, those that it has a kernel for which answers wrongly without an
+            error. A graph with one is not opened on it.
         casts_float16: ONNX Runtime casts to float32 what it has no float16 kernel for.
         zero_points_required, exact_blocks, silu_inside: as in the exporter's `graph.targets.Target`.
     """
@@ -73,6 +75,7 @@ class Provider:
     replaces: Mapping[str, str] = field(default_factory=dict)
     lowerings: frozenset[str] = frozenset({"fused", "portable"})
     lacks: frozenset[str] = frozenset()
+    wrong: frozenset[str] = frozenset()
     casts_float16: bool = False
     zero_points_required: bool = False
     exact_blocks: bool = False
@@ -150,7 +153,8 @@ _RECORDS = (
             "onnxruntime": "onnxruntime-gpu",
             "onnxruntime-genai": "onnxruntime-genai-cuda>=0.18,<0.19",
         },
-        lacks=frozenset({"QMoE"}),  # it has one, which wants the experts' codes in another order (read)
+        lacks=frozenset({"QMoE"}),
+        wrong=frozenset({"QMoE"}),  # it wants the experts' codes in another order (read)
     ),
     # AMD's umbrella over three of its own: with profile "hip" it is hip-ep, which compiles for the GPU.
     # PyPI has a placeholder, onnxruntime-ep-amdgpu 0.0.0. Nothing of it has run: names, files and the option
@@ -205,7 +209,8 @@ _RECORDS = (
             "onnxruntime-genai": "onnxruntime-genai-winml>=0.18,<0.19",
         },
         lowerings=frozenset({"portable"}),
-        # By tests/exporter/graph/test_directml.py: its MatMulNBits leaves a padded K to the CPU, and reads
+        wrong=frozenset({"GroupQueryAttention"}),  # after a past: tests/exporter/graph/test_directml.py
+        # By the same tests: its MatMulNBits leaves a padded K to the CPU, and reads
         # zero points with rows padded to an even count of blocks, so that those of 8 bits are wrong where
         # the count is odd. By its source it subtracts no default zero point where the input is absent. Runs
         # on a software device were right all the same; no GPU's driver was tried, so they stay stored.
@@ -234,6 +239,7 @@ _RECORDS = (
         # Of 0.4.0. Its QMoE takes no zero points, and is wrong now and then, without a word, where a run has
         # more than one token: docs/kernels.md, tests/exporter/graph/test_webgpu_moe.py.
         lacks=frozenset({"FusedMatMul", "MoE", "QMoE"}),
+        wrong=frozenset({"QMoE"}),
     ),
     # Its library has the operators, as strings (0.31.0); its predecessor's source has no FusedMatMul, MoE or
     # QuickGelu. QMoE has not been run. ONNX Runtime GenAI 0.18 does not know it by name, and hands names that

@@ -165,6 +165,15 @@ class Artifact:
         further = manifests.further_graphs(self.manifest, provider)
         return {} if further is None else read_json(self.root / further["overlay"], ADVICE)
 
+    def graphs(self, provider: str) -> list[str]:
+        """Names of the files that answer on an execution provider."""
+        described = [
+            {**part, **self.overlay(provider).get("model", {}).get(kind, {})}
+            for kind, part in self.genai_config["model"].items()
+            if isinstance(part, dict)
+        ]
+        return [part["filename"] for part in described if "filename" in part]
+
     def rewinds(self, provider: str) -> bool:
         """Whether a generator on an execution provider can return to an earlier point.
 

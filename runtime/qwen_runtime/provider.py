@@ -34,7 +34,12 @@ class Choice:
 
 
 def load_first(
-    wanted: str, made_for: str, og: Any, load: Callable[[str], T], fallbacks: Sequence[str] = ()
+    wanted: str,
+    made_for: str,
+    og: Any,
+    load: Callable[[str], T],
+    fallbacks: Sequence[str] = (),
+    fault: Callable[[Provider], str | None] = lambda provider: None,
 ) -> tuple[Choice, T]:
     """What `load` returns for the first provider that it succeeds with.
 
@@ -45,14 +50,23 @@ def load_first(
         og: the module onnxruntime_genai.
         load: called with a provider's key; may raise anything.
         fallbacks: the artifact's, in the order in which they are tried.
+        fault: why the artifact's graph must not be run on a provider; None: it may.
 
     Raises:
-        UserError: no such provider, or one that was asked for by name is not in this install or cannot load
-            the artifact. What the CPU raises is passed on.
+        UserError: no such provider, or one that was asked for by name is not in this install, cannot load
+            the artifact or must not run it. What the CPU raises is passed on.
     """
     refusals: list[str] = []
     for name in _candidates(wanted, made_for, fallbacks):
         provider = PROVIDERS[name]
+        if found := fault(provider):
+            if wanted != "auto":
+                raise UserError(
+                    f"{found}: take --provider auto, or export with a profile for {provider.title}"
+                )
+            if name == made_for or name in fallbacks:
+                refusals.append(found)
+            continue
         if not is_available(provider, og):
             missing = f"{provider.title} is not in this install"
             if wanted != "auto":

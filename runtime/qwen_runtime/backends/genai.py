@@ -21,6 +21,7 @@ from qwen_runtime.backends.protocol import (
     RewindableGenerator,
 )
 from qwen_runtime.grammar import lark, why_refused
+from qwen_runtime.graph_fault import graph_fault
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.provider import Choice, load_first
@@ -62,6 +63,7 @@ class GenAI:
             og,
             lambda name: _open(og, artifact, name),
             manifest["settings"].get("fallbacks", []),
+            lambda provider: graph_fault(artifact, provider),
         )
         if further := further_graphs(manifest, choice.name):
             choice = replace(choice, reason=f"{choice.reason}; with the {further['lowering']} graph")
