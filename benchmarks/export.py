@@ -114,7 +114,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=GEOMETRIES, default=["0.8B", "4B"])
     parser.add_argument("--builder", nargs="*", choices=GEOMETRIES, default=["0.8B"])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--hollow-experts", action="store_true", help="routed experts take no disk and are 0")
+    parser.add_argument(
+        "--hollow-experts",
+        action="store_true",
+        help="routed experts take no disk and are 0: for exports only, memory once loaded is no measure",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
