@@ -66,3 +66,17 @@ def stop_at_once(browser: Chrome, text: str) -> None:
     by_id(browser, "text").send_keys(text)
     browser.execute_script("document.getElementById('send').click(); document.getElementById('stop').click()")
     until(browser, lambda: articles(browser, "failed"))
+
+
+def shown(browser: Chrome, *texts: str) -> str:
+    """The HTML of one answer that grew from text to text."""
+    return browser.execute_async_script(
+        """const [texts, done] = arguments;
+        Promise.all([import("/markdown.js"), import("/dom.js")]).then(([{ Markdown }]) => {
+          const markdown = new Markdown();
+          for (const text of texts) markdown.show(text);
+          document.getElementById("log").append(markdown.node);
+          done([...markdown.node.children].map((block) => block.innerHTML.trim()).join(""));
+        });""",
+        texts,
+    )

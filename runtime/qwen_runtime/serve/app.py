@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import mimetypes
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -139,6 +140,9 @@ class _Page(StaticFiles):
     def __init__(self, kiosk: bool, **options: Any) -> None:
         super().__init__(**options)
         self._kiosk = kiosk
+        # Windows' registry may have other types for them, with which no browser runs them.
+        for ending in (".js", ".mjs"):
+            mimetypes.add_type("text/javascript", ending)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         if self._kiosk and scope["path"] == "/" and b"kiosk" not in scope["query_string"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import subprocess
 import threading
 import time
@@ -13,6 +14,8 @@ import openai
 import pytest
 from openai import OpenAI
 from qwen_runtime import Model
+from qwen_runtime.serve import app
+from starlette.testclient import TestClient
 
 from tests.support.servers import RUN, Server, health, request, serving
 
@@ -103,3 +106,14 @@ def test_kiosk_page(cpu_artifact: Path) -> None:
         status, _, page = request(server, "GET", "/?kiosk&idle=60")
         assert status == 200 and b"<html" in page
         assert request(server, "GET", "/app.js")[0] == 200
+
+
+def test_scripts_have_their_type_whatever_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows' registry does, which Python's table takes over."""
+    types = mimetypes.MimeTypes()
+    types.add_type("text/plain", ".js")
+    types.add_type("text/plain", ".mjs")
+    monkeypatch.setattr(mimetypes, "_db", types)
+    page = TestClient(app._Page(False, directory=Path(app.__file__).parent / "page", html=True))
+    for path in ("/app.js", "/vendor/purify.es.mjs"):
+        assert page.get(path).headers["content-type"].startswith("text/javascript"), path

@@ -23,6 +23,7 @@ from tests.support.pages import (
     needs_chromium,
     open_page,
     said,
+    shown,
     stop_at_once,
     until,
 )
@@ -88,6 +89,17 @@ def test_regenerate_and_edit(page: Chrome) -> None:
     until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant footer"))
     assert said(page) == ["What is yield? And classes?"]
     assert kept(page) == ["What is yield? And classes?", *before]
+
+
+def test_an_edit_stops_the_answer_that_is_written(page: Chrome) -> None:
+    """What was written by then is kept with the chat as it was."""
+    by_id(page, "text").send_keys("Explain classes.", Keys.ENTER)
+    until(page, lambda: articles(page, "assistant") and articles(page, "assistant")[-1].text)
+    page.execute_script("document.querySelector('article.user footer button').click()")
+    page.switch_to.active_element.send_keys(" Now.", Keys.ENTER)
+    until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant footer"))
+    assert said(page) == ["Explain classes. Now."] and len(articles(page, "assistant")) == 1
+    until(page, lambda: sorted(kept(page)[:2]) == ["Explain classes.", "Explain classes. Now."])
 
 
 def test_chats_are_kept_until_they_are_deleted(page: Chrome) -> None:
@@ -215,6 +227,7 @@ def test_kiosk_forgets_when_nobody_is_there(browser: Chrome, server: Server) -> 
     until(browser, lambda: not articles(browser, "assistant"))
     assert by_id(browser, "greeting").is_displayed()
     assert not by_id(browser, "open-history").is_displayed() and kept(browser) == before
+    assert shown(browser, "[a](https://a.example/) b") == "<p>a b</p>"
 
 
 def test_it_asks_no_other_host_and_breaks_no_rule(browser: Chrome, server: Server) -> None:

@@ -6,23 +6,9 @@ import pytest
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
-from tests.support.pages import click, needs_chromium, until
+from tests.support.pages import click, needs_chromium, shown, until
 
 pytestmark = needs_chromium
-
-
-def shown(browser: Chrome, *texts: str) -> str:
-    """The HTML of one answer that grew from text to text."""
-    return browser.execute_async_script(
-        """const [texts, done] = arguments;
-        Promise.all([import("/markdown.js"), import("/dom.js")]).then(([{ Markdown }]) => {
-          const markdown = new Markdown();
-          for (const text of texts) markdown.show(text);
-          document.getElementById("log").append(markdown.node);
-          done([...markdown.node.children].map((block) => block.innerHTML.trim()).join(""));
-        });""",
-        texts,
-    )
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ function drawQuestion(message, at) {
 
 /** Ask another question in place of one. The chat as it was stays among those that are kept. */
 function edit(at, content) {
-  if (running || !served) return;
+  if (!served) return;
   const { messages } = chat;
   show({ ...newChat(), messages: messages.slice(0, at), title: at ? chat.title : "" });
   add({ ...messages[at], content });

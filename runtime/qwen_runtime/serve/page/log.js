@@ -99,7 +99,8 @@ export class Answer {
     this.#draw();
     this.#node.classList.remove("working");
     const regenerate = Object.assign(button("Regenerate", again), { className: "again" });
-    const copy = copyButton(() => this.#message.content);
+    const { content } = this.#message;
+    const copy = content ? copyButton(() => content) : "";
     this.#node.append(element("footer", {}, copy, regenerate, this.#message.facts ?? ""));
     scroll(false);
   }

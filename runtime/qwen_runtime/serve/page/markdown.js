@@ -5,6 +5,7 @@ import { Marked } from "./vendor/marked.esm.js";
 import DOMPurify from "./vendor/purify.es.mjs";
 
 import { copyButton, element } from "./dom.js";
+import { kiosk } from "./kiosk.js";
 
 const WEB = /^(?:https?:\/\/|mailto:)/i;
 const LONGEST = 400_000; // characters; beyond them the text is shown as it is
@@ -71,7 +72,8 @@ const marked = new Marked({ breaks: true, renderer, extensions: math });
 
 function finished(fragment) {
   for (const link of fragment.querySelectorAll("a")) {
-    Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+    if (kiosk) link.replaceWith(...link.childNodes); // a public screen shows no other page
+    else Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
   }
   for (const table of fragment.querySelectorAll("table")) {
     const frame = element("div", { className: "table" });
