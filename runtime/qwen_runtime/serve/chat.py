@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -20,7 +21,7 @@ from qwen_runtime.serve.common import engine_for, head_of, sampling
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
-from qwen_runtime.serve.parser import AnswerParser
+from qwen_runtime.serve.parser import AnswerParser, finish
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.chat import ChatRequest
 from qwen_runtime.serve.schema.messages import (
@@ -36,7 +37,7 @@ from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 async def chat_completions(http: HttpRequest) -> Response:
     asked = parse(ChatRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    request, parser = request_for(asked, http.app.state.thinking)
+    request, parser = await while_connected(http, request_for(asked, http.app.state.thinking))
     answers = Answers(engine, variants(request, asked.n), asked.n)
     await while_connected(http, answers.start())
     head = head_of("chatcmpl", engine)
@@ -55,16 +56,21 @@ async def answer_for(
     Raises:
         ApiError: the request cannot be obeyed, or has to wait for too many others.
     """
-    request, parser = request_for(asked, thinking_default)
+    request, parser = await request_for(asked, thinking_default)
     return await engine.submit(request), parser
 
 
-def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, AnswerParser]:
+async def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, AnswerParser]:
     """What the model is asked, and what takes its answer apart.
 
     Raises:
         ApiError: the request cannot be obeyed.
     """
+    # In a thread, for to check a large schema takes seconds.
+    return await asyncio.to_thread(_request_for, asked, thinking_default)
+
+
+def _request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, AnswerParser]:
     template_kwargs = _template_kwargs(asked, thinking_default)
     start = begun(asked, template_kwargs["enable_thinking"])
     template_kwargs["enable_thinking"] = start.template_thinking
@@ -102,7 +108,7 @@ async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any])
         async for piece in answer:
             parser.feed(piece.text)
             logprobs += piece.logprobs
-        parser.finish()
+        await finish(parser)
         choice = {
             "index": index,
             "message": parser.message,
@@ -144,7 +150,7 @@ async def _deltas(answer: Answer, parser: AnswerParser) -> AsyncIterator[dict[st
         for delta in parser.feed(piece.text):
             yield choice(delta)
     untold += answer.logprobs
-    for delta in parser.finish():
+    for delta in await finish(parser):
         yield choice(delta)
     yield choice({}, finish_reason(answer, parser))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -25,7 +26,7 @@ Check = Callable[[str], str | None]
 async def completions(http: HttpRequest) -> Response:
     asked = parse(CompletionRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    structure = structure_of(asked)
+    structure = await while_connected(http, asyncio.to_thread(structure_of, asked))
     check = (structure.check if structure else None) or (lambda text: None)
     answers = Answers(engine, _requests(asked, structure), asked.n)
     head = {**head_of("cmpl", engine), "object": "text_completion"}
@@ -64,7 +65,7 @@ async def _whole(answers: Answers, check: Check, head: Mapping[str, Any]) -> Res
         logprobs = [entry for piece in pieces for entry in piece.logprobs]
         text = "".join(piece.text for piece in pieces)
         choice = _choice(index, text, [*logprobs, *answer.logprobs], answer.finish_reason)
-        choices.append({**choice, **_refusal(check(text))})
+        choices.append({**choice, **await _refusal(check, text)})
     return JSONResponse({**head, "choices": choices, "usage": answers.usage})
 
 
@@ -78,7 +79,7 @@ async def _chunks(
                 text += piece.text
                 yield {**head, "choices": [_choice(index, piece.text, piece.logprobs)]}
             choice = _choice(index, "", answer.logprobs, answer.finish_reason)
-            yield {**head, "choices": [{**choice, **_refusal(check(text))}]}
+            yield {**head, "choices": [{**choice, **await _refusal(check, text)}]}
     except ApiError as error:  # too late for a status code
         yield error.body
         return
@@ -87,8 +88,9 @@ async def _chunks(
     yield None
 
 
-def _refusal(fault: str | None) -> dict[str, str]:
+async def _refusal(check: Check, text: str) -> dict[str, str]:
     """What is wrong with an answer; OpenAI has no field for it here."""
+    fault = await asyncio.to_thread(check, text)
     return {"refusal": fault} if fault else {}
 
 

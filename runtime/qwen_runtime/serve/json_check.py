@@ -1,51 +1,63 @@
 """Whether an answer is what a JSON schema asks for: grammars do not carry all of it.
 
-By jsonschema. Regular expressions come from clients and may take for ever, so they have a limit of time.
+By jsonschema. Schemas and regular expressions come from clients and may take for ever: a few definitions that
+refer to each other twice are billions of steps. So both have a limit of time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import attrs
 import regex
 from jsonschema import Draft4Validator, Draft7Validator, Draft202012Validator, SchemaError, ValidationError
+from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 from referencing import Registry
 
 from qwen_runtime.serve.errors import ApiError
 
 _DRAFTS = (Draft202012Validator, Draft7Validator, Draft4Validator)
-_MOST_CHARACTERS = 100_000  # of a schema; its check holds up the server for a second or two
+_MOST_CHARACTERS = 100_000  # of a schema
 _PATTERN_SECONDS = 0.2
+_SECONDS = 5.0  # of a whole answer
+_SCHEMA_SECONDS = 10.0  # of a schema
 _LONGEST_REASON = 300  # characters
 
 
-def check_schema(schema: Mapping[str, Any], field: str) -> None:
-    """Raises:
-    ApiError: it is no schema of any draft, refers to other documents, or is very large.
+def check_schema(schema: Mapping[str, Any], field: str) -> Any:
+    """The draft that `schema` is a schema of, for `fault`.
+
+    Raises:
+        ApiError: it is no schema of any draft, refers to other documents, or is very large.
     """
     if len(json.dumps(schema)) > _MOST_CHARACTERS:
         raise _refused(field, f"the schema has more than {_MOST_CHARACTERS} characters")
     try:
-        _draft(schema)
+        draft = _draft(schema)
+    except TimeoutError:
+        raise _refused(field, "to check the schema takes too long: make it smaller") from None
     except SchemaError as error:
         raise _refused(field, f"{_at(error, '.')}{error.message}") from error
     if far := next(_far_references(schema), None):
         raise _refused(field, f"$ref to '{far}', and nothing is fetched: put it in $defs")
+    return draft
 
 
-def fault(schema: Mapping[str, Any], answer: str) -> str | None:
+def fault(schema: Mapping[str, Any], draft: Any, answer: str) -> str | None:
     """What of `answer` is not as `schema` asks; None where nothing is, or where it is no whole JSON."""
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError):
         return None
     try:
-        checker = _with_limits(_draft(schema))(schema, registry=Registry())
+        checker = _with_limits(draft, _SECONDS)(schema, registry=Registry())
         found = min(checker.iter_errors(value), key=lambda error: len(error.absolute_path), default=None)
+    except TimeoutError:
+        return "the answer could not be checked: it takes too long"
     except Exception as error:  # a reference that leads nowhere or in a circle, a pattern that is none
         return f"the answer could not be checked: {type(error).__name__}"
     return (
@@ -58,23 +70,51 @@ def _draft(schema: Mapping[str, Any]) -> Any:
 
     Raises:
         SchemaError: it is of none, as the newest says it.
+        TimeoutError: it takes too long.
     """
     first: SchemaError | None = None
     for draft in _DRAFTS:
         try:
-            draft.check_schema(dict(schema))
-            return draft
-        except SchemaError as error:
-            first = first or error
+            error = next(
+                _with_limits(draft, _SCHEMA_SECONDS)(draft.META_SCHEMA).iter_errors(dict(schema)), None
+            )
         except RecursionError:
             break
+        if error is None:
+            return draft
+        first = first or SchemaError.create_from(best_match([error]))
     raise first or SchemaError("it is nested too deeply")
 
 
-@cache
-def _with_limits(draft: Any) -> Any:
-    keywords = {"pattern": _pattern, "patternProperties": _pattern_properties}
-    return extend(draft, {**keywords, "additionalProperties": _additional_properties})
+def _with_limits(draft: Any, seconds: float) -> Any:
+    """`draft`, whose keywords raise `TimeoutError` after so many seconds from now."""
+    end = time.monotonic() + seconds
+
+    def timed(keyword: Callable[..., Any]) -> Callable[..., Iterator[ValidationError]]:
+        def check(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+            if time.monotonic() > end:
+                raise TimeoutError
+            yield from keyword(validator, wanted, value, schema) or ()
+
+        return check
+
+    ours = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+    }
+    limited = extend(draft, {name: timed(keyword) for name, keyword in {**draft.VALIDATORS, **ours}.items()})
+    limited.evolve = _evolve
+    return limited
+
+
+def _evolve(validator: Any, **changes: Any) -> Any:
+    """As jsonschema's, which leaves the limits behind where a part of a schema has a `$schema` of its own."""
+    kept = {
+        field.alias: getattr(validator, field.name) for field in attrs.fields(type(validator)) if field.init
+    }
+    return type(validator)(**{**kept, **changes})
 
 
 def _matches(pattern: str, text: str) -> bool:
@@ -104,6 +144,21 @@ def _additional_properties(validator: Any, inner: Any, value: Any, schema: Any) 
             yield ValidationError(f"{name!r} is one property too many")
         else:
             yield from validator.descend(each, inner, path=name)
+
+
+def _unique_items(validator: Any, wanted: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """By their texts: jsonschema compares each with each, minutes for some thousand objects."""
+    if not wanted or not isinstance(value, list):
+        return
+    items = json.loads(json.dumps(value), parse_float=_number)
+    if len({json.dumps(item, sort_keys=True) for item in items}) < len(items):
+        yield ValidationError(f"{value!r} has non-unique elements")
+
+
+def _number(text: str) -> float:
+    """1.0 is 1."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _far_references(schema: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from qwen_runtime.serve.common import engine_for
 from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
-from qwen_runtime.serve.parser import AnswerParser, Delta
+from qwen_runtime.serve.parser import AnswerParser, Delta, finish
 from qwen_runtime.serve.schema.anthropic import CountRequest, MessagesRequest
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.tool_history import read_arguments
@@ -40,7 +40,7 @@ async def messages(http: HttpRequest) -> Response:
 async def count_tokens(http: HttpRequest) -> Response:
     asked = parse(CountRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    request, _ = request_for(asked.as_chat(), http.app.state.thinking)
+    request, _ = await while_connected(http, request_for(asked.as_chat(), http.app.state.thinking))
     count = await while_connected(http, engine.ask(queries.prompt_tokens, request))
     return JSONResponse({"input_tokens": count})
 
@@ -85,7 +85,7 @@ async def _events(answer: Answer, parser: AnswerParser, blocks: _Blocks, model: 
     except ApiError as error:  # too late for a status code
         yield error.anthropic_body
         return
-    for delta in parser.finish():
+    for delta in await finish(parser):
         for event in blocks.add(delta):
             yield event
     for event in blocks.end():

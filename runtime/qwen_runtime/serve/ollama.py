@@ -18,7 +18,7 @@ from qwen_runtime.serve.common import engine_for
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import JsonLines, read_json, while_connected
-from qwen_runtime.serve.parser import AnswerParser, Delta
+from qwen_runtime.serve.parser import AnswerParser, Delta, finish
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.ollama import AnswerRequest, GenerateRequest, OllamaChatRequest
 from qwen_runtime.serve.tool_history import read_arguments
@@ -33,7 +33,7 @@ async def chat(http: HttpRequest) -> Response:
     engine = engine_for(http, asked.model)
     if not asked.messages:
         return _loaded(asked, engine, _as_message)
-    request, parser = request_for(asked.as_chat(), http.app.state.thinking)
+    request, parser = await while_connected(http, request_for(asked.as_chat(), http.app.state.thinking))
     return await _answered(http, engine, request, parser, asked.stream, _as_message)
 
 
@@ -44,7 +44,8 @@ async def generate(http: HttpRequest) -> Response:
         return _loaded(asked, engine, _as_response)
     if asked.raw and (asked.images or asked.system or asked.think):
         raise ApiError(400, "raw: a raw prompt has no images, no system and no think beside it")
-    request, parser = request_for(asked.as_chat(), http.app.state.thinking and not asked.raw)
+    thinking = http.app.state.thinking and not asked.raw
+    request, parser = await while_connected(http, request_for(asked.as_chat(), thinking))
     if asked.raw:
         request = replace(request, prompt=asked.prompt)
     return await _answered(http, engine, request, parser, asked.stream, _as_response)
@@ -127,7 +128,7 @@ async def answer_lines(answer: Answer, parser: AnswerParser, begun: int) -> Asyn
         first = first or time.monotonic_ns()
         if line := said(parser.feed(piece.text)):
             yield line, {}
-    if line := said(parser.finish()):
+    if line := said(await finish(parser)):
         yield line, {}
     if fault := parser.message.get(
         "refusal"

@@ -6,6 +6,7 @@ finds depends on the text alone, not on the pieces.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -148,6 +149,11 @@ class AnswerParser:
             self._blank = False
             self.message[kind] = (self.message.get(kind) or "") + text
             yield {kind: text}
+
+
+async def finish(parser: AnswerParser) -> list[Delta]:
+    """As `AnswerParser.finish`, in a thread, for to check an answer may take seconds."""
+    return await asyncio.to_thread(parser.finish)
 
 
 def _unfinished(text: str, mark: str) -> int:

@@ -16,7 +16,7 @@ from qwen_runtime.serve.common import engine_for
 from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
-from qwen_runtime.serve.parser import AnswerParser, Delta
+from qwen_runtime.serve.parser import AnswerParser, Delta, finish
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.responses import ResponseRequest
 
@@ -87,7 +87,7 @@ async def _events(answer: Answer, parser: AnswerParser, head: Mapping[str, Any])
         yield state("failed", "failed", error={"code": "server_error", "message": str(error)})
         return
     cut = answer.finish_reason == "length" and not parser.ended
-    for delta in parser.finish():
+    for delta in await finish(parser):
         for event in items.add(delta):
             yield numbered(event)
     for event in items.end("incomplete" if cut or parser.in_call else "completed"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,13 @@ class Structure:
 
     Attributes:
         schema: of its JSON.
+        draft: of JSON Schema that it is of, once it was checked.
         regex: that matches it as a whole.
         choices: texts of which it is one.
     """
 
     schema: Mapping[str, Any] | None = None
+    draft: Any = None
     regex: str | None = None
     choices: Sequence[str] = ()
 
@@ -38,7 +40,7 @@ class Structure:
         """Tells what is wrong with an answer, where its guidance may not carry all."""
         if self.schema is None or self.schema == _ANY_OBJECT:
             return None
-        return partial(fault, self.schema)
+        return partial(fault, self.schema, self.draft)
 
     def guidance(self, thinking: bool) -> Guidance:
         return make_guidance(thinking=thinking, schema=self.schema, regex=self.regex, choices=self.choices)
@@ -56,7 +58,7 @@ def structure_of(asked: SharedRequest) -> Structure | None:
         raise ApiError(400, f"{names}: leave one off", parameter=found[1][0])
     for name, structure in found:
         if structure.schema is not None:
-            check_schema(structure.schema, name)
+            structure = replace(structure, draft=check_schema(structure.schema, name))
         if is_irregular(structure.regex):
             message = "look-around, named groups, flags and references back are not supported"
             raise ApiError(400, f"{name}: {message}", parameter=name)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
+from jsonschema import Draft202012Validator
 from openai import OpenAI
 from pydantic import BaseModel, Field
-from qwen_runtime.serve.json_check import fault
+from qwen_runtime.serve import json_check
+from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.json_check import check_schema, fault
 
 from tests.support.schemas import EVERY_DAY, object_of
-from tests.support.servers import Server
+from tests.support.servers import Server, health
 
 
 def form(schema: Any) -> Any:
@@ -26,7 +31,7 @@ def test_schemas_of_every_day(ask: Callable[..., Any], name: str) -> None:
     schema = EVERY_DAY[name]
     choice = ask(response_format=form(schema), max_tokens=60, temperature=1, seed=3).choices[0]
     if choice.finish_reason == "stop":
-        assert choice.message.refusal == fault(schema, choice.message.content)
+        assert choice.message.refusal == fault(schema, check_schema(schema, "x"), choice.message.content)
         json.loads(choice.message.content)
     else:
         assert name in ("recursion", "lookahead", "formats")
@@ -130,10 +135,83 @@ def test_what_is_refused_in_one_line(ask: Callable[..., Any], further: dict[str,
     assert "\n" not in said and len(said) < 450 and "start:" not in said
 
 
-def test_patterns_have_a_limit_of_time() -> None:
-    schema = object_of(a={"type": "string", "pattern": "^(?=a)(a|aa)+$"})
-    assert fault(schema, json.dumps({"a": "a" * 60 + "b"}))
-    assert fault(object_of(a={"$ref": "#/$defs/none"}), '{"a": 1}') == (
+def fault_of(schema: Any, answer: Any) -> str | None:
+    return fault(schema, check_schema(schema, "x"), json.dumps(answer))
+
+
+def doubled(depth: int) -> dict[str, Any]:
+    """Definitions that take 2 ** depth steps."""
+    steps = {f"a{at}": {"anyOf": [{"$ref": f"#/$defs/a{at + 1}"}] * 2} for at in range(depth)}
+    return {**steps, f"a{depth}": {"type": "string"}}
+
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+SLOW = "the answer could not be checked: it takes too long"
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        pytest.param({"pattern": "^(?=a)(a|aa)+$"}, id="pattern"),
+        pytest.param({"$schema": DRAFT, "pattern": "^(?=a)(a|aa)+$"}, id="pattern of a draft"),
+        pytest.param({"not": {"$ref": "#/$defs/a0"}}, id="definitions"),
+    ],
+)
+def test_the_check_has_a_limit_of_time(monkeypatch: pytest.MonkeyPatch, inner: Any) -> None:
+    monkeypatch.setattr(json_check, "_SECONDS", 0.2)
+    value = 5 if "not" in inner else "a" * 60 + "b"
+    assert fault_of({**object_of(a=inner), "$defs": doubled(40)}, {"a": value}) == SLOW
+
+
+def test_the_check_of_a_schema_has_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_check, "_SCHEMA_SECONDS", 0.2)
+    with pytest.raises(ApiError, match=r"^x: to check the schema takes too long"):
+        check_schema({"allOf": [{}] * 24_000}, "x")
+
+
+def test_what_cannot_be_checked() -> None:
+    assert fault_of(object_of(a={"$ref": "#/$defs/none"}), {"a": 1}) == (
         "the answer could not be checked: _WrappedReferencingError"
     )
-    assert fault(schema, '{"a": "aa"') is None
+    schema = object_of(a={"type": "string"})
+    assert fault(schema, check_schema(schema, "x"), '{"a": 1') is None
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [1, 1.0],
+        [1, True],
+        [{"a": 1, "b": 2}, {"b": 2, "a": 1.0}],
+        ["1", 1],
+        [[], {}],
+        [None, None],
+        [-0.0, 0],
+    ],
+)
+def test_items_that_are_unique(items: Any) -> None:
+    valid = Draft202012Validator({"uniqueItems": True}).is_valid(items)
+    assert (fault_of({"uniqueItems": True}, items) is None) == valid
+
+
+def test_many_items_that_are_unique() -> None:
+    begun = time.monotonic()
+    assert fault_of({"uniqueItems": True}, [{"a": at} for at in range(5000)]) is None
+    assert time.monotonic() - begun < 5  # seconds; it was a minute
+
+
+def test_others_are_answered_during_a_check(ask: Callable[..., Any], server: Server) -> None:
+    schema = {**object_of(a={"enum": [7], "not": {"$ref": "#/$defs/a0"}}), "$defs": doubled(40)}
+    refusals = []
+    asking = threading.Thread(
+        target=lambda: refusals.append(ask(response_format=form(schema)).choices[0].message.refusal)
+    )
+    asking.start()
+    longest = 0.0
+    while asking.is_alive():
+        begun = time.monotonic()
+        health(server)
+        longest = max(longest, time.monotonic() - begun)
+        time.sleep(0.05)
+    assert refusals == [SLOW]
+    assert longest < 3  # seconds on a busy machine; it was for ever
