@@ -113,6 +113,8 @@ def _portable_experts(
 
     probabilities = g.op("Softmax", g.reshape(g.cast(logits, np.float32), -1, experts), axis=-1)
     weights, choices = g.ops("TopK", probabilities, g.ints(chosen), outputs=2, axis=-1)
+    # WebGPU computes no int64: the places of the chosen rows would go to the CPU and back in every layer.
+    choices = g.cast(choices, np.int32)
     weights = g.op("Div", weights, g.op("ReduceSum", weights, g.ints(-1), keepdims=1))
     # The others' weights for every expert, by comparing: DirectML has a kernel for ScatterElements of older
     # operator sets only, and it would run on the CPU (measured).
@@ -140,7 +142,8 @@ def _gather(g: GraphBuilder, tensor: Value, choices: Value, experts: int, axis: 
     width = tensor.shape[axis]
     assert isinstance(width, int)
     width //= experts
-    places = g.op("Add", g.op("Mul", choices, g.ints(width)), g.ints(*range(width)))
+    first = g.op("Mul", choices, g.constant(width, np.int32))
+    places = g.op("Add", first, g.constant(np.arange(width), np.int32))
     return g.op("Gather", tensor, g.reshape(places, -1), axis=axis)
 
 

@@ -53,6 +53,7 @@ def value_types(path: Path) -> dict[str, str]:
         types[tensor.name] = {
             onnx.TensorProto.FLOAT: "tensor(float)",
             onnx.TensorProto.FLOAT16: "tensor(float16)",
+            onnx.TensorProto.INT32: "tensor(int32)",
             onnx.TensorProto.INT64: "tensor(int64)",
             onnx.TensorProto.UINT8: "tensor(uint8)",
         }[tensor.data_type]
