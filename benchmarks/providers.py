@@ -9,6 +9,8 @@ before its text, and has a row for the vision tower too, whose figure is 1 less 
 features. Last, the size of one folder of tiny-dense for several providers beside separate ones, and whether
 its greedy tokens are the same on all of them.
 
+A provider has rows only of the lowerings that it has kernels for.
+
 `--webgpu` names the folder of the plug-in (docs/testing.md); a software device is named as such. `--peer` is
 another interpreter with another provider: a command, the provider's name and its options, with colons
 between, as in `DirectML=wine python.exe:DmlExecutionProvider:{"device_id":"0"}`. It runs
@@ -100,10 +102,10 @@ def rows(providers: Mapping[str, Provider], dtype: str, folder: Path) -> Iterato
         features = features_of_transformers(checkpoint, images) if seen else None
         for lowering in LOWERINGS:
             for name, provider in providers.items():
+                if lowering not in provider.record.lowerings:
+                    continue
                 place = Path(tempfile.mkdtemp(dir=folder))
-                profile = float_profile(lowering, dtype).model_copy(
-                    update={"provider": "cpu" if provider.name == CPU else "webgpu"}
-                )
+                profile = float_profile(lowering, dtype).model_copy(update={"provider": provider.record.key})
                 artifact = make_artifact(checkpoint, profile, place / "artifact")
                 run = provider.run(artifact, read, pieces, place, images=images if seen else None)
                 loss = divergence(run.logits, expected)
@@ -115,7 +117,7 @@ def rows(providers: Mapping[str, Provider], dtype: str, folder: Path) -> Iterato
 
 def one_folder(providers: Mapping[str, Provider], folder: Path) -> tuple[dict[str, int], bool]:
     """Bytes of tiny-dense for WebGPU and DirectML in one folder and in one for each; whether the one folder's
-    main graph gives the same likeliest tokens on every provider, and its further graph on the CPU too."""
+    graphs give the same likeliest tokens: on every provider its own, and DirectML's on the CPU too."""
     profiles = {
         "one folder": load_profile("strix-halo"),
         "WebGPU alone": load_profile("strix-halo", ["fallbacks=[]"]),
@@ -128,8 +130,12 @@ def one_folder(providers: Mapping[str, Provider], folder: Path) -> tuple[dict[st
     whole = make_artifact(TINY, profiles["one folder"], folder / "logits")
     text = AutoTokenizer.from_pretrained(TINY)(EVALUATION.read_text(encoding="utf-8"))["input_ids"]
     ids = text[: sum(CHUNKS)]
-    runs = [provider.run(whole, ids, CHUNKS, folder) for provider in providers.values()]
-    runs.append(Provider(CPU).run(whole, ids, CHUNKS, folder, graph="model.dml.onnx"))
+    further = "model.dml.onnx"
+    runs = [
+        provider.run(whole, ids, CHUNKS, folder, further if provider.record.key == "dml" else "model.onnx")
+        for provider in providers.values()
+    ]
+    runs.append(Provider(CPU).run(whole, ids, CHUNKS, folder, further))
     likeliest = [run.logits.argmax(-1) for run in runs]
     return sizes, all((found == likeliest[0]).all() for found in likeliest)
 

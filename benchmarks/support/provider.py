@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qwen_common import providers
 from qwen_export.checkpoint.checkpoint import Checkpoint
 
 SCRIPT = Path(__file__).with_name("plugin_run.py")
@@ -61,6 +62,15 @@ class Provider:
     command: Sequence[str] = (sys.executable,)
     options: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def record(self) -> providers.Provider:
+        """What is known of it."""
+        return next(
+            record
+            for record in providers.PROVIDERS.values()
+            if self.name in (record.onnxruntime_name, (record.plugin or "").partition(":")[0])
+        )
 
     def run(
         self,

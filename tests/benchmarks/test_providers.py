@@ -20,6 +20,13 @@ def test_a_table_of_the_cpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(row.on_provider == row.copies == 0 and row.on_cpu > 100 for row in rows)
 
 
+@pytest.mark.parametrize(
+    "name, key", [(CPU, "cpu"), ("DmlExecutionProvider", "dml"), ("onnxruntime_ep_webgpu", "webgpu")]
+)
+def test_a_provider_is_known_by_its_name_or_its_module(name: str, key: str) -> None:
+    assert Provider(name).record.key == key
+
+
 def test_divergence_is_of_the_distributions() -> None:
     expected = np.log(np.array([[0.5, 0.5], [0.25, 0.75]]))
     found = np.log(np.array([[0.5, 0.5], [0.75, 0.25]])) + 7  # logits, up to a constant
