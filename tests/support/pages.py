@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -24,7 +25,9 @@ def open_page(browser: Chrome, url: str) -> None:
 
 
 def until(browser: Chrome, holds: Callable[[], object], seconds: float = 30) -> None:
-    WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: holds())
+    """Drawn again between two looks is not yet there."""
+    drawn_again = (StaleElementReferenceException,)
+    WebDriverWait(browser, seconds, 0.05, ignored_exceptions=drawn_again).until(lambda _: holds())
 
 
 def by_id(browser: Chrome, name: str) -> WebElement:
@@ -43,7 +46,9 @@ def ask(browser: Chrome, text: str) -> str:
 
 
 def said(browser: Chrome) -> list[str]:
-    return [item.text for item in browser.find_elements(By.CSS_SELECTOR, "article.user .said")]
+    return browser.execute_script(
+        "return [...document.querySelectorAll('article.user .said')].map((node) => node.innerText)"
+    )
 
 
 def click(browser: Chrome, selector: str) -> None:
