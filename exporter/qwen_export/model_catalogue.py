@@ -6,6 +6,7 @@ new-windows-ml/model-catalog/model-catalog-source): names of fields are those of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from qwen_common.providers import CPU, PROVIDERS
 LARGE_BYTES = 10**9  # Microsoft advises packages of its own kind for larger files
 _LICENCE = "LICENSE"
 _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+# An app, or Windows, may name a file or a folder after an entry: no separator, no character that is not seen.
+_ID = re.compile(r"\w[\w .+()-]{0,199}")
 _Https = TypeAdapter(Annotated[Url, UrlConstraints(allowed_schemes=["https"], host_required=True)])
 
 
@@ -91,11 +94,13 @@ def catalogue(artifacts: Sequence[Path], publication: Publication) -> Catalogue:
     """Entries for `artifacts`, in their order; every file is compared with its manifest.
 
     Raises:
-        UserError: an artifact is damaged or for the OpenVINO backend, two have one id, or something of
-            `publication` is not valid.
+        UserError: an artifact is damaged, for the OpenVINO backend or has a name that no catalogue should
+            have, two have one id, or something of `publication` is not valid.
     """
     for option, url in ("--base-url", publication.base_url), ("--license-uri", publication.license_uri):
         _check_url(option, url)
+    if {*"?#"} & {*publication.base_url}:
+        raise UserError("--base-url must end in a folder, without '?' or '#': files' names are put after it")
     opened = [open_folder(path, every=True) for path in artifacts]
     for_the_cpu = {_name(manifest) for manifest in opened if manifest["provider"] == CPU.key}
     try:
@@ -127,12 +132,19 @@ def large_files(models: Iterable[CatalogueModel], artifacts: Iterable[Path]) -> 
 def _model(path: Path, manifest: Manifest, publication: Publication, with_cpu: bool) -> CatalogueModel:
     if manifest["backend"] != BackendName.ONNX:
         raise UserError(f"{path} is for the OpenVINO backend: Windows ML's catalogue is of ONNX models")
+    name = _name(manifest)
+    identity = f"{name}-{manifest['profile']}".lower()
+    if not (_ID.fullmatch(name) and _ID.fullmatch(identity)):
+        raise UserError(
+            f"{path} has a model's name that no catalogue should have, {one_line(identity[:100])!r}: "
+            "export it again, from a checkpoint with a profile, named in letters, digits and . + - ( ) only"
+        )
     entries = {MANIFEST: file_entry(path / MANIFEST), **manifest["files"]}
     folder = f"{publication.base_url.rstrip('/')}/{quote(path.resolve().name)}"
     licence = path / _LICENCE
     return CatalogueModel(
-        id=f"{_name(manifest)}-{manifest['profile']}".lower(),
-        name=_name(manifest),
+        id=identity,
+        name=name,
         version=publication.version,
         publisher=publication.publisher,
         executionProviders=tuple(ExecutionProvider(name=name) for name in _providers(manifest, with_cpu)),
@@ -165,11 +177,13 @@ def _providers(manifest: Manifest, with_cpu: bool) -> list[str]:
 
 def _check_url(option: str, url: str) -> None:
     try:
-        _Https.validate_python(url)
+        parts = _Https.validate_python(url)
     except ValidationError:
         valid = False
     else:
-        valid = url.isascii() and not {*' "<>\\^`{|}'} & {*url}
+        if parts.username or parts.password:
+            raise UserError(f"{option} holds a user's name or password, which the catalogue would publish")
+        valid = url.isascii() and not {*' "<>\\^`{|}'} & {*url} and not re.search("%(?![0-9A-Fa-f]{2})", url)
     if not valid:
         raise UserError(
             f"{option} {one_line(url)!r} is no https address: write it as https://example.com/models"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen_common.errors import UserError
@@ -21,7 +23,15 @@ _CAUSES = {
     "Specified provider is not supported": "the onnxruntime that is installed has none: "
     "pip uninstall onnxruntime, then pip install onnxruntime-windowsml",
     "requires f16 but the device": "its device has no float16: export with --set activation_dtype=float32",
+    "Failed to get a WebGPU adapter": "it finds no graphics device here: install its driver",
 }
+# Of a library that does not load, by ONNX Runtime GenAI and by ONNX Runtime: the system's words among theirs.
+_LIBRARY = re.compile(
+    r'(?:Error loading "|Failed to load library )(?P<path>.+?)(?:":| with error:) (?:(?P=path): )?'
+    r"(?P<why>.+?)(?: The required hardware or driver|\n|$)"
+)
+# What glibc says of a file that is there, but for another processor.
+_NOT_FOUND = "cannot open shared object file: No such file or directory"
 _LONGEST_CAUSE = 240  # characters; OpenVINO's fill a page
 
 
@@ -116,5 +126,10 @@ def is_available(provider: Provider, og: Any) -> bool:
 def cause(error: Exception) -> str:
     """What a library's error means here, in one line."""
     text = str(error)
+    if library := _LIBRARY.search(text):
+        path, why = library["path"], library["why"]
+        if why == _NOT_FOUND:
+            why = "it is for another processor" if Path(path).is_file() else "there is no such file"
+        text = f"{path}: {why}"
     known = next((meaning for said, meaning in _CAUSES.items() if said in text), None)
     return known or textwrap.shorten(text, _LONGEST_CAUSE)

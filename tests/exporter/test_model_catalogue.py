@@ -110,6 +110,10 @@ def test_one_artifact_alone_is_for_the_cpu_too_and_its_licence_is_in_it(
         ({"base_url": "http://example.com"}, "--base-url 'http://example.com' is no https address"),
         ({"base_url": "https://"}, "--base-url 'https://' is no https address"),
         ({"base_url": "https://example.com/a b"}, "is no https address"),
+        ({"base_url": "https://example.com/100%"}, "is no https address"),
+        ({"base_url": "https://example.com/m?key=1"}, "--base-url must end in a folder, without '?' or '#'"),
+        ({"base_url": "https://example.com/m#top"}, "--base-url must end in a folder, without '?' or '#'"),
+        ({"base_url": "https://me:word@example.com/m"}, "--base-url holds a user's name or password"),
         ({"license_uri": "LICENSE"}, "--license-uri 'LICENSE' is no https address"),
         ({"publisher": " "}, "'publisher' of the catalogue: String should have at least 1 character"),
         ({"version": ""}, "'version' of the catalogue"),
@@ -119,6 +123,23 @@ def test_wrong_options(changed: dict[str, str], message: str, cpu_artifact: Path
     done = run(cpu_artifact, **changed)
     assert done.exit_code == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["..", "a\nb", "x\u202ey", 'a"b', "a:b", "n" * 5000, "", " "])
+def test_names_that_no_catalogue_should_have(name: str, cpu_artifact: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(cpu_artifact, tmp_path / "artifact")
+    manifest = manifests.read(artifact)
+    manifests.write(artifact, {**manifest, "model": {**manifest["model"], "name": name}})
+    done = run(artifact)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert f"{artifact} has a model's name that " in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_names_of_other_scripts_are_published(cpu_artifact: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(cpu_artifact, tmp_path / "artifact")
+    manifest = manifests.read(artifact)
+    manifests.write(artifact, {**manifest, "model": {**manifest["model"], "name": "Über/模型-3.5 (2)"}})
+    assert json.loads(run(artifact).stdout)["models"][0]["name"] == "模型-3.5 (2)"
 
 
 def test_what_cannot_be_published(cpu_artifact: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,10 @@ FAKE_PACKAGES = {
     "onnxruntime_ep_amdgpu": "def get_ep_name(): return 'AMDGPUExecutionProvider'\n"
     "def get_library_path(): return 'amdgpu.so'\n",
 }
+# ELF's header of a library for RISC-V.
+FOR_RISC_V = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
+    "<HHIQQQIHHHHHH", 3, 243, 1, 0, 64, 0, 0, 64, 56, 0, 64, 0, 0
+)
 # Greedy tokens of one artifact, on a plug-in and on the CPU.
 ON_A_PLUGIN = """
 import sys, numpy as np, onnxruntime_genai as og
@@ -133,6 +138,35 @@ def test_devices_says_what_is_wrong_with_a_library(monkeypatch: pytest.MonkeyPat
         found = next(item for item in providers(machine, og) if item.name == "amdgpu")
         assert not found.usable and found.advice.startswith("its library does not load: ")
         assert path.name in found.advice and "\n" not in found.advice
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="words of Linux's loader")
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"no library", "file too short"),
+        (bytes(4096), "invalid ELF header"),
+        (FOR_RISC_V + bytes(4096), "it is for another processor"),
+        (None, "there is no such file"),
+    ],
+    ids=["short", "no ELF", "another processor", "no file"],
+)
+def test_why_a_library_does_not_load(
+    content: bytes | None, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the real libraries; the path is named once, and is long, as those of packages are."""
+    wrong = tmp_path / ("deep" * 20) / "libamdgpu-ep.so"
+    wrong.parent.mkdir()
+    if content is not None:
+        wrong.write_bytes(content)
+    monkeypatch.setattr(plugins, "_registered", set())
+    monkeypatch.setenv("AMDGPU_EP_PATH", str(wrong))
+    choice, _ = load_first("auto", "amdgpu", og, str.upper, ["cpu"])
+    assert choice.reason == f"CPU: AMDGPU did not start ({wrong}: {why})"
+    radeon = Device("gpu", "AMD 1002:1586", "1002:1586")
+    machine = Machine("linux", "some CPU", frozenset(), 10**10, (radeon,))
+    found = next(item for item in providers(machine, og) if item.name == "amdgpu")
+    assert found.advice == f"its library does not load: {wrong}: {why}"
 
 
 @pytest.mark.parametrize("key", ["amdgpu", "nvtensorrtrtx", "mlx"])

@@ -72,6 +72,23 @@ def test_an_onnxruntime_without_directml() -> None:
         load_first("dml", "dml", FakeGenAI("dml"), load)
 
 
+def test_a_machine_without_a_graphics_driver(fake_webgpu_plugin: None) -> None:
+    def load(name: str) -> str:
+        if name == "webgpu":  # as the plug-in 0.4.0 and GenAI 0.18 say it
+            raise RuntimeError(
+                "/onnxruntime_src/onnxruntime/core/session/plugin_ep/ep_plugin_provider_interfaces.cc:393 "
+                "virtual std::unique_ptr<onnxruntime::IExecutionProvider> onnxruntime::"
+                "PluginExecutionProviderFactory::CreateProvider(const OrtSessionOptions&, const OrtLogger&) "
+                "[ONNXRuntimeError] : 11 : EP_FAIL : /onnxruntime_src/onnxruntime/core/providers/webgpu/"
+                "webgpu_context.cc:136 ::<lambda()> adapter_result.status == wgpu::RequestAdapterStatus::"
+                "Success was false. Failed to get a WebGPU adapter: No supported adapters\n\n"
+            )
+        return name
+
+    choice, _ = load_first("auto", "webgpu", FakeGenAI(), load)
+    assert choice.reason == "CPU: WebGPU did not start (it finds no graphics device here: install its driver)"
+
+
 def test_the_next_provider_that_loads() -> None:
     choice, _ = load_first("auto", "dml", FakeGenAI("cuda"), loads_on("cuda", "cpu"))
     assert choice.name == "cuda"
