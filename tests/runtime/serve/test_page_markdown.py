@@ -16,11 +16,11 @@ pytestmark = needs_chromium
     [
         (
             "# One\n\ntwo **b** `a<b`\nthree",
-            "<h3>One</h3><p>two <strong>b</strong> <code>a&lt;b</code><br>three</p>",
+            "<h2>One</h2><p>two <strong>b</strong> <code>a&lt;b</code><br>three</p>",
         ),
         ("- a\n  1. b\n- [x] c", "<ul>\n<li>a<ol>\n<li>b</li>\n</ol>\n</li>\n<li>\u2611 c</li>\n</ul>"),
         ("| a | b |\n|---|--:|\n| 1 | 2 |", '<td align="right">2</td>'),
-        ("```py\nx = 1 < 2", '<pre><code class="language-py">x = 1 &lt; 2\n</code></pre>'),
+        ("```py\nx = 1 < 2", '<pre tabindex="0"><code class="language-py">x = 1 &lt; 2\n</code></pre>'),
         ("```py\nx", '<div><span>py</span><button type="button">Copy</button></div>'),
         (
             "[ok](https://a.example/)",

@@ -12,7 +12,7 @@ const LONGEST = 400_000; // characters; beyond them the text is shown as it is
 const CLEAN = {
   ALLOWED_TAGS: [
     ...["p", "br", "hr", "strong", "em", "del", "code", "pre", "span", "a", "blockquote", "ul", "ol", "li"],
-    ...["h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"],
+    ...["h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"],
   ],
   ALLOWED_ATTR: ["href", "class", "align", "start"],
   ALLOWED_URI_REGEXP: WEB, // of every attribute but class, and:
@@ -58,7 +58,7 @@ const renderer = {
   html: ({ text, block }) => (block ? `<p>${escaped(text)}</p>` : escaped(text)),
   checkbox: ({ checked }) => (checked ? "\u2611 " : "\u2610 "),
   heading({ tokens, depth }) {
-    const name = `h${Math.min(6, depth + 2)}`; // below the page's own
+    const name = `h${Math.min(6, depth + 1)}`; // below the page's own
     return `<${name}>${this.parser.parseInline(tokens)}</${name}>`;
   },
   link({ href, raw, tokens }) {
@@ -76,13 +76,14 @@ function finished(fragment) {
     else Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
   }
   for (const table of fragment.querySelectorAll("table")) {
-    const frame = element("div", { className: "table" });
+    const frame = element("div", { className: "table", tabIndex: 0 });
     table.replaceWith(frame);
     frame.append(table);
   }
   for (const pre of fragment.querySelectorAll("pre")) {
     const language = /language-(\S+)/.exec(pre.firstElementChild?.className ?? "")?.[1] ?? "";
     const frame = element("div", { className: "code" });
+    pre.tabIndex = 0; // what scrolls is reached by keys
     pre.replaceWith(frame);
     frame.append(element("div", {}, element("span", {}, language), copyButton(() => pre.textContent)), pre);
   }
