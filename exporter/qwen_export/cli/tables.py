@@ -46,6 +46,7 @@ def prediction_table(found: Prediction) -> Table:
     budget = f"of {_gb(predicted.budget)}"
     table.add_row("size on disk", _gb(predicted.disk))
     table.add_row("memory at load", f"{_gb(predicted.load)} {budget}")
+    table.add_row("memory once loaded", f"{_gb(predicted.resident)} {budget}")
     table.add_row(f"working memory, runs of {profile.prefill_chunk} tokens", _gb(predicted.working))
     table.add_row("memory per 1024 tokens of context", _gb(1024 * predicted.cache_per_token))
     table.add_row("largest context that fits", f"{predicted.largest_context} tokens")

@@ -11,7 +11,9 @@ class Estimate:
 
     Attributes:
         disk: all files of the artifact, without the tokenizer's where the checkpoint's are not at hand.
-        load: memory of the process once the model is loaded, before the first prompt.
+        load: the most memory of the process while the model is loaded, with mapped pages, which the system
+            can drop.
+        resident: memory of the process after that, before the first prompt.
         working: what a run of `prefill_chunk` tokens needs besides, with the recurrent states.
         cache_per_token: keys and values of one token of context.
         decode_bytes: weights that are read for one token; of a mixture only the experts that it is sent to.
@@ -25,6 +27,7 @@ class Estimate:
 
     disk: int
     load: int
+    resident: int
     working: int
     cache_per_token: int
     decode_bytes: int
@@ -38,7 +41,7 @@ class Estimate:
     @property
     def needed(self) -> int:
         """Memory with the shortest context that is of use, 1024 tokens."""
-        return self.load + self.working + 1024 * self.cache_per_token
+        return self.resident + self.working + 1024 * self.cache_per_token
 
     @property
     def fits(self) -> bool:

@@ -51,11 +51,13 @@ def test_predicted_memory_at_load_is_what_a_process_takes(checkpoint: Path, expo
     artifact = exported(checkpoint, profile)
     code = (
         "import sys; from qwen_runtime import Model; model = Model.load(sys.argv[1]);"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        "print(*(line for line in open('/proc/self/status') if line.startswith(('VmHWM', 'VmRSS'))))"
     )
-    output = subprocess.check_output([sys.executable, "-c", code, artifact], text=True)
+    output = subprocess.check_output([sys.executable, "-c", code, artifact], text=True).split()
     assert predicted is not None
-    assert predicted.load == pytest.approx(1024 * int(output.split("VmHWM:")[1].split()[0]), rel=0.1)
+    peak, after = (1024 * int(output[output.index(key) + 1]) for key in ("VmHWM:", "VmRSS:"))
+    assert predicted.load == pytest.approx(peak, rel=0.1)
+    assert predicted.resident == pytest.approx(after, rel=0.1)
 
 
 def test_only_config_json_is_read(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_what_does_not_fit_is_refused_with_advice() -> None:
 def test_largest_context_is_the_edge_of_what_fits() -> None:
     found = predict(family()["Qwen3.5-9B"], load_profile("cpu-avx2")).estimate
     assert found is not None and found.context < found.largest_context < 262144
-    used = found.load + found.working + found.largest_context * found.cache_per_token
+    used = found.resident + found.working + found.largest_context * found.cache_per_token
     assert used <= found.budget < used + found.cache_per_token
 
 
@@ -107,7 +109,7 @@ def test_export_checks_memory_first(tmp_path: Path) -> None:
 def test_a_context_that_does_not_fit_is_said(tmp_path: Path) -> None:
     found = predict(configured(str(TINY)), load_profile("cpu")).estimate
     assert found is not None
-    budget = (found.load + found.working + 4000 * found.cache_per_token) / 1e9
+    budget = (found.resident + found.working + 4000 * found.cache_per_token) / 1e9
     arguments = [
         TINY,
         "--profile",

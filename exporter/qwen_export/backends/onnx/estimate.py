@@ -29,11 +29,15 @@ from qwen_export.graph.weights import ExternalTensor, Weight
 from qwen_export.planner.estimate import Estimate
 
 # Python, ONNX Runtime, GenAI and a session of a few small layers, before any weight (measured, Linux x86-64).
-_RUNTIME_BYTES = 72_000_000
+_RUNTIME_BYTES = 79_000_000
 # genai_config.json, manifest.json, processor_config.json, README.md; within a few hundred bytes.
 _DESCRIPTION_BYTES = 8_000
 # Tensors of one layer, each as wide as its widest, that are alive at once in a run (measured, generously).
 _LIVE_TENSORS = 6
+# Operators that hold quantised weights in a layout of their own, with a scale and a sum for each block: with
+# accuracy_level 4 on a CPU with AVX-512 (measured, benchmarks/memory.py; docs/profiles.md).
+_REPACKING = {"MatMulNBits", "QMoE"}
+FLOATS_PER_BLOCK = 2
 # Graphs that a runtime loads only for speculative decoding.
 _ON_DEMAND = {SPECULATIVE_FILE, MTP_FILE}
 # Fields of a profile that no graph depends on; of `provider` it depends on the target.
@@ -51,12 +55,14 @@ class _Sizes:
         files: graphs and data file.
         data: the data file.
         cpu: weights in memory on the CPU, of graphs for it.
+        cpu_load: the most of them while they are loaded.
         decoded: weights that are read for one token.
     """
 
     files: int
     data: int
     cpu: int
+    cpu_load: int
     decoded: int
     by_role: dict[str, int]
     precision: dict[str, str]
@@ -82,7 +88,9 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
     sizes = _sizes(_Asked(_graphs_depend_on(checkpoint, profile), checkpoint, profile, mtp))
     budget = int(profile.hardware.memory_budget_gb * 1e9)
     per_token = cache_bytes_per_token(config, dtype)
-    load = _RUNTIME_BYTES + (sizes.cpu if profile.provider == CPU.key else sizes.data)
+    on_cpu = profile.provider == CPU.key
+    resident = _RUNTIME_BYTES + (sizes.cpu if on_cpu else sizes.data)
+    load = _RUNTIME_BYTES + (sizes.cpu_load if on_cpu else sizes.data)
     widest = max(
         2 * config.gate_up_dim if isinstance(config, MoeTextConfig) else 2 * config.intermediate_size,
         config.conv_dim + config.value_dim,
@@ -91,10 +99,11 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
     fixed = sum(_state_bytes(checkpoint, dtype))
     working = fixed + _LIVE_TENSORS * profile.prefill_chunk * widest * dtype.itemsize
     working += config.vocab_size * np.dtype(np.float32).itemsize
-    room = max(0, budget - load - working) // per_token if per_token else config.positions
+    room = max(0, budget - resident - working) // per_token if per_token else config.positions
     return Estimate(
         disk=sizes.files + _DESCRIPTION_BYTES + _tokenizer_bytes(checkpoint.root),
         load=load,
+        resident=resident,
         working=working,
         cache_per_token=per_token,
         decode_bytes=sizes.decoded,
@@ -129,11 +138,13 @@ def _graphs_depend_on(checkpoint: Checkpoint, profile: Profile) -> str:
 def _sizes(asked: _Asked) -> _Sizes:
     """Profiles that differ only in their hardware share the graphs."""
     graphs = build_graphs(asked.checkpoint, asked.profile, mtp=asked.mtp)
+    # The CPU's target is nobody else's, so that no other provider shares this entry.
+    cpu, cpu_load = _cpu_bytes(graphs) if asked.profile.provider == CPU.key else (0, 0)
     return _Sizes(
         files=graphs.data_bytes + sum(map(model_size, graphs.every_file.values())),
         data=graphs.data_bytes,
-        # The CPU's target is nobody else's, so that no other provider shares this entry.
-        cpu=_cpu_bytes(graphs) if asked.profile.provider == CPU.key else 0,
+        cpu=cpu,
+        cpu_load=cpu_load,
         decoded=_decode_bytes(asked.checkpoint, graphs),
         by_role=graphs.bytes_by_role(),
         precision=_precisions(graphs),
@@ -152,31 +163,42 @@ def _uses(graphs: Graphs) -> Iterator[tuple[str, Node, ExternalTensor]]:
                     yield file, node, value.tensor
 
 
-def _cpu_bytes(graphs: Graphs) -> int:
-    """Weights in memory on the CPU, as onnxruntime 1.32 holds them.
+def _cpu_bytes(graphs: Graphs) -> tuple[int, int]:
+    """Weights in memory on the CPU, as onnxruntime 1.32 and the runtime hold them: after loading, and at most
+    while loading.
 
-    MatMulNBits repacks its codes, with a float scale and a float sum for each block, and lets go of the
-    mapped codes but not of the scales: mapped, or the widened copy of float16 ones. Float products repack
-    too. What others take, such as a gather, stays mapped: counted in full, as it will be in memory once it
-    was used. So is QMoE's, which repacks its codes on CPUs with AVX2 and lets go of the mapped ones: the
-    same bytes.
+    MatMulNBits and QMoE repack their codes, with floats for each block, and let go of the mapped codes of one
+    tensor after another; mapped scales stay until all is loaded, the widened copy of float16 ones for good.
+    Float products repack too. What others take stays mapped; rows of an embedding are in memory once they
+    were looked up.
     """
     mapped: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    let_go: dict[str, int] = {}
+    codes: list[tuple[str, int, int]] = []  # name, size, and what was held when it had been repacked
     copied = 0
     for _, node, tensor in _uses(graphs):
-        size = tensor.nbytes
-        if tensor.name.endswith(".scales") and node.op_type in ("MatMulNBits", "Cast"):
-            floats = 4 * size // tensor.dtype.itemsize
-            copied += 2 * floats
-            if node.op_type == "Cast":
-                copied += floats
-            else:
-                mapped[tensor.name] = size
-        elif node.op_type in ("MatMulNBits", "FusedMatMul", "Transpose"):
+        size, floats = tensor.nbytes, 4 * tensor.nbytes // tensor.dtype.itemsize
+        scales = tensor.name.endswith(".scales")
+        if scales and node.op_type == "Cast":  # for a MatMulNBits
+            copied += (FLOATS_PER_BLOCK + 1) * floats
+        elif scales and node.op_type in _REPACKING:
+            copied += FLOATS_PER_BLOCK * floats
+            let_go[tensor.name] = size
+        elif node.op_type in _REPACKING:
             copied += size
+            codes.append((tensor.name, size, copied))
+        elif node.op_type in ("FusedMatMul", "Transpose"):
+            copied += size
+        elif node.op_type == "Gather":
+            rows[tensor.name] = size
         else:
             mapped[tensor.name] = size
-    return copied + sum(mapped.values())
+    # Of a tied embedding the packing reads every row, and its mapping stays.
+    tied = sum(rows.get(name, 0) for name, *_ in codes)
+    most = max((held + size for name, size, held in codes if name not in rows), default=0)
+    stays = sum(mapped.values())
+    return copied + stays, max(copied, most) + stays + tied + sum(let_go.values())
 
 
 def _decode_bytes(checkpoint: Checkpoint, graphs: Graphs) -> int:

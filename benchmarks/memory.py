@@ -1,0 +1,238 @@
+"""Memory that ONNX Runtime's CPU provider holds for one node with quantised weights, by byte of its data.
+
+    python -m benchmarks.memory [--operators QMoE MatMulNBits] [--bits 4 8] [--blocks 32 64 128]
+        [--levels 0 4] [--zero-points] [--option session.disable_prepacking=1] [--json memory.json]
+
+A kernel repacks its weights when a session is made, into a layout that depends on the CPU: the table is for
+this one. Codes and scales are random; scales of zero would make packed pages of zeros, which tell nothing.
+Each node is loaded in a process of its own (Linux). Private memory is RssAnon after loading, once malloc has
+given back what is free; mapped is RssFile after a prompt and some steps; both without what Python and ONNX
+Runtime took before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from qwen_runtime.resident import release_freed, release_mapped
+
+_EXPERTS, _CHOSEN, _HIDDEN, _INNER = 32, 8, 2048, 512
+_ROWS, _COLUMNS = 32768, 2048
+_TOKENS, _STEPS = 16, 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One node.
+
+    Attributes:
+        zero_points: one for each block is stored.
+    """
+
+    operator: str
+    bits: int
+    block: int
+    level: int
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a process took for the node's weights, and its speed.
+
+    Attributes:
+        data: codes, scales and zero points in the file.
+        private: anonymous memory after loading.
+        mapped: resident pages of files after a prompt and steps of one token, without those of loading.
+        peak: of all resident memory while loading.
+        decode: seconds for one token.
+    """
+
+    data: int
+    private: int
+    mapped: int
+    peak: int
+    decode: float
+
+
+def measure(case: Case, options: dict[str, str]) -> Held:
+    """`case` in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: the CPU has no such kernel, or it does not load.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_node(case, Path(folder))
+        command = [sys.executable, "-m", "benchmarks.memory", "--hold", folder, json.dumps(options)]
+        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return Held(data, **json.loads(found))
+
+
+def write_node(case: Case, folder: Path) -> int:
+    """A model of one node in `folder`; returns the bytes of its weights."""
+    rng = np.random.default_rng(0)
+    model, data = folder / "model.onnx", folder / "data"
+    initializers, size = [], 0
+    with data.open("wb") as file:
+        for name, array in _weights(case, rng):
+            file.write(b"\0" * (-file.tell() % 4096))
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            tensor = TensorProto(
+                name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL
+            )
+            for key, value in (("location", "data"), ("offset", file.tell()), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            initializers.append(tensor)
+            file.write(array.tobytes())
+            size += array.nbytes
+    inputs, node = [_tensor("x", "tokens", _HIDDEN)], _node(case)
+    if case.operator == "QMoE":
+        inputs.append(_tensor("router", "tokens", _EXPERTS))
+    graph = helper.make_graph([node], "node", inputs, [_tensor("y", "tokens", None)], initializers)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), model)
+    return size
+
+
+def _tensor(name: str, *shape: str | int | None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def _weights(case: Case, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    """The node's initializers in the order of its inputs."""
+    found = []
+    for name, (*stack, n, k) in _matrices(case).items():
+        blocks, packed = k // case.block, case.block * case.bits // 8
+        shape = (n, blocks, packed) if case.operator == "MatMulNBits" else (*stack, n, blocks * packed)
+        found.append((f"{name}.codes", rng.integers(0, 256, shape, np.uint8)))
+        scales = rng.uniform(0.001, 0.01, (*stack, n, blocks)).astype(np.float32)
+        found.append((f"{name}.scales", scales))
+        if case.zero_points:
+            found.append(
+                (f"{name}.zeros", rng.integers(0, 256, (*stack, n, blocks * case.bits // 8), np.uint8))
+            )
+    return found
+
+
+def _matrices(case: Case) -> dict[str, tuple[int, ...]]:
+    if case.operator == "MatMulNBits":
+        return {"w": (_ROWS, _COLUMNS)}
+    return {"up": (_EXPERTS, 2 * _INNER, _HIDDEN), "down": (_EXPERTS, _HIDDEN, _INNER)}
+
+
+def _node(case: Case) -> onnx.NodeProto:
+    shared = {"block_size": case.block, "accuracy_level": case.level}
+    if case.operator == "MatMulNBits":
+        inputs = ["x", "w.codes", "w.scales"] + ["w.zeros"] * case.zero_points
+        attributes = {"N": _ROWS, "K": _COLUMNS, "bits": case.bits}
+    else:
+        inputs = ["x", "router", "up.codes", "up.scales", "", "down.codes", "down.scales"]
+        inputs += ["", "", "", "", "up.zeros", "down.zeros"] * case.zero_points
+        attributes = {"k": _CHOSEN, "expert_weight_bits": case.bits, "normalize_routing_weights": 1}
+        attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1}
+    return helper.make_node(case.operator, inputs, ["y"], domain="com.microsoft", **attributes, **shared)
+
+
+def _hold(folder: Path, options: dict[str, str]) -> dict[str, float]:
+    """Loads and runs the node of `folder` in this process."""
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    for key, value in options.items():
+        settings.add_session_config_entry(key, value)
+    settings.intra_op_num_threads = 2
+    rng = np.random.default_rng(0)
+    # The library's own pages, threads and arenas are no part of what a node takes.
+    ort.InferenceSession(_empty_model(), settings, providers=["CPUExecutionProvider"]).run(
+        None, {"x": np.zeros((1, 1), np.float32)}
+    )
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = _status()
+    session = ort.InferenceSession(folder / "model.onnx", settings, providers=["CPUExecutionProvider"])
+    loaded = _status()
+    release_mapped(folder)
+    release_freed()
+    kept = _status()
+
+    def run(tokens: int) -> None:
+        shapes = {value.name: (tokens, value.shape[1]) for value in session.get_inputs()}
+        feed = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        session.run(None, feed)
+
+    run(_TOKENS)
+    run(1)
+    seconds = []
+    for _ in range(_STEPS):
+        started = time.perf_counter()
+        run(1)
+        seconds.append(time.perf_counter() - started)
+    after = _status()
+    return {
+        "private": kept["RssAnon"] - before["RssAnon"],
+        "mapped": after["RssFile"] - before["RssFile"],
+        "peak": loaded["VmHWM"] - before["VmRSS"],
+        "decode": float(np.median(seconds)),
+    }
+
+
+def _empty_model() -> bytes:
+    ends = _tensor("x", "tokens", 1), _tensor("y", "tokens", 1)
+    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "empty", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def _status() -> dict[str, int]:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--hold"]:
+        print(json.dumps(_hold(Path(sys.argv[2]), json.loads(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--operators", nargs="+", default=["QMoE", "MatMulNBits"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[32, 64, 128])
+    parser.add_argument("--levels", nargs="+", type=int, default=[4], help="accuracy_level")
+    parser.add_argument("--zero-points", action="store_true", help="with stored zero points too")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the session")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    options = dict(option.split("=", 1) for option in asked.option)
+    zero_points = [False, True] if asked.zero_points else [False]
+    header = [*(field.name for field in fields(Case)), "data MB", "private", "mapped", "peak", "ms a token"]
+    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    found = []
+    for values in itertools.product(asked.operators, asked.bits, asked.blocks, asked.levels, zero_points):
+        case = Case(*values)
+        cells = [str(value) for value in asdict(case).values()]
+        try:
+            held = measure(case, options)
+        except subprocess.CalledProcessError as error:
+            cells += ["", (error.stderr.strip().splitlines() or ["?"])[-1]]
+        else:
+            found.append({**asdict(case), **asdict(held)})
+            shares = (f"{size / held.data:.3f}" for size in (held.private, held.mapped, held.peak))
+            cells += [f"{held.data / 1e6:.1f}", *shares, f"{held.decode * 1e3:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
