@@ -52,9 +52,16 @@ def said(browser: Chrome) -> list[str]:
 
 
 def click(browser: Chrome, selector: str) -> None:
-    """As a finger would, once it is there."""
-    until(browser, lambda: browser.find_elements(By.CSS_SELECTOR, selector))
-    browser.find_element(By.CSS_SELECTOR, selector).click()
+    """As a finger would, once it is to be seen."""
+
+    def clicked() -> bool:
+        found = browser.find_elements(By.CSS_SELECTOR, selector)
+        if not found or not found[0].is_displayed():
+            return False
+        found[0].click()
+        return True
+
+    until(browser, clicked)
 
 
 def kept(browser: Chrome) -> list[str]:

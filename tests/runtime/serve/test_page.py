@@ -55,7 +55,7 @@ def test_a_question_stopped_at_once_stays(page: Chrome) -> None:
     """And can be answered yet, now or after a reload, or be followed by another."""
     stop_at_once(page, "What is yield?")
     assert said(page) == ["What is yield?"] and not articles(page, "assistant")
-    page.refresh()
+    assert kept(page)[0] == "What is yield?"  # written by now
     open_page(page, page.current_url)
     by_id(page, "open-history").click()
     click(page, "#chats button")
@@ -115,15 +115,15 @@ def test_chats_are_kept_until_they_are_deleted(page: Chrome) -> None:
     click(page, "#chats li:nth-child(2) button + button")
     until(page, lambda: not articles(page, "user"))
     assert kept(page)[0] == "Explain numbers."
-    by_id(page, "delete-all").click()
+    click(page, "#delete-all")
     page.switch_to.alert.accept()
     until(page, lambda: by_id(page, "no-chats").is_displayed())
-    by_id(page, "keep").click()
+    click(page, "#keep")
     page.switch_to.active_element.send_keys(Keys.ESCAPE)
     ask(page, "What is yield?")
     assert kept(page) == []
     by_id(page, "open-history").click()
-    by_id(page, "keep").click()
+    click(page, "#keep")
 
 
 def test_a_browser_that_keeps_nothing_is_no_error(browser: Chrome, server: Server) -> None:
