@@ -45,7 +45,7 @@ def test_all_classes_of_the_plan_are_there() -> None:
         *("strix-halo", "radeon-780m", "radeon-890m"),
         *("intel-lunar-lake", "intel-meteor-lake", "intel-arc-b580", "intel-n100"),
         *("nvidia-rtx-8gb", "nvidia-rtx-24gb", "dgx-spark", "apple-m4"),
-        *("cpu", "cpu-avx2", "cpu-avx512", "webgpu"),
+        *("cpu", "cpu-avx2", "cpu-avx512", "laptop-32gb", "webgpu"),
     }
     assert OPENVINO == ["intel-arc-b580", "intel-lunar-lake", "intel-meteor-lake"]
 

@@ -98,6 +98,12 @@ def test_largest_context_is_the_edge_of_what_fits() -> None:
     assert used <= found.budget < used + found.cache_per_token
 
 
+def test_the_profile_for_laptops_is_for_35b_beside_other_programs() -> None:
+    model = family()["Qwen3.5-35B-A3B"]
+    assert predict(model, load_profile("laptop-32gb")).reason is None
+    assert predict(model, load_profile("cpu", ["hardware.memory_budget_gb=24"])).reason is not None
+
+
 def test_export_checks_memory_first(tmp_path: Path) -> None:
     arguments = [TINY, "--profile", "cpu", "--set", "hardware.memory_budget_gb=0.01", "-o", tmp_path / "out"]
     refused = run(*arguments)
