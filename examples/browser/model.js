@@ -19,6 +19,8 @@ export class Model {
    * bytes, and `signal` stops the download. Throws UserError.
    */
   static async load(url, { provider, report = () => {}, signal } = {}) {
+    if (provider && !Object.hasOwn(TITLES, provider))
+      throw new UserError(`no provider '${provider}': there are ${Object.keys(TITLES).join(" and ")}`);
     const manifest = await manifestOf(url);
     const config = JSON.parse(await textOf(url, "genai_config.json"));
     if (config.model.vision) throw new UserError("this page takes no images: export with --text-only");

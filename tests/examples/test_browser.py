@@ -245,6 +245,7 @@ def test_errors_say_what_to_do(
     browser: Chrome, site: Site, artifact: Path, exported: Exported, tmp_path: Path
 ) -> None:
     assert "artifact's address right?" in opened(browser, site, "artifact=nothing")
+    assert opened(browser, site, "provider=cuda") == "no provider 'cuda': there are webgpu and wasm"
     cut = shutil.copytree(artifact, tmp_path / "cut")
     data = (cut / "model.onnx.data").read_bytes()
     (cut / "model.onnx.data").write_bytes(data[:-1])
