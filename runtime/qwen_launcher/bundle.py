@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import re
 import stat
@@ -172,6 +173,20 @@ class Bundle:
         return now
 
 
+def python_digest(files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 of the Python that a bundle carries: of a line "SHA-256  name" for each of its files.
+
+    Windows' scripts compute it too, before they run that Python: nothing else could check it then.
+    """
+    inside = {
+        name.removeprefix(f"{PYTHON}/"): entry["sha256"]
+        for name, entry in files.items()
+        if name.startswith(f"{PYTHON}/")
+    }
+    lines = "".join(f"{inside[name]}  {name}\n" for name in sorted(inside))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def look_of(path: Path) -> list[int]:
     """What the system says of a file: something else once it was written, whoever sets its time back."""
     status = path.stat()
@@ -213,27 +228,37 @@ def public_key_of(path: Path) -> bytes:
     return key
 
 
-def files_in(root: Path, folder: str = "") -> Iterator[str]:
+def files_in(root: Path) -> Iterator[str]:
     """Paths of all files under `root`, relative, with forward slashes, but for Python's compiled copies.
 
     Raises:
         UserError: something there is neither a file nor a folder, such as a link out of it.
     """
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            path = f"{folder}{entry.name}"
-            if entry.is_dir(follow_symlinks=False):
-                if entry.name != COMPILED:
-                    yield from files_in(root, f"{path}/")
-            elif entry.is_file(follow_symlinks=False):
-                yield path
-            else:
-                raise UserError(f"{root / path} is a link or a device: remove it, or copy the bundle again")
+    folders = [""]  # and no recursion: they may be nested more deeply than Python's stack
+    while folders:
+        folder = folders.pop()
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                path = f"{folder}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name != COMPILED:
+                        folders.append(f"{path}/")
+                elif entry.is_file(follow_symlinks=False):
+                    yield path
+                else:
+                    raise UserError(
+                        f"{root / path} is a link or a device: remove it, or copy the bundle again"
+                    )
 
 
 def _stays_inside(name: str) -> bool:
     parts = name.split("/")
     return not any(part in ("", ".", "..") for part in parts) and not any(sign in name for sign in "\\:\0")
+
+
+def at_once(path: str, flags: int) -> int:
+    """An opener for `open` that waits for nobody to write to a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_bounded(path: Path, most: int) -> bytes:
@@ -242,9 +267,9 @@ def read_bounded(path: Path, most: int) -> bytes:
     Raises:
         UserError: it is no file, or larger than `most`.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path} is not a file: {_ADVICE}")
-    with path.open("rb") as file:
+    with open(path, "rb", opener=at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path} is not a file: {_ADVICE}")
         data = file.read(most + 1)
     if len(data) > most:
         raise UserError(f"{path} is larger than {most} bytes: {_ADVICE}")

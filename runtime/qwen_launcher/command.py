@@ -27,7 +27,7 @@ from qwen_launcher.installed import Installed, Release
 from qwen_launcher.program import command, environment
 from qwen_launcher.supervise import supervise
 
-_SCRIPTS = ("launcher.pyz", "start.sh", "start.ps1", "qwen-run", "qwen-run.ps1")
+_SCRIPTS = ("launcher.pyz", "start.sh", "start.ps1", "qwen-run", "qwen-run.ps1", "qwen-edge.service")
 
 
 def main() -> None:

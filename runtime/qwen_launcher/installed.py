@@ -87,7 +87,7 @@ class Installed:
         """The release in use, the last good ones, and whatever else is there, the newest first."""
         found = [release for release in (self.current, self.good, self.previous) if release]
         for release in dict.fromkeys([*found, *self._others()]):
-            if release.root.is_dir():
+            if os.path.isdir(release.root):  # whatever the disk answers
                 yield release
 
     def keys(self) -> list[Path]:
@@ -178,7 +178,9 @@ class Installed:
         try:
             with os.scandir(self.releases) as entries:
                 found = [
-                    (entry.stat().st_mtime, entry.name) for entry in entries if VERSION.fullmatch(entry.name)
+                    (entry.stat(follow_symlinks=False).st_mtime, entry.name)
+                    for entry in entries
+                    if VERSION.fullmatch(entry.name)
                 ]
         except OSError:
             return []

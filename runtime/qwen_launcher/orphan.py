@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from qwen_common.errors import UserError
 
@@ -23,13 +24,13 @@ _GRACE = 35.0  # seconds: `serve` lets running answers finish
 
 def note(installed: Installed, server: int, release: str) -> None:
     """Write down who runs, for whoever comes next and for `verify`."""
-    running = {"supervisor": os.getpid(), "server": server, "release": release}
+    running = {"boot": _boot(), "supervisor": os.getpid(), "server": server, "release": release}
     installed.remember(_file(installed), running)
 
 
 def serving(installed: Installed) -> str | None:
     """The release that a running kiosk answers with."""
-    found = read_state(_file(installed))
+    found = _noted(installed)
     return found.get("release") if _is_ours(found.get("supervisor"), installed.target) else None
 
 
@@ -39,7 +40,7 @@ def end_orphan(installed: Installed, grace: float = _GRACE) -> bool:
     Raises:
         UserError: its supervisor still runs.
     """
-    found = read_state(_file(installed))
+    found = _noted(installed)
     supervisor, server = found.get("supervisor"), found.get("server")
     if supervisor != os.getpid() and _is_ours(supervisor, installed.target):
         raise UserError(f"{installed.target} is served by process {supervisor} already: end that first")
@@ -58,6 +59,20 @@ def end_orphan(installed: Installed, grace: float = _GRACE) -> bool:
 
 def _file(installed: Installed) -> Path:
     return installed.state / "running.json"
+
+
+def _noted(installed: Installed) -> dict[str, Any]:
+    """What was noted since the machine started: its numbers begin again, and are much the same each time."""
+    found = read_state(_file(installed))
+    return found if found.get("boot") == _boot() else {}
+
+
+def _boot() -> str:
+    """Another text for each start of the machine, on Linux."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _is_ours(process: object, target: Path) -> bool:

@@ -28,6 +28,7 @@ from qwen_common.errors import USER_ERROR, UserError
 from qwen_common.providers import CPU
 
 from qwen_launcher import orphan
+from qwen_launcher.account import become_owner
 from qwen_launcher.installed import Installed, Release
 from qwen_launcher.program import command, environment
 
@@ -81,8 +82,12 @@ def supervise(
     installed = Installed(target)
     if not installed.target.is_dir():
         raise UserError(f"no folder {target}: run the bundle's install script")
+    logs = installed.target / "logs"
+    user = become_owner([installed.state, logs])
     installed.keys()
-    _log_to(installed.target / "logs")
+    _log_to(logs)
+    if user is not None:
+        _log.info("started by root, runs as user %d, to whom %s belongs", user, installed.state)
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -110,7 +115,6 @@ class _Supervisor:
         self._options = serve_options
         self._patience = patience
         self._stopping = stopping
-        self._compiled = _empty_folder(installed.state / "compiled")
         self._said = ""  # the last line of a server
 
     def run(self) -> None:
@@ -175,15 +179,19 @@ class _Supervisor:
         """
         options = ["--provider", provider, "--host", self._host, "--port", str(self._port), *self._options]
         arguments = ["--while-stdin-is-open", "serve", str(release.artifact), *options]
-        process = subprocess.Popen(
-            command(release, *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment(self._compiled),
-            cwd=self._installed.target,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command(release, *arguments),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment(_empty_folder(self._installed.state / "compiled")),
+                cwd=self._installed.target,
+                start_new_session=True,
+            )
+        except OSError as error:  # no memory or process to be had, or a Python that is being replaced
+            _log.error("cannot start it: %s", error)
+            return False
         orphan.note(self._installed, process.pid, release.name)
         reader = threading.Thread(target=self._copy_lines, args=(process,), daemon=True)
         reader.start()

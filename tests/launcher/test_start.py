@@ -14,10 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from qwen_common.errors import UserError
 from qwen_launcher.installed import Installed
 from qwen_runtime.kiosk.install import Installation
 
-from tests.support.small_kiosk import WEIGHTS, ask, free_port, new_key, small_bundle, started, wait_for
+from tests.support.small_kiosk import (
+    WEIGHTS,
+    ask,
+    free_port,
+    new_key,
+    resealed,
+    small_bundle,
+    started,
+    wait_for,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="start.sh needs a shell")
 PROGRAM = "site/qwen_runtime/kiosk/program.py"
@@ -157,6 +167,108 @@ def test_what_is_beside_the_versions_is_not_missed(
     damage(kiosk / place)
     with started(kiosk) as (_, port):
         assert wait_for(port).startswith(served)
+
+
+def test_folders_that_are_nested_more_deeply_than_python_calls_itself(kiosk: Path) -> None:
+    path = newest(kiosk) / "site" / "a"
+    for _ in range(1200):
+        os.mkdir(path)
+        path = path / "a"
+    path.touch()
+    whole = Installed(kiosk)
+    try:
+        with pytest.raises(UserError, match="does not belong in"):
+            whole.check(whole.current or pytest.fail())
+    finally:
+        subprocess.run(["rm", "-rf", str(newest(kiosk) / "site" / "a")], check=True)
+
+
+def test_a_dangling_link_hides_no_version(kiosk: Path) -> None:
+    (kiosk / "releases" / "9.9").symlink_to("nowhere")
+    for name in ("current", "previous"):
+        emptied(kiosk / name)
+    assert sorted(found.name for found in Installed(kiosk).candidates()) == ["1.0", "1.1"]
+
+
+@pytest.mark.parametrize("by", ["a link", "a path that CDPATH changes"])
+def test_where_the_scripts_are_started_from(kiosk: Path, by: str, tmp_path: Path) -> None:
+    """Each finds its own folder: `verify` says that everything is whole."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "start.sh").symlink_to(kiosk / "start.sh")
+    shutil.copytree(kiosk, tmp_path / "elsewhere" / kiosk.name)
+    command = [str(tmp_path / "bin" / "start.sh")] if by == "a link" else [f"{kiosk.name}/start.sh"]
+    port = free_port()
+    process = subprocess.Popen(
+        ["sh", *command, "--port", str(port)],
+        cwd=kiosk.parent,
+        env={**os.environ, "CDPATH": str(tmp_path / "elsewhere")},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert wait_for(port).startswith("1.1")
+        assert json.loads((kiosk / "state" / "running.json").read_text())["supervisor"] == process.pid
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_a_number_of_an_earlier_boot_is_another_process(kiosk: Path) -> None:
+    """After a restart an editor of a file in the kiosk's folder may have the old supervisor's number."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)", str(kiosk / "README.txt")])
+    running = {"boot": "another", "supervisor": other.pid, "server": other.pid, "release": "1.1"}
+    (kiosk / "state" / "running.json").write_text(json.dumps(running))
+    try:
+        with started(kiosk) as (_, port):
+            assert wait_for(port).startswith("1.1")
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_compiled_files_of_an_earlier_server_are_not_read(kiosk: Path) -> None:
+    """They are damaged under a running one, which then dies."""
+    with started(kiosk) as (_, port):
+        wait_for(port)
+        compiled = list((kiosk / "state" / "compiled").rglob("library.*.pyc"))
+        assert compiled
+        for path in compiled:
+            path.write_bytes(path.read_bytes()[:16] + b"\xff" * 50)
+        server = json.loads((kiosk / "state" / "running.json").read_text())["server"]
+        os.kill(server, signal.SIGKILL)
+        end = time.monotonic() + 60
+        while json.loads((kiosk / "state" / "running.json").read_text())["server"] == server:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert wait_for(port).startswith("1.1 auto hello")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"one two", b"\xff", None])
+def test_a_missing_key_of_the_api_ends_with_a_message(
+    content: bytes | None, key: Path, tmp_path: Path
+) -> None:
+    """The real `serve` reads it; None: the file is a link that leads nowhere."""
+    made = small_bundle(tmp_path / "made", key, "1.0")
+    library = made / "site" / "library.py"
+    library.write_text(
+        "import os, sys\n"
+        "if 'serve' in sys.argv:\n"
+        "    line = [sys.executable, '-c', 'from qwen_runtime.cli import main; main()']\n"
+        f"    paths = {{'PYTHONPATH': {os.pathsep.join(sys.path)!r}}}\n"
+        "    os.execve(sys.executable, line + sys.argv[sys.argv.index('serve'):], {**os.environ, **paths})\n"
+        + library.read_text()
+    )
+    target = tmp_path / "kiosk"
+    bundle = resealed(made, tmp_path / "bundle", key)
+    Installation(target).install(bundle, key.with_suffix(".pub"), quiet)
+    if content is None:
+        (target / "api.key").symlink_to("nowhere")
+    else:
+        (target / "api.key").write_bytes(content)
+    with started(target) as (process, _):
+        assert process.wait(timeout=120) == 2
+        said = process.communicate()[1].strip().splitlines()[-1]
+    assert said.startswith("error: ") and "API key" in said and "api.key" in said
 
 
 def random_damage(target: Path, generator: random.Random) -> str:

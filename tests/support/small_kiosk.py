@@ -100,7 +100,7 @@ def small_bundle(folder: Path, key: Path, version: str, weights: int = 0, **libr
     (folder / "artifact").mkdir()
     (folder / WEIGHTS).write_bytes(np.random.default_rng(weights).bytes(300_000))
     platform = PLATFORMS[str(FACTS["platform"])]
-    write_scripts(folder, platform, python=FACTS["python"], model="tiny", devices=False, carried_python=False)
+    write_scripts(folder, platform, python=FACTS["python"], model="tiny", devices=False)
     seal(folder, {**FACTS, "version": version}, key)
     return folder
 

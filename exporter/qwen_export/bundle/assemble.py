@@ -28,6 +28,7 @@ from qwen_launcher.bundle import (
     SIGNATURE,
     SITE,
     files_in,
+    python_digest,
 )
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.kiosk.self_test import make_self_test
@@ -138,7 +139,6 @@ def bundle(
             python=python,
             model=model,
             devices=_devices(source.manifest),
-            carried_python=carried.python,
         )
         facts = {
             "name": model,
@@ -213,8 +213,15 @@ def _wheels(
 def write_scripts(folder: Path, platform: Platform, **values: object) -> None:
     (folder / LAUNCHER).write_bytes(launcher())
     digest = sha256(folder / LAUNCHER)
+    carried = {name: file_entry(folder / name) for name in files_in(folder) if name.startswith(f"{PYTHON}/")}
     for name in ("README.txt", *_SCRIPTS[platform.windows]):
-        text = render(name, windows=platform.windows, launcher_sha256=digest, **values)
+        text = render(
+            name,
+            windows=platform.windows,
+            launcher_sha256=digest,
+            python_sha256=python_digest(carried) if carried else "",
+            **values,
+        )
         newline = "\r\n" if platform.windows else "\n"
         (folder / name).write_bytes(text.replace("\n", newline).encode())
         if text.startswith("#!"):

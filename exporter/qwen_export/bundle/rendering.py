@@ -20,7 +20,14 @@ def plain(value: object) -> str:
 def render(template: str, **values: object) -> str:
     """The file that `templates/NAME.jinja` makes. Values go through `plain`, whichever they are."""
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=plain
+        loader=jinja2.FunctionLoader(_source),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        finalize=plain,
     )
-    source = files("qwen_export.bundle").joinpath("templates", f"{template}.jinja")
-    return environment.from_string(source.read_text(encoding="utf-8")).render(values)
+    return environment.get_template(template).render(values)
+
+
+def _source(template: str) -> str:
+    return files("qwen_export.bundle").joinpath("templates", f"{template}.jinja").read_text(encoding="utf-8")

@@ -188,7 +188,7 @@ def _paths(artifacts: Sequence[Path], named: Sequence[str]) -> list[tuple[Path, 
 def _key_in(path: Path) -> str:
     """The one line of a file."""
     try:
-        lines = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8-sig").split()  # Windows' editors put a mark before it
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read an API key in {path}: write it there, on one line") from error
     if len(lines) != 1:

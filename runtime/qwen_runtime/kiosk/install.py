@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
 from qwen_common.files import replace
-from qwen_launcher.bundle import LAUNCHER, Bundle, public_key_of
+from qwen_launcher.bundle import LAUNCHER, PYTHON_PROGRAM, Bundle, public_key_of, python_digest
 from qwen_launcher.command import check_scripts
 from qwen_launcher.installed import Installed, Release
 from qwen_launcher.program import command, environment
@@ -90,8 +90,10 @@ class Installation(Installed):
             return Change(source.version, source.version, None, time.monotonic() - started)
         signed = self._signed(source, key)
         signed.check_fit()
-        self.target.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with readable_for_all():
+            self.target.mkdir(parents=True, exist_ok=True)
+        self._refuse_folder_of_another()
+        with readable_for_all(), self._locked():
             in_use = self._in_use()
             moved = self._install(signed, source, key, note, older)
         name = signed.contents["version"]
@@ -106,7 +108,7 @@ class Installation(Installed):
         Raises:
             UserError: there is none, or its files changed.
         """
-        with self._locked():
+        with readable_for_all(), self._locked():
             current = self.current
             fault = UserError(f"{self.target} has no version to go back to: install a bundle")
             for release in self.candidates():
@@ -168,6 +170,22 @@ class Installation(Installed):
                 yield
         except Timeout as error:
             raise UserError(f"another install is changing {self.target}: wait for it to end") from error
+
+    def _refuse_folder_of_another(self) -> None:
+        """Root installs nothing into a folder whose owner could change what runs.
+
+        Raises:
+            UserError: the folder is another user's.
+        """
+        if os.name == "posix" and os.geteuid() == 0:
+            status = self.target.stat()
+            if status.st_uid != 0:
+                raise UserError(
+                    f"{self.target} belongs to user {status.st_uid}, who could change what runs: "
+                    "choose another folder, or make it root's with chown"
+                )
+            if status.st_mode & 0o022:
+                self.target.chmod(status.st_mode & 0o7755)
 
     def _install(
         self, bundle: Bundle, source: Source, key: Path, note: Callable[[str], None], older: bool
@@ -265,12 +283,23 @@ class Installation(Installed):
                 if data.startswith(b"#!"):  # which a stick's file system may not have kept
                     (self.target / name).chmod(0o755)
         good = self._last_good(release)
+        self._list_pythons([found for found in (release, good) if found])
         self._point(release, good)
         kept = {found.name for found in (release, good) if found}
         for path in self.releases.iterdir():
             if path.name not in kept:
                 self.forget(Release(path))
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _list_pythons(self, releases: Sequence[Release]) -> None:
+        """For Windows' scripts: which Python of a version they may run."""
+        found: dict[str, None] = {}
+        for release in releases:
+            files = self.open(release).contents["files"]
+            if PYTHON_PROGRAM in files:
+                found[python_digest(files)] = None
+        if found:
+            replace(self.target / "pythons.txt", "".join(f"{digest}\n" for digest in found).encode())
 
     def _trust(self, key: Path) -> None:
         data = key.read_bytes()
@@ -299,6 +328,19 @@ class Installation(Installed):
             for path in self.releases.iterdir():
                 if path.name.startswith((_PARTIAL, _REPLACED)) and path != partial.root:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def readable_for_all() -> Iterator[None]:
+    """What is written meanwhile others can read and not change, whatever the caller's umask is.
+
+    The service is another user than root, who updates.
+    """
+    before = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def beside(name: str, data: bytes, target: Path) -> bytes:

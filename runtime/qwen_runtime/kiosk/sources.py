@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 from qwen_common.errors import UserError, one_line
 from qwen_common.files import parse_json
 from qwen_common.manifest import FileEntry
-from qwen_launcher.bundle import CONTENTS, MOST_BYTES, SIGNATURE
+from qwen_launcher.bundle import CONTENTS, MOST_BYTES, SIGNATURE, VERSION, at_once, read_bounded
 
 from qwen_runtime.kiosk.web import Web, is_url
 
@@ -46,16 +46,13 @@ class Folder:
         self.root = root
 
     def read(self, path: str, most: int) -> bytes:
-        with (self.root / path).open("rb") as file:
-            data = file.read(most + 1)
-        if len(data) > most:
-            raise UserError(f"{self.root / path} has more than {most} bytes: it is not what it should be")
-        return data
+        return read_bounded(self.root / path, most)
 
     @contextmanager
     def open(self, path: str, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-        with (self.root / path).open("rb") as file:
-            file.seek(offset)
+        with open(self.root / path, "rb", opener=at_once) as file:
+            if offset:
+                file.seek(offset)
             yield offset, _blocks(file)
 
 
@@ -144,7 +141,7 @@ def store(where: str, ring: str) -> Source:
     except FileNotFoundError as error:
         raise UserError(f"{where} has no {RINGS}: publish a bundle there with qwen-export publish") from error
     version = rings.get(ring, rings.get(RING))
-    if not isinstance(version, str) or not version or set(version) & set("/\\:") or version.startswith("."):
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
         raise UserError(f"{where} has no version for the ring '{ring}': publish one with --ring {ring}")
     folder = f"versions/{version}"
     return Source(Path(folder), place, f"{folder}/{CONTENTS}", object_path, resumes=True, version=version)

@@ -11,9 +11,11 @@ import pytest
 import tree_sitter
 import tree_sitter_powershell
 from qwen_common.errors import UserError
+from qwen_common.manifest import file_entry
 from qwen_export.bundle import assemble
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.bundle.rendering import plain
+from qwen_launcher.bundle import python_digest
 
 HOSTILE = [
     "Qwen\nExecStartPre=/bin/touch /tmp/evil",
@@ -27,21 +29,31 @@ HOSTILE = [
     "Qwen‘; Remove-Item C:\\ ’",
     "Q" * 5000,
 ]
+CARRIED = ("python/python.exe", "python/Lib/os.py", "python/Lib/zipimport.py", "python/DLLs/_ssl.pyd")
 LINUX, WINDOWS = PLATFORMS["linux_x86_64"], PLATFORMS["win_amd64"]
 
 
-def written(folder: Path, windows: bool, model: str = "Qwen3.5-0.8B", devices: bool = True) -> dict[str, str]:
+def written(
+    folder: Path, windows: bool, model: str = "Qwen3.5-0.8B", devices: bool = True, carry: bool = False
+) -> dict[str, str]:
     """By name the scripts of a bundle."""
     folder.mkdir(exist_ok=True)
+    if carry:
+        for name in CARRIED:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
     assemble.write_scripts(
         folder,
         WINDOWS if windows else LINUX,
         python="3.12",
         model=model,
         devices=devices,
-        carried_python=False,
     )
-    return {path.name: path.read_bytes().decode() for path in folder.iterdir() if path.suffix != ".pyz"}
+    return {
+        path.name: path.read_bytes().decode()
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix != ".pyz"
+    }
 
 
 @pytest.mark.parametrize("model", HOSTILE)
@@ -104,10 +116,11 @@ def powershell_faults(source: bytes) -> list[str]:
     return found
 
 
-def test_powershell_scripts_are_powershell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("carry", [False, True])
+def test_powershell_scripts_are_powershell(carry: bool, tmp_path: Path) -> None:
     scripts = {
         name: text
-        for name, text in written(tmp_path / "bundle", windows=True).items()
+        for name, text in written(tmp_path / "bundle", windows=True, carry=carry).items()
         if name.endswith(".ps1")
     }
     assert {"install.ps1", "start.ps1"} <= scripts.keys()
@@ -115,6 +128,28 @@ def test_powershell_scripts_are_powershell(tmp_path: Path) -> None:
         assert not (faults := powershell_faults(text.encode())), (name, faults)
         assert text.isascii(), "Windows PowerShell reads a script without a mark in the system's own encoding"
     assert powershell_faults(b"if ($a -eq { exit") and powershell_faults(b"function Check( { }")
+
+
+@pytest.mark.parametrize("name", ["install.ps1", "start.ps1", "qwen-run.ps1"])
+def test_a_carried_python_is_checked_before_it_runs(name: str, tmp_path: Path) -> None:
+    """By a digest in the script, which is no part of a version: nothing runs before that but icacls."""
+    text = written(tmp_path / "bundle", windows=True, carry=True)[name]
+    files = {file: file_entry(tmp_path / "bundle" / file) for file in CARRIED}
+    checked = text.index(f'"{python_digest(files)}"')
+    parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
+    queue, runs = [parser.parse(text.encode()).root_node], []
+    while queue:
+        node = queue.pop()
+        queue += node.children
+        if node.type == "command" and node.children[0].type == "command_invokation_operator":
+            runs.append((text[node.start_byte : node.end_byte].split()[1], node.start_byte))
+    programs = [start for called, start in runs if called != "icacls"]
+    assert len(programs) == 1 and programs[0] > checked, runs
+    other = tmp_path / "bundle" / CARRIED[1]
+    other.write_text("evil")
+    changed = {file: file_entry(tmp_path / "bundle" / file) for file in CARRIED}
+    assert python_digest(changed) != python_digest(files)
+    assert python_digest(files | {"python/evil.dll": files[CARRIED[0]]}) != python_digest(files)
 
 
 def test_shell_scripts_are_sh(tmp_path: Path) -> None:
@@ -145,3 +180,14 @@ def test_powershell_itself_takes_them(tmp_path: Path) -> None:
     start = ["pwsh", "-NoProfile", "-File", str(tmp_path / "kiosk" / "start.ps1")]
     done = subprocess.run(start, capture_output=True, text=True)
     assert done.returncode == 2 and "is damaged: install a bundle again" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("pwsh"), reason="PowerShell is not installed")
+def test_powershell_computes_the_digest_of_a_carried_python(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    text = written(folder, windows=True, carry=True)["start.ps1"]
+    function = text[text.index("function Get-FolderDigest") : text.index("# A version brings")]
+    (tmp_path / "digest.ps1").write_text(f"{function}\nGet-FolderDigest '{folder}/python'\n")
+    command = ["pwsh", "-NoProfile", "-File", str(tmp_path / "digest.ps1")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == python_digest({file: file_entry(folder / file) for file in CARRIED})

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from qwen_common.errors import UserError
 from qwen_export.bundle.keys import make_keys
-from qwen_launcher.bundle import Bundle
+from qwen_launcher.bundle import Bundle, python_digest
 from qwen_launcher.command import main as launcher
 from qwen_runtime.kiosk import staging
 from qwen_runtime.kiosk.install import Installation
 
-from tests.support.small_kiosk import WEIGHTS, new_key, small_bundle
+from tests.support.small_kiosk import WEIGHTS, new_key, resealed, small_bundle
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and links of POSIX")
 
@@ -214,6 +214,76 @@ def test_what_the_service_leaves_in_its_folder_leads_root_nowhere(
     os.mkfifo(kiosk.state / "running.json")
     kiosk.install(bundles["1.1"], None, quiet)
     assert secret.read_text() == "secret" and versions(kiosk)[0] == "1.1"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o000])
+def test_others_read_and_do_not_write_whatever_the_umask(
+    mask: int, bundles: dict[str, Path], key: Path, tmp_path: Path
+) -> None:
+    """The service is another user than root, whose umask is often 077."""
+    installation = Installation(tmp_path / "kiosk")
+    before = os.umask(mask)
+    try:
+        installation.install(bundles["1.0"], key.with_suffix(".pub"), quiet)
+        installation.install(bundles["1.1"], None, quiet)
+        installation.roll_back()
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    for path in [installation.target, *installation.target.rglob("*")]:
+        mode = path.stat().st_mode & 0o777
+        readable = 0o055 if path.is_dir() else 0o044
+        assert path.name == "lock" or mode & 0o077 in (readable, 0o055), (path, oct(mode))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="folders of other users")
+def test_root_installs_into_no_folder_of_another_user(
+    bundles: dict[str, Path], key: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "kiosk"
+    target.mkdir()
+    os.chown(target, 65534, 65534)
+    with pytest.raises(UserError, match="belongs to user 65534, who could change what runs"):
+        Installation(target).install(bundles["1.0"], key.with_suffix(".pub"), quiet)
+    assert not list(target.iterdir())
+    os.chown(target, 0, 0)
+    target.chmod(0o777)
+    Installation(target).install(bundles["1.0"], key.with_suffix(".pub"), quiet)
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "bundle.json.sig", "site/new.py"])
+def test_a_pipe_on_a_stick_is_waited_for_by_nobody(
+    name: str, kiosk: Installation, key: Path, tmp_path: Path
+) -> None:
+    made = small_bundle(tmp_path / "made", key, "1.1")
+    (made / "site" / "new.py").write_text("what no version here has")
+    stick = resealed(made, tmp_path / "stick", key)
+    (stick / name).unlink()
+    os.mkfifo(stick / name)
+    command = [sys.executable, "-c", "from qwen_runtime.cli import main; main()", "update", str(stick)]
+    variables = {**os.environ, "QWEN_EDGE_KIOSK": str(kiosk.target)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert versions(kiosk) == ("1.0", None, ["1.0"])
+
+
+def test_a_python_that_is_carried_is_listed_for_the_scripts(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the two versions that are kept. No Windows runs them here."""
+    monkeypatch.setattr("qwen_runtime.kiosk.install._try", lambda release: None)
+    installation = Installation(tmp_path / "kiosk")
+    digests = []
+    for version in ("1.0", "1.1", "1.2"):
+        made = small_bundle(tmp_path / f"made{version}", key, version)
+        (made / "python" / "Lib").mkdir(parents=True)
+        for name in ("python.exe", "Lib/os.py"):
+            (made / "python" / name).write_text(version)
+        bundle = resealed(made, tmp_path / version, key)
+        digests.append(python_digest(json.loads((bundle / "bundle.json").read_text())["files"]))
+        installation.install(bundle, key.with_suffix(".pub"), quiet)
+    assert (installation.target / "pythons.txt").read_text().split() == [digests[2], digests[1]]
 
 
 def test_a_terminated_update_leaves_nothing(kiosk: Installation, key: Path, tmp_path: Path) -> None:

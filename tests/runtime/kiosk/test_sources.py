@@ -118,6 +118,9 @@ def test_a_store_that_lies_changes_nothing(folder: Path, kiosk: Installation, si
     [
         ({}, "has no version for the ring 'all'"),
         ({"all": "../../1.1"}, "has no version for the ring"),
+        ({"all": "1\0"}, "has no version for the ring"),
+        ({"all": "1\ud800"}, "has no version for the ring"),
+        ({"all": "1" * 5000}, "has no version for the ring"),
         ({"all": 1}, "has no version for the ring"),
         ({"all": "9.9"}, "no bundle is there"),
         ([], "is not a JSON object"),
