@@ -289,8 +289,13 @@ class Engine:
         self._check_queue()
         await self._turn()
         asked = asyncio.ensure_future(self._ask(function, *arguments))
-        asked.add_done_callback(lambda _: self._end_turn())
+        asked.add_done_callback(self._end_query)
         return await asyncio.shield(asked)
+
+    def _end_query(self, asked: asyncio.Future[Any]) -> None:
+        self._end_turn()
+        if not asked.cancelled():
+            asked.exception()  # else asyncio reports one that nobody waits for any more
 
     async def ask(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function`, of a module of the package, returns for the worker's model and `arguments`.

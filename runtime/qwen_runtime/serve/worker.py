@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from qwen_common.errors import UserError
 
@@ -164,6 +165,7 @@ class _Worker:
     connection: Connection
     _cancelled: dict[int, threading.Event] = field(default_factory=dict)  # of the jobs at work
     _ahead: _ReadAhead | None = None
+    _threads: WeakSet[threading.Thread] = field(default_factory=WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
@@ -173,12 +175,21 @@ class _Worker:
                 if cancelled := self._cancelled.get(message.id):
                     cancelled.set()
             elif isinstance(message, Query):
-                threading.Thread(target=self._look_up, args=(message,), daemon=True).start()
+                self._start(self._look_up, message)
             else:
                 cancelled = self._cancelled[message.id] = threading.Event()
-                threading.Thread(target=self._answer, args=(message, cancelled), daemon=True).start()
+                self._start(self._answer, message, cancelled)
         for cancelled in list(self._cancelled.values()):
             cancelled.set()
+        if self._ahead:
+            self._ahead.stop()
+        for thread in list(self._threads):  # Python's end aborts the process where one is in native code
+            thread.join()
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
     def _receive(self) -> Job | Cancel | Query | None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -15,8 +16,11 @@ import psutil
 import pytest
 from qwen_runtime import Model
 from qwen_runtime.request import Request
+from qwen_runtime.serve import queries
 from qwen_runtime.serve.engine import Engine
-from qwen_runtime.serve.worker import ModelSettings
+from qwen_runtime.serve.process import ModelProcess
+from qwen_runtime.serve.worker import Job, ModelSettings, Piece
+from qwen_runtime.states import StateSettings
 
 from tests.support.servers import Server, endless, health, serving, wait_until_idle
 
@@ -139,3 +143,39 @@ def test_job_before_the_engine_attends(cpu_artifact: Path) -> None:
             engine.close()
 
     assert asyncio.run(ask())
+
+
+def test_model_process_ends_in_the_middle_of_an_answer(cpu_artifact: Path) -> None:
+    """By itself, and not by an abort that leaves a core dump."""
+    process = ModelProcess(ModelSettings(cpu_artifact, states=StateSettings()))
+    connection = process._connection
+    question = [{"role": "user", "content": "What is assert?" * 60}]
+    connection.send(Job(1, Request(question, max_tokens=600, ignore_eos=True)))
+    while not isinstance(connection.recv(), Piece):
+        pass
+    time.sleep(0.05)
+    connection.send(None)
+    process._process.join(30)
+    assert process._process.exitcode == 0
+
+
+def test_client_that_leaves_a_query_that_fails(cpu_artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio reports no exception that nobody took."""
+
+    async def ask() -> None:
+        engine = Engine(ModelSettings(cpu_artifact))
+        engine.load()
+        running = asyncio.create_task(engine.supervise())
+        asking = asyncio.create_task(engine.ask_in_turn(queries.embed, [-1], "mean"))
+        while not engine._queries:
+            await asyncio.sleep(0)
+        asking.cancel()
+        while engine.idle_for == 0:
+            await asyncio.sleep(0.05)
+        gc.collect()
+        await asyncio.sleep(0)
+        running.cancel()
+        engine.close()
+
+    asyncio.run(ask())
+    assert not [record for record in caplog.records if "never retrieved" in record.getMessage()]
