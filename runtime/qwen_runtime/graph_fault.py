@@ -19,7 +19,7 @@ def graph_fault(artifact: Artifact, provider: Provider) -> str | None:
     lowering = (further_graphs(artifact.manifest, provider.key) or artifact.manifest)["lowering"]
     if lowering not in provider.lowerings:
         return f"{provider.title} has no kernels for the artifact's graph, which is {lowering}"
-    for name in artifact.graphs(provider.key):
+    for name in artifact.graphs(provider.key) if provider.wrong else []:
         if wrong := provider.wrong & references(artifact.root / name).operators:
             return f"{provider.title} computes {min(wrong)} wrongly, which {name} has"
     return None

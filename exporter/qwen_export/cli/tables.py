@@ -123,8 +123,10 @@ def _providers_table(found: Mapping[str, Any]) -> Table:
         "provider", "runs", "nodes with a kernel", "missing", title=f"onnxruntime {found['onnxruntime']}"
     )
     for name, entry in found["providers"].items():
-        if entry["runs"] is None:
-            providers.add_row(name, "unknown", "its kernels are not known", "")
+        if entry["covered"] is None:
+            unknown = entry["runs"] is None
+            kernels = "its kernels are not known" if unknown else "none for this lowering"
+            providers.add_row(name, "unknown" if unknown else "no", kernels, "")
             continue
         missing = ", ".join(f"{count} {operator}" for operator, count in entry["missing"].items())
         covered = f"{entry['covered']} of {entry['nodes']}"

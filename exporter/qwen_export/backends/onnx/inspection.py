@@ -23,7 +23,7 @@ _TENSORS = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 def inspect_graphs(artifact: Path, manifest: Manifest) -> dict[str, Any]:
     """`graphs`, `operators`: nodes by file and by kind; `providers`: for each execution provider the nodes of
     the graphs that it takes, how many it has kernels for, those that it lacks by operator, and whether it
-    `runs` the artifact: null where its kernels are not known.
+    `runs` the artifact: null where its kernels are not known and it takes the graphs' lowering.
 
     Raises:
         UserError: a file cannot be read.
@@ -38,6 +38,7 @@ def inspect_graphs(artifact: Path, manifest: Manifest) -> dict[str, Any]:
         "providers": {
             provider: _coverage(
                 provider,
+                (further_graphs(manifest, provider) or manifest)["lowering"],
                 _sum(graphs[name] for name in _taken(manifest, provider)),
                 manifest["activation_dtype"],
             )
@@ -46,10 +47,17 @@ def inspect_graphs(artifact: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _coverage(provider: str, operators: Counter[tuple[str, str]], dtype: str) -> dict[str, Any]:
+def _coverage(
+    provider: str, lowering: str, operators: Counter[tuple[str, str]], dtype: str
+) -> dict[str, Any]:
     nodes, kernels, record = sum(operators.values()), KERNELS[provider], PROVIDERS[provider]
     if kernels is None:
-        return {"runs": None, "nodes": nodes, "covered": None, "missing": {}}
+        return {
+            "runs": None if lowering in record.lowerings else False,
+            "nodes": nodes,
+            "covered": None,
+            "missing": {},
+        }
     taken = {_TENSORS[dtype]} | ({_TENSORS["float32"]} if record.casts_float16 else set())
     missing = {
         name: count

@@ -45,7 +45,7 @@ def test_each_provider_is_asked_about_the_graphs_that_it_takes(checkpoint: Path,
     found = json.loads(inspect(artifact, "--json").stdout)
     runs = {name: entry["runs"] for name, entry in found["providers"].items()}
     # AMDGPU has no Floor, which resizes the position embeddings of images.
-    assert runs == EVERYWHERE | {"amdgpu": checkpoint != TINY_VL}
+    assert runs == EVERYWHERE | {"amdgpu": checkpoint != TINY_VL, "nvtensorrtrtx": False}  # portable only
     alone = json.loads(inspect(exported(checkpoint, directml_profile()), "--json").stdout)
     assert found["providers"]["dml"] == alone["providers"]["dml"]
     main = sum(n for name, n in found["graphs"].items() if not {"dml", "webgpu"} & {*name.split(".")})
