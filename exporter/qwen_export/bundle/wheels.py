@@ -38,9 +38,12 @@ class Wheel:
         return PathDistribution(zipfile.Path(archive, f"{folder}/"))
 
     def text(self, path: PurePath) -> str:
-        """A file of it. Distribution.read_text finds none of those beside .dist-info in an archive."""
+        """A file of it. Distribution.read_text finds none of those beside .dist-info in an archive.
+
+        The RECORD of a wheel that was built on Windows may have backslashes, which the archive has not.
+        """
         with zipfile.ZipFile(self.path) as archive:
-            return archive.read(path.as_posix()).decode(errors="replace")
+            return archive.read(path.as_posix().replace("\\", "/")).decode(errors="replace")
 
     @property
     def name(self) -> str:

@@ -17,13 +17,14 @@ from qwen_common.errors import UserError
 
 _SCHEMES = ("http", "https")
 _TIMEOUT = 60.0  # seconds without a byte
+_SLOWEST, _WINDOW = 1000, 300.0  # bytes in a second, on average over so many seconds
 _PAUSES = (1.0, 5.0, 15.0)  # seconds before each further try
 _BLOCK = 1024 * 1024
 _PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 
 
 def is_url(text: str) -> bool:
-    return urlsplit(text).scheme in _SCHEMES and "://" in text
+    return "://" in text and text.partition("://")[0].lower() in _SCHEMES
 
 
 class _SameSchemes(urllib.request.HTTPRedirectHandler):
@@ -99,9 +100,15 @@ class Web:
         """The blocks from there on, over as many connections as it takes."""
         tries = iter(self._pauses)
         known = 0  # bytes that come again, from a server without ranges
+        began, came = time.monotonic(), 0
         while True:
             try:
                 while block := answer.read1(_BLOCK):
+                    came += len(block)
+                    if (spent := time.monotonic() - began) > _WINDOW:
+                        if came < _SLOWEST * spent:  # a byte a minute would hold the update for ever
+                            raise UserError(f"{self._url}/{path} comes too slowly: try again later")
+                        began, came = time.monotonic(), 0
                     known, block = max(0, known - len(block)), block[known:]
                     at += len(block)
                     tries = iter(self._pauses) if block else tries
@@ -116,21 +123,18 @@ class Web:
             known = 0 if answer.status == HTTPStatus.PARTIAL_CONTENT else at
 
     def _answer(self, path: str, offset: int) -> http.client.HTTPResponse:
-        request = urllib.request.Request(
-            f"{self._url}/{quote(path)}", headers={"Accept-Encoding": "identity"}
-        )
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
         tries = iter(self._pauses)
         while True:
             try:
+                request = urllib.request.Request(f"{self._url}/{quote(path)}", headers=headers)
                 answer: http.client.HTTPResponse = self._opener.open(request, timeout=_TIMEOUT)
                 return answer
             except urllib.error.HTTPError as error:
                 if error.code == HTTPStatus.NOT_FOUND:
                     raise FileNotFoundError(f"{self._url}/{path}") from error
                 if error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and offset:
-                    request.remove_header("Range")  # what is here is no beginning of it
+                    del headers["Range"]  # what is here is no beginning of it
                     offset = 0
                     continue
                 if error.code < 500 and error.code not in _PASSING:
@@ -140,6 +144,10 @@ class Web:
                 self._wait(tries, path, error)
             except (OSError, http.client.HTTPException) as error:
                 self._wait(tries, path, error)
+            except ValueError as error:  # an address that is none, ours or the one that we were sent on to
+                raise UserError(
+                    f"{self._url}/{path} cannot be asked for ({error}): see to its address"
+                ) from error
 
     def _wait(self, tries: Iterator[float], path: str, error: Exception) -> None:
         pause = next(tries, None)

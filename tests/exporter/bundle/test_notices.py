@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,14 @@ def test_libraries_in_a_wheel_are_components(tmp_path: Path) -> None:
     notices = licence_texts(libraries)
     assert "marked 18.2.1: MIT AND BSD-3-Clause" in notices and "Copyright (c) 2018+, MarkedJS" in notices
     assert "dompurify 3.4.18: Apache-2.0" in notices and "Version 2.0, January 2004" in notices
+
+
+def test_a_record_with_backslashes(tmp_path: Path) -> None:
+    """As in llguidance's wheel for Windows; its archive has slashes."""
+    path = tmp_path / "some-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("some-1.0.dist-info/METADATA", "Metadata-Version: 2.4\nName: some\nVersion: 1.0\n")
+        archive.writestr("some-1.0.dist-info/licenses/LICENSE", MIT)
+        archive.writestr("some-1.0.dist-info/RECORD", "some-1.0.dist-info\\licenses\\LICENSE,,\n")
+    (part,) = wheel_parts(Wheel(path), "0" * 64)
+    assert part.text == MIT

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -156,6 +161,65 @@ def test_no_other_scheme_is_followed(folder: Path, tmp_path: Path) -> None:
             web.moved = other.url
             store(web.url, "all").signed()
             assert other.sent > 0
+
+
+@contextmanager
+def answering(*parts: bytes, pause: float = 0) -> Iterator[str]:
+    """The URL of a server that sends these bytes to everybody."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def run() -> None:
+            while True:
+                with suppress(OSError):
+                    connection = listening.accept()[0]
+                    connection.recv(65536)
+                    for part in parts:
+                        connection.sendall(part)
+                        time.sleep(pause)
+                    connection.close()
+                if listening.fileno() < 0:
+                    return
+
+        threading.Thread(target=run, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+OK, FOUND = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"hello\r\n\r\n",
+        OK + b"a: b\r\n" * 200,
+        OK + b"Content-Length: -5\r\n\r\nabc",
+        OK + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n{}",
+        FOUND + b"\r\n",
+        FOUND + b"Location: http://[::1\r\n\r\n",
+        FOUND + b"Location: http://127.0.0.1:99999/\r\n\r\n",
+        FOUND + b"Location: //x\x00y/\r\n\r\n",
+        FOUND + b"Location: /rings.json\r\n\r\n",
+        b"HTTP/1.1 999 x\r\n\r\n",
+        b"HTTP/1.1 204 x\r\n\r\n",
+    ],
+)
+def test_answers_that_are_none(answer: bytes) -> None:
+    with answering(answer) as url, pytest.raises(UserError):
+        store(url, "all")
+
+
+def test_a_server_that_sends_a_byte_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_runtime.kiosk.web._WINDOW", 0.3)
+    parts = [OK + b"Content-Length: 1000\r\n\r\n", *[b" "] * 1000]
+    with answering(*parts, pause=0.05) as url, pytest.raises(UserError, match="comes too slowly"):
+        store(url, "all")
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[", "https://a b", "http://:x/"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(UserError):
+        store(url, "all")
 
 
 def test_reports_are_read_by_machines(folder: Path, kiosk: Installation) -> None:
