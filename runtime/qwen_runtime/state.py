@@ -117,11 +117,13 @@ def _read(path: Path, model: str, wanted: Callable[[str], bool]) -> dict[str, np
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
             about = json.loads(members[_ABOUT].tobytes())
-            if about != {"format": _FORMAT, "model": model}:
-                raise ValueError("it is of another model, provider or version")
             arrays = {name: members[name] for name in members.files if wanted(name)}
+    except OSError as error:
+        raise ValueError(str(error)) from error
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(f"it is damaged or no state ({type(error).__name__})") from error
+    if about != {"format": _FORMAT, "model": model}:
+        raise ValueError("it is of another model, provider or version")
     keys = arrays.get(_KEYS)
     if keys is None or keys.dtype != np.int64 or keys.ndim != 1 or not len(keys):
         raise ValueError("it has no tokens")

@@ -22,6 +22,7 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
     "options,status,message",
     [
         ({"n": 0}, 400, "n: "),
+        ({"stop": ["x"] * 1001}, 400, "stop: List should have at most 1000 items"),
         (
             {"extra_body": {"thinking": {"type": "enabled", "budget_tokens": 9}}},
             400,

@@ -67,14 +67,18 @@ def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
 
 
 def _refused(error: ValidationError, body: bytes) -> ApiError:
-    """The error that reached deepest into the body: of a choice's branches, the one that was meant."""
+    """The error that reached deepest into the body: of a choice's branches, the one that was meant.
+
+    Of several, one whose type is right.
+    """
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
         given = None
     errors = error.errors(include_url=False)
     paths = [_path(found["loc"], given) for found in errors]
-    at = max(range(len(errors)), key=lambda at: len(paths[at]))
+    right = [not found["type"].endswith("_type") for found in errors]
+    at = max(range(len(errors)), key=lambda at: (len(paths[at]), right[at]))
     first, place = errors[at], ".".join(paths[at])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "union_tag_invalid":
