@@ -49,7 +49,7 @@ def test_directml_takes_the_prompt_at_once(exported: Exported, monkeypatch: pyte
         assert "".join(model.generate(prompt, max_tokens=20, sampling=GREEDY)) == expected
 
 
-def test_directml_runs_without_graph_capture(cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directml_runs_without_graph_capture(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured graphs want inputs of one size. This install has no DirectML, so loading ends in an error."""
     asked = []
 
@@ -61,7 +61,7 @@ def test_directml_runs_without_graph_capture(cpu_artifact: Path, monkeypatch: py
     monkeypatch.setattr("onnxruntime_genai.Config", RecordingConfig)
     monkeypatch.setattr("onnxruntime_genai.is_dml_available", lambda: True)
     with pytest.raises(UserError, match="DirectML could not load"):
-        Model.load(cpu_artifact, provider="dml")
+        Model.load(exported(TINY, directml_profile()), provider="dml")
     assert asked == [("dml", "enable_graph_capture", "0")]
 
 

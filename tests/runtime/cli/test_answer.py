@@ -103,7 +103,7 @@ def test_output_that_cannot_be_written(cpu_artifact: Path) -> None:
 def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([str(tmp_path / "nothing"), "Hi"], "make an artifact with qwen-export first"),
-        ([str(cpu_artifact), "Hi", "--provider", "dml"], "install onnxruntime-genai-winml"),
+        ([str(cpu_artifact), "Hi", "--provider", "cuda"], "install onnxruntime-genai-cuda"),
         ([str(cpu_artifact), "Hi", "--top-k", "0"], "top_k is 0"),
         ([str(cpu_artifact), "\udcff"], "not valid UTF-8"),
         ([str(cpu_artifact), "--json"], "need a PROMPT"),
