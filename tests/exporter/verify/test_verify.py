@@ -214,7 +214,13 @@ def test_mistakes(tmp_path: Path) -> None:
         "give a text of 256": ["verify", str(artifact), *against, "--text", str(short)],
         "as UTF-8": ["verify", str(artifact), *against, "--text", str(binary)],
         "no manifest.json": ["verify", str(tmp_path), *against],
-        "DirectML is not in this install": ["verify", str(artifact), *against, "--provider", "dml"],
+        "DirectML has no kernels for the artifact's graph": [
+            "verify",
+            str(artifact),
+            *against,
+            "--provider",
+            "dml",
+        ],
     }
     for message, arguments in cases.items():
         result = CliRunner().invoke(main, arguments)
