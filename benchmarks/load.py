@@ -3,7 +3,11 @@
 Half of the requests are proper chats, whole or streamed, and each answer is checked. The others leave in the
 middle, read slowly, or send what no server should take. At the end nothing may be running or waiting.
 
-    python -m benchmarks.load ARTIFACT [--minutes 5] [--clients 8]
+    python -m benchmarks.load ARTIFACT [--minutes 5] [--clients 8] [--kill-every 45] [-- --state-dir DIR ...]
+
+With --kill-every the model's process is killed again and again: requests at work may end with an error then,
+and no answer may be wrong. What follows -- are options of `qwen-run serve`. Of several models (`-- --model
+other=FOLDER`) each question asks one.
 """
 
 from __future__ import annotations
@@ -13,9 +17,7 @@ import contextlib
 import json
 import random
 import re
-import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -28,12 +30,11 @@ from typing import Any
 
 import ollama
 import openai
-import psutil
 
 from benchmarks.support import protocols
+from benchmarks.support.serving import Sample, print_flatness, served, watch
 
-_WARM_UP = 60.0  # seconds before memory is expected to be flat
-_SAMPLE = 2.0  # seconds between looks at it
+_KILLED = ("process ended", "loaded again", "incomplete chunked read", "peer closed connection")
 _WORDS = ["assert", "yield", "list", "class", "with", "numbers", "import", "lambda", "string", "context"]
 _TOOL = {
     "type": "function",
@@ -52,15 +53,18 @@ class Load:
     """What the clients share.
 
     Attributes:
-        embeds: whether the artifact makes embeddings.
+        models: names of the served models.
+        embeds: those of them that make embeddings.
+        kills: whether the model's process is killed meanwhile.
         seen: how often each kind of request ended in which way.
         wrong: what should not have happened.
     """
 
     url: str
-    model: str
-    embeds: bool
+    models: list[str]
+    embeds: list[str]
     until: float
+    kills: bool
     seen: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -82,28 +86,20 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=8)
-    asked = parser.parse_args()
-    command = "import sys; from qwen_runtime.cli import main; sys.exit(main())"
-    server = subprocess.Popen(
-        [sys.executable, "-c", command, "serve", str(asked.artifact), "--port", "0", "--queue", "4"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = next(
-            found[1] for line in server.stdout or () if (found := re.match(r"listening on (\S+)", line))
-        )
-        model = openai.OpenAI(base_url=f"{url}/v1", api_key="unused").models.list().data[0].id
-        embeds = "embedding" in (ollama.Client(host=url).show(model).capabilities or [])
-        load = Load(url, model, embeds, time.monotonic() + 60 * asked.minutes)
+    parser.add_argument("--kill-every", type=float, metavar="SECONDS", help="kill the model's process")
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    asked, options = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    with served(asked.artifact, ["--queue", "4", *options]) as (url, server):
+        models = [model.id for model in openai.OpenAI(base_url=f"{url}/v1", api_key="unused").models.list()]
+        shown = {model: ollama.Client(host=url).show(model).capabilities or [] for model in models}
+        embeds = [model for model, capabilities in shown.items() if "embedding" in capabilities]
+        load = Load(url, models, embeds, time.monotonic() + 60 * asked.minutes, bool(asked.kill_every))
         threads = [threading.Thread(target=_client, args=(load, seed)) for seed in range(asked.clients)]
         for thread in threads:
             thread.start()
-        memory = _watch(server.pid, threads)
-        _report(load, memory, server)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
+        samples, kills = watch(server.pid, threads, asked.kill_every)
+        _report(load, samples, kills, server)
     sys.exit(1 if load.wrong or server.returncode else 0)
 
 
@@ -116,7 +112,10 @@ def _client(load: Load, seed: int) -> None:
         try:
             outcome = kind(load, rng)
         except Exception as error:
-            if getattr(error, "status_code", None) != 429:
+            if load.kills and _is_of_a_kill(error):
+                outcome = "ended by a kill"
+                time.sleep(rng.uniform(0.2, 1))
+            elif getattr(error, "status_code", None) != 429:
                 outcome = "wrong"
                 load.wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
             else:
@@ -125,6 +124,11 @@ def _client(load: Load, seed: int) -> None:
                     load.wrong.append(f"{name}: 429 without Retry-After")
                 time.sleep(rng.uniform(0.05, 0.5))
         load.seen[f"{name}: {outcome}"] += 1
+
+
+def _is_of_a_kill(error: Exception) -> bool:
+    """Whether a request failed because the model's process ended: before the answer, or in its middle."""
+    return getattr(error, "status_code", None) in (500, 503) or any(part in str(error) for part in _KILLED)
 
 
 def _chat(load: Load, rng: random.Random) -> str:
@@ -222,7 +226,7 @@ def _leave_waiting(load: Load, rng: random.Random) -> str:
 def _leave_long_prompt(load: Load, rng: random.Random) -> str:
     client = load.client().with_options(timeout=rng.uniform(0.05, 1))
     try:
-        client.completions.create(model=load.model, prompt=_words(rng, 3000), max_tokens=4000)
+        client.completions.create(model=load.models[0], prompt=_words(rng, 3000), max_tokens=4000)
     except openai.APITimeoutError:
         return "left"
     return "answered"
@@ -294,7 +298,9 @@ def _ollama_chat(load: Load, rng: random.Random) -> str:
 
 
 def _embeddings(load: Load, rng: random.Random) -> str:
-    return protocols.embeddings(load.url, _question(load, rng), rng) if load.embeds else "not asked"
+    if not load.embeds:
+        return "not asked"
+    return protocols.embeddings(load.url, {**_question(load, rng), "model": rng.choice(load.embeds)}, rng)
 
 
 _WEIGHTS = {
@@ -307,14 +313,19 @@ _WEIGHTS = {
 
 def _question(load: Load, rng: random.Random) -> dict[str, Any]:
     messages = [{"role": "user", "content": _words(rng, rng.randrange(1, 200))}]
-    return {"model": load.model, "messages": messages, "max_tokens": 60, "temperature": rng.choice([0, 0.7])}
+    return {
+        "model": rng.choice(load.models),
+        "messages": messages,
+        "max_tokens": 60,
+        "temperature": rng.choice([0, 0.7]),
+    }
 
 
 def _response_question(load: Load, rng: random.Random) -> dict[str, Any]:
     """In one of four cases with a thought first, in another with a call that is demanded."""
     question = _question(load, rng)
     asked: dict[str, Any] = {
-        "model": load.model,
+        "model": question["model"],
         "input": question["messages"],
         "max_output_tokens": question["max_tokens"],
         "temperature": question["temperature"],
@@ -349,19 +360,7 @@ def _expect(load: Load, request: bytes, *statuses: str) -> str:
     return status
 
 
-def _watch(pid: int, threads: list[threading.Thread]) -> list[tuple[float, int, int, int]]:
-    """Seconds since the start, resident bytes of the server and of the model's process, and open files."""
-    parent = psutil.Process(pid)
-    begun = time.monotonic()
-    samples = []
-    while any(thread.is_alive() for thread in threads):
-        time.sleep(_SAMPLE)
-        model = max((child.memory_info().rss for child in parent.children(recursive=True)), default=0)
-        samples.append((time.monotonic() - begun, parent.memory_info().rss, model, parent.num_fds()))
-    return samples
-
-
-def _report(load: Load, memory: list[tuple[float, int, int, int]], server: subprocess.Popen[str]) -> None:
+def _report(load: Load, samples: list[Sample], kills: int, server: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 30
     while (state := _health(load))["running"] or state["waiting"]:
         if time.monotonic() > deadline:
@@ -372,15 +371,13 @@ def _report(load: Load, memory: list[tuple[float, int, int, int]], server: subpr
         load.wrong.append(f"the server ended with {server.returncode}")
     metrics = load.client()._client.get(f"{load.url}/metrics").text
     restarts = re.search(r"^qwen_edge_model_restarts_total (\S+)", metrics, re.MULTILINE)
-    if restarts is None or float(restarts[1]):
-        load.wrong.append(f"the model's process died: {restarts and restarts[1]}")
+    if restarts is None or float(restarts[1]) > kills:
+        load.wrong.append(f"restarts of the model's process: {restarts and restarts[1]}, kills: {kills}")
     for name, count in sorted(load.seen.items()):
         print(f"{count:6}  {name}")
-    for name, column, unit in ("server, MB", 1, 1e6), ("model, MB", 2, 1e6), ("open files", 3, 1):
-        warm = [sample[column] / unit for sample in memory if sample[0] > _WARM_UP] or [0.0]
-        third = max(1, len(warm) // 3)
-        early, late = statistics.median(warm[:third]), statistics.median(warm[-third:])
-        print(f"{name}: after warm-up {early:.0f}, in the last third {late:.0f}, at most {max(warm):.0f}")
+    print_flatness(samples)
+    if kills:
+        print(f"{kills} times the model's process was killed")
     print(f"{sum(load.seen.values())} requests, {len(load.wrong)} that went wrong")
     for line in load.wrong[:20]:
         print(" ", line)

@@ -77,6 +77,8 @@ def embeddings(url: str, question: Mapping[str, Any], rng: random.Random) -> str
     """Of a few texts, in an artifact that can."""
     client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
     texts = [question["messages"][0]["content"]] * rng.randrange(1, 4)
-    vectors = [entry.embedding for entry in client.embeddings.create(model="any", input=texts).data]
+    vectors = [
+        entry.embedding for entry in client.embeddings.create(model=question["model"], input=texts).data
+    ]
     assert len(vectors) == len(texts) and all(vector == vectors[0] for vector in vectors)
     return "answered"
