@@ -142,13 +142,15 @@ class _Supervisor:
             )
         if all(ended is _Ended.DAMAGED for ended in outcomes):
             raise UserError(f"every version in {self._installed.target} is damaged: install a bundle again")
-        if _Ended.FAILED not in outcomes and self._port_is_free():
+        if _Ended.FAILED not in outcomes:
             raise UserError(f"the server does not start: {self._said}")
         return _Ended.FAILED
 
     def _serve_while_good(self, release: Release, provider: str, chosen: Release | None) -> _Ended:
         failures = 0
         while failures < self._patience.failures:
+            if (ended := self._wait_for_port(chosen)) is not None:
+                return ended
             try:
                 self._installed.check(release)
             except UserError as error:
@@ -162,7 +164,7 @@ class _Supervisor:
             if self._installed.current != chosen:
                 _log.info("another version is to be used")
                 return _Ended.REPLACED
-            if refused:
+            if refused and self._port_is_free():
                 _log.error("the server refused to start: %s", self._said)
                 return _Ended.REFUSED
             failures = failures + 1 if time.monotonic() - started < self._patience.short else 0
@@ -249,8 +251,18 @@ class _Supervisor:
         finally:
             connection.close()
 
+    def _wait_for_port(self, chosen: Release | None) -> _Ended | None:
+        """Until whoever has the port leaves it: a server that cannot listen says nothing of its version."""
+        if not self._port_is_free():
+            _log.warning("port %d is taken: waiting", self._port)
+        while not self._port_is_free():
+            if self._stopping.wait(self._patience.pause):
+                return _Ended.STOPPED
+            if self._installed.current != chosen:
+                return _Ended.REPLACED
+        return None
+
     def _port_is_free(self) -> bool:
-        """A port that is taken may be left by whoever has it: that is waited for."""
         try:
             family = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)[0][0]
             socket.create_server((self._host, self._port), family=family).close()
