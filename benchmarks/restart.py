@@ -7,10 +7,6 @@ python -m benchmarks.restart ARTIFACT [--tokens 25000]
 from __future__ import annotations
 
 import argparse
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +18,8 @@ from openai import OpenAI
 from qwen_runtime.tokenizer import Tokenizer
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.support.serving import served
 
 _TEXT = "A list is mutable, and a tuple is not. "
 _QUESTIONS = ("What is yield?", "What is assert?", "What is a list?")
@@ -61,20 +59,8 @@ def main() -> None:
 
 @contextmanager
 def _serving(artifact: Path, *options: str) -> Iterator[OpenAI]:
-    command = "import sys; from qwen_runtime.cli import main; sys.exit(main())"
-    server = subprocess.Popen(
-        [sys.executable, "-c", command, "serve", str(artifact), "--port", "0", *options],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = next(
-            found[1] for line in server.stdout or () if (found := re.match(r"listening on (\S+)", line))
-        )
+    with served(artifact, list(options)) as (url, _):
         yield OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=3600)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
 
 
 def _ask(client: OpenAI, messages: list[dict[str, Any]]) -> tuple[str, int, int, float]:
