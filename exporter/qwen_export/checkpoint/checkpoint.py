@@ -33,7 +33,7 @@ from qwen_export.checkpoint.quantization import assemble, method_name
 from qwen_export.checkpoint.shards import shard_tensors
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
-_NAMED = 3  # of the tensors or files that are not read
+_NAMED = 10  # of the tensors or files that are not read
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,15 @@ class Checkpoint:
                 "config.json has a vision_config, and the shards have no vision tower: export the text model "
                 "alone with --text-only"
             )
-        return f"the checkpoint has no tensor {name}: is a shard missing from {self.root}?"
+        missing = f"the checkpoint has no tensor {name}"
+        if unknown := self._unknown():
+            return f"{missing}, and names that the model has not: {_listed(unknown)}: is it another model's?"
+        return f"{missing}: is a shard missing from {self.root}?"
+
+    def _unknown(self) -> list[str]:
+        """Names of tensors that no model of these configurations has."""
+        expected = self.config.tensors().keys() | (self.vision.tensors().keys() if self.vision else set())
+        return [name for name in self.tensors if name not in expected and not name.startswith((MTP, VISION))]
 
     def _why_not_floats(self, tensor: PlainTensor) -> str:
         return (

@@ -11,16 +11,22 @@ from collections.abc import Iterable
 
 from qwen_common.errors import UserError
 
-# What wraps a module or the whole model, and adds a part to its name: torch.compile, data-parallel and fully
-# sharded training, activation checkpointing, an adapter that was merged.
+# What wraps a module and adds a part to its names, anywhere: torch.compile, fully sharded and data-parallel
+# training, activation checkpointing, Lightning's Fabric.
 _WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module|base_model\.model)\."
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
 )
-# What a name begins with, and with what the model's does; the first that fits.
+# What a name begins with, and with what the model's does: the first that fits, again until none does.
 _PREFIXES = (
+    ("base_model.model.", ""),  # PEFT
+    ("pretrained_model.", ""),  # TRL's model with a value head
+    ("model.model.", "model."),  # a trainer's own class, whose `model` is transformers'
+    ("model.lm_head.", "lm_head."),
+    ("model.mtp.", "mtp."),
     ("model.language_model.", "model."),  # the text model in transformers' vision-language model
     ("language_model.model.", "model."),  # its older layout, and other libraries'
     ("language_model.lm_head.", "lm_head."),
+    ("language_model.mtp.", "mtp."),
     ("language_model.", "model."),  # the vision-language model without its head
     ("visual.", "model.visual."),
     ("embed_tokens.", "model.embed_tokens."),  # the text model without its head
@@ -37,13 +43,11 @@ _OTHER_MODELS = {
 
 def model_name(stored: str) -> str:
     """What the model calls the tensor that a checkpoint stores as `stored`."""
-    unwrapped, before = stored, None
-    while unwrapped != before:
-        before, unwrapped = unwrapped, _WRAPPERS.sub("", unwrapped)
-    for prefix, ours in _PREFIXES:
-        if unwrapped.startswith(prefix):
-            return ours + unwrapped.removeprefix(prefix)
-    return unwrapped
+    name = _WRAPPERS.sub("", stored)
+    while found := next((row for row in _PREFIXES if name.startswith(row[0])), None):
+        prefix, ours = found
+        name = ours + name.removeprefix(prefix)
+    return name
 
 
 def refuse_strange_names(stored: Iterable[str]) -> None:

@@ -50,6 +50,7 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
             not supported, a tensor twice, or names that tell of an adapter or another model.
     """
     tensors: dict[str, PlainTensor] = {}
+    stored_names: dict[str, str] = {}
     for shard, listed in _shards(root).items():
         entries, data = _header(root / shard)
         for name in listed:
@@ -61,12 +62,15 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
             if name in tensors:
                 first = tensors[name].file.name
                 where = f"both {first} and {shard}" if first != shard else f"{shard} under two names"
+                if stored_names[name] != stored_name:
+                    where += f" ({stored_names[name]} and {stored_name})"
                 raise UserError(f"tensor {name} is in {where}: remove the wrong one")
             if entry["dtype"] not in _DTYPES:
                 raise UserError(
                     f"tensor {name} is {entry['dtype']}, which is not supported yet: give a checkpoint in "
                     "bf16, fp16, fp32, FP8, GPTQ or AWQ"
                 )
+            stored_names[name] = stored_name
             dtype, offset = _DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
             tensors[name] = PlainTensor(name, dtype, tuple(entry["shape"]), root / shard, offset)
     return tensors

@@ -11,6 +11,7 @@ import pytest
 import torch
 from qwen_common.errors import UserError
 from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.names import model_name
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 
@@ -48,6 +49,14 @@ WRAPPINGS: dict[str, Callable[[str], str]] = {
     "torch.compile of each layer": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
     "data parallel": lambda name: f"module.{name}",
     "a merged adapter": lambda name: f"base_model.model.{name}",
+    "a trainer's own class": lambda name: f"model.{name}",
+    "a trainer's own class around a vision-language model": lambda name: (
+        "model." + name.replace("model.", "model.language_model.", 1)
+    ),
+    "data parallel within it": lambda name: f"model.module.{name}",
+    "Lightning's Fabric": lambda name: f"_forward_module.{name}",
+    "TRL's model with a value head": lambda name: f"pretrained_model.{name}",
+    "MLX-VLM": lambda name: f"language_model.{name}",
     "all at once": lambda name: f"module._orig_mod.base_model.model.{name}".replace(
         "model.layers", "model.language_model.layers"
     ),
@@ -81,12 +90,30 @@ def test_names_of_a_wrapped_vision_tower(prefix: str, tmp_path: Path) -> None:
     assert not checkpoint.notes
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "language_model.", "module._orig_mod.", "base_model.model."]
+)
+def test_names_of_a_wrapped_mtp_head(prefix: str) -> None:
+    assert model_name(f"{prefix}mtp.layers.0.mlp.up_proj.weight") == "mtp.layers.0.mlp.up_proj.weight"
+
+
 @pytest.mark.parametrize("other", ["module.", "language_model.", "base_model.model."])
 def test_one_tensor_under_two_names_is_refused(other: str, tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
     save_shards(folder, {**load_tensors(folder), other + NORM: torch.ones(64)}, 1)
-    with pytest.raises(UserError, match=f"tensor {NORM} is in model.safetensors under two names"):
+    with pytest.raises(UserError, match=f"tensor {NORM} is in model.safetensors under two names") as caught:
         Checkpoint.open(str(folder))
+    assert NORM in str(caught.value).partition("(")[2] and other + NORM in str(caught.value)
+
+
+def test_names_that_no_table_has(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    rename(folder, lambda name: f"critic.{name}")
+    checkpoint = Checkpoint.open(str(folder))
+    with pytest.raises(UserError) as caught:
+        checkpoint.check(checkpoint.config.tensors())
+    message = str(caught.value)
+    assert message.count("critic.model.") == 10 and f" and {len(checkpoint.tensors) - 10} more" in message
 
 
 PROJECTION = "model.layers.0.mlp.up_proj"
@@ -125,6 +152,7 @@ UNREAD = {
     "model__position_ids": torch.arange(16),
     "model__layers__0__attn_mask": torch.ones(4, 4, dtype=torch.bool),
     "model__layers__9__input_layernorm__weight": torch.ones(64, dtype=torch.float64),
+    **{f"model__layers__{layer}__input_layernorm__weight": torch.ones(64) for layer in range(10, 17)},
 }
 
 
@@ -143,7 +171,7 @@ def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     assert found["files"]["model.onnx.data"] == plain["files"]["model.onnx.data"]
     assert found["files"]["model.onnx"] == plain["files"]["model.onnx"]
     (note,) = [note for note in notes if note.startswith("not read, because the model has no such tensors")]
-    assert note.count("model.") == 3 and note.endswith(" and 3 more")
+    assert note.count("model.") == 10 and note.endswith(" and 3 more")
     (alone,) = Checkpoint.open(str(folder), text_only=True).notes
     assert alone.endswith(" and 2 more")  # a vision tower is left out because that was asked for
 
