@@ -1,7 +1,8 @@
 """Checkpoints of the real Qwen3.5 geometries with random weights: the right sizes, no download.
 
 Weights are slices of one random block, written without ever holding a tensor in memory, so that a
-checkpoint of several GB takes as long as the disk does.
+checkpoint of several GB takes as long as the disk does; or made as they are read, for models whose
+checkpoint fits no disk.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from qwen_export.architecture.mtp import mtp_tensors
+from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import load_config
 
 _FAMILY: dict[str, Any] = {
@@ -70,6 +73,7 @@ GEOMETRIES["35B-A3B"] = {
     "tie_word_embeddings": False,
 }
 GEOMETRIES["35B-A3B, 2 layers"] = {**GEOMETRIES["35B-A3B"], "num_hidden_layers": 2}
+GEOMETRIES["35B-A3B, 4 layers"] = {**GEOMETRIES["35B-A3B"], "num_hidden_layers": 4}
 # Filled in to agree with its name.
 GEOMETRIES["122B-A10B"] = {
     **GEOMETRIES["35B-A3B"],
@@ -90,6 +94,45 @@ _SHARD_BYTES = 2 * 1024**3
 _AROUND_ONE = "linear_attn.norm.weight"
 
 
+@dataclass(frozen=True)
+class GeneratedTensor:
+    """A tensor that is made as it is read, the same each time; a `CheckpointTensor` that no shard holds.
+
+    Attributes:
+        file: the checkpoint's config.json.
+        block: random values, bfloat16, that follow each other again and again.
+        start: where in `block` the tensor begins.
+        mean: of its values.
+    """
+
+    shape: tuple[int, ...]
+    file: Path
+    block: np.ndarray
+    start: int
+    mean: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return _size(self.shape) * _BFLOAT16.itemsize
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset({self.file})
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        row = _size(self.shape[1:])
+        runs = list(self.runs(start * row, stop * row))
+        return (runs[0] if len(runs) == 1 else np.concatenate(runs)).reshape(stop - start, *self.shape[1:])
+
+    def runs(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """Elements `first` to `last` of the flat tensor, in pieces that hold no more than the block."""
+        while first < last:
+            at = (self.start + first) % len(self.block)
+            part = self.block[at : at + last - first]
+            first += len(part)
+            yield (part.astype(np.float32) + self.mean).astype(_BFLOAT16) if self.mean else part
+
+
 def write_checkpoint(
     folder: Path, text_config: Mapping[str, Any], seed: int = 0, hollow_experts: bool = False
 ) -> Path:
@@ -99,6 +142,29 @@ def write_checkpoint(
     With `hollow_experts` those of the routed experts are zeros, as holes that take no place on the disk. For
     measuring an export only: loaded, packed pages of zeros are freed, so memory and speed say nothing.
     """
+    tensors = generated_checkpoint(folder, text_config, seed).tensors
+    shards = list(_shards({name: tensor.shape for name, tensor in tensors.items()}))
+    weight_map: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shapes, name)
+        with (folder / name).open("wb") as file:
+            file.write(_header(shapes))
+            for key in shapes:
+                tensor = tensors[key]
+                assert isinstance(tensor, GeneratedTensor)
+                if hollow_experts and ".experts." in key:
+                    file.seek(tensor.nbytes, os.SEEK_CUR)
+                else:
+                    file.writelines(run.view(np.uint8).data for run in tensor.runs(0, _size(tensor.shape)))
+            file.truncate()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def generated_checkpoint(folder: Path, text_config: Mapping[str, Any], seed: int = 0) -> Checkpoint:
+    """A checkpoint of the same weights whose `folder` has config.json alone: nothing else is on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["Qwen3_5ForCausalLM"],
@@ -107,28 +173,19 @@ def write_checkpoint(
         "eos_token_id": min(248044, text_config.get("vocab_size", 248320) - 1),
         **text_config,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    file = folder / "config.json"
+    file.write_text(json.dumps(config, indent=2))
     rng = np.random.default_rng(seed)
     block = (0.02 * rng.standard_normal(_BLOCK, dtype=np.float32)).astype(_BFLOAT16)
     geometry = load_config(folder)
     head = mtp_tensors(geometry) if geometry.mtp_num_hidden_layers else {}
-    specs = {**geometry.tensors(), **head}
-    shards = list(_shards({name: spec.shape for name, spec in specs.items()}))
-    weight_map: dict[str, str] = {}
-    for number, shapes in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(shapes, name)
-        with (folder / name).open("wb") as file:
-            file.write(_header(shapes))
-            for tensor, shape in shapes.items():
-                if hollow_experts and ".experts." in tensor:
-                    file.seek(_size(shape) * _BFLOAT16.itemsize, os.SEEK_CUR)
-                else:
-                    _write_tensor(file, tensor, _size(shape), block, rng)
-            file.truncate()
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return folder
+    tensors = {
+        name: GeneratedTensor(
+            spec.shape, file, block, int(rng.integers(_BLOCK)), float(name.endswith(_AROUND_ONE))
+        )
+        for name, spec in {**geometry.tensors(), **head}.items()
+    }
+    return Checkpoint(folder, str(folder), None, geometry, tensors)
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -159,15 +216,3 @@ def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     content = json.dumps(entries).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
-
-
-def _write_tensor(file: BinaryIO, name: str, size: int, block: np.ndarray, rng: np.random.Generator) -> None:
-    """Write `size` elements: the block from a random place on, then again from its beginning."""
-    start = int(rng.integers(len(block)))
-    while size:
-        part = block[start : start + size]
-        if name.endswith(_AROUND_ONE):
-            part = (part.astype(np.float32) + 1).astype(_BFLOAT16)
-        file.write(part.view(np.uint8).data)
-        size -= len(part)
-        start = 0

@@ -27,6 +27,8 @@ import onnx
 from onnx import TensorProto, helper
 from qwen_runtime.resident import release_freed, release_mapped
 
+from benchmarks.support.held import forget_most, held
+
 _EXPERTS, _CHOSEN, _HIDDEN, _INNER = 32, 8, 2048, 512
 _ROWS, _COLUMNS = 32768, 2048
 _TOKENS, _STEPS = 16, 20
@@ -48,7 +50,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Held:
+class NodeHeld:
     """Bytes that a process took for the node's weights, and its speed.
 
     Attributes:
@@ -66,7 +68,7 @@ class Held:
     decode: float
 
 
-def measure(case: Case, options: dict[str, str]) -> Held:
+def measure(case: Case, options: dict[str, str]) -> NodeHeld:
     """`case` in a process of its own.
 
     Raises:
@@ -76,7 +78,7 @@ def measure(case: Case, options: dict[str, str]) -> Held:
         data = write_node(case, Path(folder))
         command = [sys.executable, "-m", "benchmarks.memory", "--hold", folder, json.dumps(options)]
         found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return Held(data, **json.loads(found))
+        return NodeHeld(data, **json.loads(found))
 
 
 def write_node(case: Case, folder: Path) -> int:
@@ -157,13 +159,13 @@ def _hold(folder: Path, options: dict[str, str]) -> dict[str, float]:
     ort.InferenceSession(_empty_model(), settings, providers=["CPUExecutionProvider"]).run(
         None, {"x": np.zeros((1, 1), np.float32)}
     )
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = _status()
+    forget_most()
+    before = held()
     session = ort.InferenceSession(folder / "model.onnx", settings, providers=["CPUExecutionProvider"])
-    loaded = _status()
+    loaded = held()
     release_mapped(folder)
     release_freed()
-    kept = _status()
+    kept = held()
 
     def run(tokens: int) -> None:
         shapes = {value.name: (tokens, value.shape[1]) for value in session.get_inputs()}
@@ -177,11 +179,11 @@ def _hold(folder: Path, options: dict[str, str]) -> dict[str, float]:
         started = time.perf_counter()
         run(1)
         seconds.append(time.perf_counter() - started)
-    after = _status()
+    after = held()
     return {
-        "private": kept["RssAnon"] - before["RssAnon"],
-        "mapped": after["RssFile"] - before["RssFile"],
-        "peak": loaded["VmHWM"] - before["VmRSS"],
+        "private": kept.anonymous - before.anonymous,
+        "mapped": after.mapped - before.mapped,
+        "peak": loaded.most - before.resident,
         "decode": float(np.median(seconds)),
     }
 
@@ -191,11 +193,6 @@ def _empty_model() -> bytes:
     graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "empty", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return bytes(model.SerializeToString())
-
-
-def _status() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[-1] == "kB"}
 
 
 def main() -> None:
@@ -222,13 +219,13 @@ def main() -> None:
         case = Case(*values)
         cells = [str(value) for value in asdict(case).values()]
         try:
-            held = measure(case, options)
+            node = measure(case, options)
         except subprocess.CalledProcessError as error:
             cells += ["", (error.stderr.strip().splitlines() or ["?"])[-1]]
         else:
-            found.append({**asdict(case), **asdict(held)})
-            shares = (f"{size / held.data:.3f}" for size in (held.private, held.mapped, held.peak))
-            cells += [f"{held.data / 1e6:.1f}", *shares, f"{held.decode * 1e3:.2f}"]
+            found.append({**asdict(case), **asdict(node)})
+            shares = (f"{size / node.data:.3f}" for size in (node.private, node.mapped, node.peak))
+            cells += [f"{node.data / 1e6:.1f}", *shares, f"{node.decode * 1e3:.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=2) + "\n")
