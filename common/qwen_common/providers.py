@@ -49,6 +49,8 @@ class Provider:
         wrong: of com.microsoft's operators, those that it has a kernel for which answers wrongly without an
             error. A graph with one is not opened on it.
         casts_float16: ONNX Runtime casts to float32 what it has no float16 kernel for.
+        weight_bits: of a code of MatMulNBits and QMoE, what a run has shown right. A profile with another
+            width is refused.
         zero_points_required, exact_blocks, silu_inside: as in the exporter's `graph.targets.Target`.
     """
 
@@ -77,6 +79,7 @@ class Provider:
     lacks: frozenset[str] = frozenset()
     wrong: frozenset[str] = frozenset()
     casts_float16: bool = False
+    weight_bits: frozenset[int] = frozenset({4, 8})
     zero_points_required: bool = False
     exact_blocks: bool = False
     silu_inside: bool = True
@@ -95,6 +98,9 @@ CPU = Provider(
     package="onnxruntime-genai",
     speculative=True,
     casts_float16=True,
+    weight_bits=frozenset(
+        {2, 4, 8}
+    ),  # tests/exporter/graph/test_experts_kernel.py, quantize/test_blockwise.py
     # Its kernels apply SiLU value by value, several times slower than QuickGelu, which is vectorised.
     silu_inside=False,
 )

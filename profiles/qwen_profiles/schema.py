@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -56,14 +56,26 @@ class _Frozen(BaseModel):
 class WeightFormat(_Frozen):
     """How the projections of one role are stored. In place of a table, `"int4"` names the precision alone."""
 
-    precision: Literal["int4", "int8", "float"]
-    """`int4` and `int8` are block-wise along the input features, `float` is the activations' dtype."""
+    precision: Literal["int2", "int4", "int8", "float"]
+    """`int2`, `int4`, `int8` are block-wise along the input features, `float` is the activations' dtype."""
 
     block_size: Literal[16, 32, 64, 128, 256] = 32
     """Input features that share one scale."""
 
     symmetric: bool = True
     """One fixed zero point in the middle of the codes, instead of one stored for each block."""
+
+    @property
+    def bits(self) -> int | None:
+        """Of a code; None: it is no code."""
+        return None if self.precision == "float" else int(self.precision.removeprefix("int"))
+
+    @model_validator(mode="after")
+    def _blocks_with_kernels(self) -> WeightFormat:
+        # Kernels of 2 bits take blocks of 16, and are 200 times slower (onnxruntime 1.32's CPU, measured).
+        if self.precision == "int2" and self.block_size < 32:
+            raise ValueError("int2 has no quick kernel for blocks of 16: set block_size to 32 or more")
+        return self
 
 
 class Recognise(_Frozen):
@@ -153,9 +165,9 @@ class Profile(_Frozen):
     """By layer, the formats of roles that differ there, as `--auto-precision` chooses them."""
 
     compression: Literal["data-free", "scale-estimation", "awq", "gptq"] = "data-free"
-    """How scales and codes of 4-bit weights are found: from the weights alone, or from activations on a
-    calibration text too. For ONNX Runtime that is `gptq`, layer by layer; for OpenVINO it is NNCF's, with the
-    whole model in memory."""
+    """How scales and codes of 2- and 4-bit weights are found: from the weights alone, or from activations on
+    a calibration text too. For ONNX Runtime that is `gptq`, layer by layer; for OpenVINO it is NNCF's, with
+    the whole model in memory."""
 
     accuracy_level: int = Field(default=0, ge=0, le=4)
     """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
@@ -175,6 +187,15 @@ class Profile(_Frozen):
 
     quality: Quality
     """The quality bar."""
+
+    @property
+    def weight_bits(self) -> frozenset[int]:
+        """Bits a code that every provider of the artifact is known to compute with."""
+        if self.backend == BackendName.OPENVINO:
+            return frozenset({4, 8})
+        return frozenset.intersection(
+            *(PROVIDERS[key].weight_bits for key in (self.provider, *self.fallbacks))
+        )
 
     @field_validator("weights")
     @classmethod
@@ -196,10 +217,28 @@ class Profile(_Frozen):
                 f"provider {self.provider} has no kernels for lowering {self.lowering}: "
                 f"set lowering to {' or '.join(sorted(known))}"
             )
+        for role, form in self._formats():
+            if form.bits is not None and form.bits not in self.weight_bits:
+                raise ValueError(self._no_kernel(role, form))
         for option, setting in self.provider_options.items():
             if fault := option_fault(self.provider, option, setting):
                 raise ValueError(fault)
         return self
+
+    def _formats(self) -> Iterator[tuple[str, WeightFormat]]:
+        """(field, format) of every format in the recipe."""
+        yield from ((f"weights.{role}", form) for role, form in self.weights.items())
+        for layer, forms in self.layer_weights.items():
+            yield from ((f"layer_weights.{layer}.{role}", form) for role, form in forms.items())
+
+    def _no_kernel(self, field: str, form: WeightFormat) -> str:
+        advice = f"set {field} to {' or '.join(f'int{bits}' for bits in sorted(self.weight_bits))}"
+        if self.backend == BackendName.OPENVINO:
+            return f"backend openvino takes no {form.precision} weights: {advice}"
+        without = next(
+            key for key in (self.provider, *self.fallbacks) if form.bits not in PROVIDERS[key].weight_bits
+        )
+        return f"provider {without} has no proven kernel for {form.precision} weights: {advice}"
 
 
 def load_profile(source: str, overrides: Iterable[str] = ()) -> Profile:

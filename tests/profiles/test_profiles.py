@@ -152,11 +152,35 @@ def test_overrides() -> None:
     assert (both.weights["mlp"].precision, both.weights["experts"].precision) == ("float", "int8")
 
 
+def test_int2_is_for_providers_that_have_shown_a_kernel() -> None:
+    known = {name for name, profile in PROFILES.items() if 2 in profile.weight_bits}
+    assert known == {name for name, profile in PROFILES.items() if profile.provider == "cpu"}
+    for override, field in (
+        ("weights.experts=int2", "weights.experts"),
+        ("layer_weights.3.experts=int2", "layer_weights.3.experts"),
+    ):
+        assert load_profile("cpu", [override]).weight_bits == {2, 4, 8}
+        for name, who in (
+            ("strix-halo", "provider amdgpu has no proven kernel for int2 weights"),
+            ("webgpu", "provider webgpu has no proven kernel for int2 weights"),
+            ("intel-lunar-lake", "backend openvino takes no int2 weights"),
+        ):
+            with pytest.raises(UserError) as raised:
+                load_profile(name, [override])
+            assert str(raised.value) == f"profile '{name}': {who}: set {field} to int4 or int8"
+    with pytest.raises(UserError, match="provider webgpu has no proven kernel for int2 weights"):
+        load_profile("cpu", ["weights.experts=int2", 'fallbacks=["webgpu"]'])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("weights.mpl=int4", "field 'weights.mpl': Input should be 'mlp'"),
-        ("weights.mlp=int3", "field 'weights.mlp.precision': Input should be 'int4'"),
+        ("weights.mlp=int3", "field 'weights.mlp.precision': Input should be 'int2', 'int4'"),
+        (
+            "weights.mlp={precision = 'int2', block_size = 16}",
+            "field 'weights.mlp': int2 has no quick kernel for blocks of 16: set block_size to 32 or more",
+        ),
         ("weights.mlp.block_size=33", "field 'weights.mlp.block_size': Input should be 16"),
         ("context_length=long", "field 'context_length': Input should be a valid integer"),
         ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),

@@ -89,12 +89,15 @@ def take_rows(g: GraphBuilder, ids: Value, weight: Weight) -> Value:
 
 
 def _unpack(g: GraphBuilder, packed: Value, bits: int, count: int) -> Value:
-    """uint8 [batch, sequence, ...] -> `count` codes per row [batch, sequence, count], low nibble first."""
+    """uint8 [batch, sequence, ...] -> `count` codes per row [batch, sequence, count], lowest bits first."""
     codes = g.cast(packed, g.dtype)
-    if bits == 8:
+    per_byte = 8 // bits
+    if per_byte == 1:
         return g.reshape(codes, 0, 0, count)
     # In floating point because integer shifts have no DirectML kernel; bytes are exact in fp16 too.
-    codes = g.reshape(codes, 0, 0, count // 2, 1)
-    high = g.op("Floor", g.op("Mul", codes, g.constant(1 / 16)))
-    low = g.op("Sub", codes, g.op("Mul", high, g.constant(16)))
-    return g.reshape(g.op("Concat", low, high, axis=-1), 0, 0, count)
+    rest, places = g.reshape(codes, 0, 0, count // per_byte, 1), []
+    for _ in range(per_byte - 1):
+        higher = g.op("Floor", g.op("Mul", rest, g.constant(1 / (1 << bits))))
+        places.append(g.op("Sub", rest, g.op("Mul", higher, g.constant(1 << bits))))
+        rest = higher
+    return g.reshape(g.op("Concat", *places, rest, axis=-1), 0, 0, count)

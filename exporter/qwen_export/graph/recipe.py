@@ -14,8 +14,8 @@ from qwen_export.graph.targets import Target
 from qwen_export.graph.weights import Rows, Storage, Transform, Weight
 from qwen_export.quantize.blockwise import Quantization
 
-_BITS = {"int4": 4, "int8": 8}
-_SMALLEST_BLOCK = 16  # MatMulNBits' schema
+# MatMulNBits' schema; the smallest of 2 bits that has a quick kernel.
+_SMALLEST_BLOCK = {2: 32, 4: 16, 8: 16}
 _LARGEST_BLOCK = 128  # QMoE's on the CPU
 
 
@@ -101,10 +101,10 @@ class Recipe:
         return self.layers.get(-1 if layer is None else layer, {}).get(role, self.formats[role])
 
     def _quantized(self, form: WeightFormat, in_features: int, whole: bool, even: bool) -> Storage:
-        if form.precision == "float":
+        if form.bits is None:
             return self.dtype
-        bits, block = _BITS[form.precision], int(form.block_size)
-        return self._fitting(bits, block, form.symmetric, in_features, whole, even) or self.dtype
+        block = int(form.block_size)
+        return self._fitting(form.bits, block, form.symmetric, in_features, whole, even) or self.dtype
 
     def _fitting(
         self,
@@ -116,10 +116,12 @@ class Recipe:
         even: bool,
         prequantized: bool = False,
     ) -> Quantization | None:
+        # Experts side by side are gathered, zero points too: of 2 bits four fill a byte.
+        multiple = max(2, 8 // bits) if even else 1
         if whole or even:
-            while block >= _SMALLEST_BLOCK and in_features % (2 * block if even else block):
+            while block >= _SMALLEST_BLOCK[bits] and in_features % (multiple * block):
                 block //= 2
-        if block < _SMALLEST_BLOCK:
+        if block < _SMALLEST_BLOCK[bits]:
             return None
         symmetric = symmetric and not self.target.zero_points_required
         return Quantization(bits, block, symmetric, self.scale_dtype or self.dtype, prequantized)

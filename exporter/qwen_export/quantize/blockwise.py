@@ -1,7 +1,7 @@
-"""Block-wise INT4 and INT8 in MatMulNBits' layout, with scales that minimise the squared error.
+"""Block-wise INT2, INT4 and INT8 in MatMulNBits' layout, with scales that minimise the squared error.
 
 Layout (com.microsoft::MatMulNBits): a weight [N, K] is cut along K into blocks of `block_size`; codes are
-unsigned, w = (code - zero_point) * scale, packed low nibble first. K is padded with codes that mean 0.
+unsigned, w = (code - zero_point) * scale, packed lowest bits first. K is padded with codes that mean 0.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 _TILE_ELEMENTS = 256 * 1024
 # Candidate scales, as divisors of the block's extreme value (symmetric) and factors of its range
 # (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.
-_SYMMETRIC_DIVISORS = {4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
-_ASYMMETRIC_FACTORS = {4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
+_SYMMETRIC_DIVISORS = {2: (-2.0, 1.0), 4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
+_ASYMMETRIC_FACTORS = {2: (1.0,), 4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Quantization:
     """How one weight [N, K] is stored.
 
     Attributes:
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         block_size: a power of two, at least 16.
         symmetric: the zero point is 2^(bits - 1) everywhere and not stored.
         scale_dtype: float32 or float16.
@@ -213,16 +213,17 @@ def _storable(scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes along axis 0 -> packed bytes along axis 0, low nibble first."""
-    if bits == 8:
-        return codes
-    return codes[0::2] | (codes[1::2] << np.uint8(4))
+    """uint8 codes along axis 0 -> packed bytes along axis 0, the first code in the lowest bits."""
+    per_byte = 8 // bits
+    packed = codes[::per_byte]
+    for place in range(1, per_byte):
+        packed = packed | (codes[place::per_byte] << np.uint8(place * bits))
+    return packed
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes [n, count] -> packed bytes along the last axis, low nibble first, rows in whole bytes."""
-    if codes.shape[1] * bits % 8:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
+    """uint8 codes [n, count] -> packed bytes along the last axis, rows in whole bytes."""
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % (8 // bits))))
     return np.ascontiguousarray(_pack(codes.T, bits).T)
 
 
@@ -230,4 +231,5 @@ def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """Packed bytes along the last axis -> uint8 codes along it."""
     if bits == 8:
         return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    places = np.arange(0, 8, bits, dtype=np.uint8)
+    return (packed[..., None] >> places & np.uint8((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""GPTQ: codes of 4-bit weights that make up for each other's errors on real activations.
+"""GPTQ: codes of 2- and 4-bit weights that make up for each other's errors on real activations.
 
 A projection's error on inputs X [tokens, K] is E X^T for the errors E [N, K] of its weights. Where input
 features go together, one feature's error can be made up for by the next: feature k is rounded with what the
@@ -91,7 +91,7 @@ def with_feedbacks(
 
 def _layer(config: TextConfig, weight: Weight) -> int | None:
     """Where a weight meets the activations that its codes are made with; None: nowhere."""
-    if not isinstance(weight.storage, Quantization) or weight.storage.bits != 4 or weight.prequantized:
+    if not isinstance(weight.storage, Quantization) or weight.storage.bits > 4 or weight.prequantized:
         return None
     tensor = weight.rows[0].tensor
     layer = layer_of(tensor)

@@ -19,7 +19,7 @@ _LARGEST_ERROR = 0.3  # INT4 of any sane weights stays below
 _ODD_GROWTH = 30.0
 # Of the loss, what the weights leave unexplained must not be more than this.
 _EXPLAINED = 0.5
-_BETTER = {"int4": "int8", "int8": "float"}
+_BETTER = {"int2": "int4", "int4": "int8", "int8": "float"}
 
 
 def passes(measured: Measured, profile: Profile) -> bool:
@@ -39,7 +39,7 @@ def findings(measured: Measured, profile: Profile, settable: Mapping[str, str]) 
     """Sentences, the likeliest cause first.
 
     Args:
-        settable: role -> int4 or int8, of the roles that may be advised to have more.
+        settable: role -> int2, int4 or int8, of the roles that may be advised to have more.
     """
     causes = [*_odd_layers(measured), *_provider(measured, profile)] or _odd_checkpoint(measured)
     return [*causes, *_costliest(measured, settable)]

@@ -70,7 +70,7 @@ def test_float_experts(case, lowering: str, tmp_path: Path) -> None:
 def test_int4_experts_that_lie_on_a_grid(case, lowering: str, symmetric: bool, tmp_path: Path) -> None:
     """Experts whose weights INT4 holds exactly: the quantised operator must then agree to float32."""
     checkpoint, model = case
-    snap(model)
+    snap(model, bits=4)
     save_tensors(checkpoint, model)
     profile = float_profile(lowering, prefill_chunk=128)
     experts = WeightFormat(precision="int4", block_size=32, symmetric=symmetric)
@@ -79,15 +79,38 @@ def test_int4_experts_that_lie_on_a_grid(case, lowering: str, symmetric: bool, t
     assert_same(Session(artifact), model)
 
 
-def snap(model) -> None:
-    """Round the experts to 16 levels, both ends used in each block, so that the grid is determined."""
-    generator = np.random.default_rng(0)
+def snap(model, bits: int) -> None:
+    """Experts of random codes, both ends used in each block, so that the grid is determined."""
+    generator, levels = np.random.default_rng(0), 1 << bits
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".experts." in name:
-                codes = generator.integers(0, 16, tuple(parameter.shape))
-                codes[..., ::16], codes[..., 1::16] = 0, 15
-                parameter.copy_(torch.tensor((codes - 8) * 0.03125))
+                codes = generator.integers(0, levels, tuple(parameter.shape))
+                codes[..., ::16], codes[..., 1::16] = 0, levels - 1
+                parameter.copy_(torch.tensor((codes - levels // 2) * 0.5 / levels))
+
+
+@pytest.mark.parametrize("lowering,symmetric", [("fused", True), ("fused", False), ("portable", False)])
+def test_int2_experts_that_lie_on_a_grid(lowering: str, symmetric: bool, tmp_path: Path) -> None:
+    """The portable graph agrees to float32. QMoE rounds activations to 8 bits, which moves some choices."""
+    shape = {"num_experts": 8, "hidden_size": 128, "moe_intermediate_size": 128}
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", **shape)
+    model = random_model(**shape)
+    snap(model, bits=2)
+    save_tensors(checkpoint, model)
+    profile = float_profile(lowering, prefill_chunk=128)
+    experts = WeightFormat(precision="int2", block_size=32, symmetric=symmetric)
+    profile = profile.model_copy(
+        update={"provider": "cpu", "fallbacks": (), "weights": profile.weights | {"experts": experts}}
+    )
+    session = Session(make_artifact(checkpoint, profile, tmp_path / "out"))
+    if lowering == "portable":
+        assert_same(session, model)
+        return
+    ids = np.random.default_rng(1).integers(2, 512, 80)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits.numpy()
+    assert np.median(cosine(session.run(ids), expected)) > 0.9999
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -14,7 +14,7 @@ from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize, 
 FORMS = [
     Quantization(bits, block, symmetric, np.dtype(scale))
     for bits, block, symmetric, scale in product(
-        (4, 8), (16, 32, 64, 128), (True, False), (np.float32, np.float16)
+        (2, 4, 8), (16, 32, 64, 128), (True, False), (np.float32, np.float16)
     )
 ]
 

@@ -16,7 +16,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.verify import verification
 from qwen_export.verify.verification import verify
-from qwen_profiles.schema import Profile, load_profile
+from qwen_profiles.schema import ROLES, Profile, load_profile
 from qwen_runtime import Model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -49,6 +49,19 @@ def test_an_exact_artifact_loses_nothing(checkpoint: Path, lowering: str, tmp_pa
     assert report["run"]["kl_divergence"] < 1e-6
     assert report["run"]["top1_agreement"] == 1
     assert report["run"]["perplexity"] == pytest.approx(report["reference"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["symmetric = true", "symmetric = false"])
+def test_int2_is_read_back_as_the_kernels_read_it(form: str, tmp_path: Path) -> None:
+    """Every role in 2 bits, the looked-up embedding too: what runs loses what its stored weights lose."""
+    roles = [f"weights.{role}={{precision = 'int2', block_size = 32, {form}}}" for role in ROLES]
+    profile = load_profile("cpu", ["accuracy_level=0", *roles])
+    artifact = exported(TINY, profile, tmp_path)
+    report = verify(artifact, Checkpoint.open(str(TINY)), Quiet(), tokens=256)
+    assert report["weights"]["kl_divergence"] > 0.5
+    assert report["run"]["kl_divergence"] == pytest.approx(report["weights"]["kl_divergence"], rel=1e-4)
+    assert all(role["precision"].startswith("int2") for role in report["roles"] if role["kl_divergence"])
+    assert report["findings"][-1].endswith("=int4 would spare most of it.")
 
 
 def test_figures_are_those_of_transformers(tmp_path: Path) -> None:
