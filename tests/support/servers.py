@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+import psutil
 
 from tests.support.commands import RUN, heed_interrupts
 
@@ -75,6 +78,16 @@ def request(
 
 def health(server: Server) -> dict[str, Any]:
     return json.loads(request(server, "GET", "/health")[2])
+
+
+def workers(server: Server) -> list[psutil.Process]:
+    """The models' processes."""
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def wait_until_idle(server: Server) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
-import logging
 import pickle
 import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
-from qwen_runtime.artifact import Artifact
 from qwen_runtime.info import ModelInfo
 from qwen_runtime.prompt import check_count
 from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.serve.answer import Answer as Answer
 from qwen_runtime.serve.errors import ApiError, queue_full, reloading, request_failed
 from qwen_runtime.serve.metrics import Metrics
-from qwen_runtime.serve.process import ModelProcess
+from qwen_runtime.serve.supervisor import Supervisor
 from qwen_runtime.serve.worker import (
     Cancel,
     Done,
@@ -35,12 +32,6 @@ from qwen_runtime.serve.worker import (
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
-
-_RESTART_PAUSE = 1.0  # seconds, doubled with every failure in a row
-_LONGEST_PAUSE = 60.0
-_LONGEST_END = 20.0  # in which the worker may write states to disk
-_LAST_WRITES = 5.0  # the same, where the server ends
 _FIRST_GUESS = 5.0  # seconds that an answer takes, before any was made
 _MEMORY = 0.2  # weight of the newest answer in that
 
@@ -54,8 +45,6 @@ class Engine:
         metrics: those of several engines.
 
     Attributes:
-        alive: the worker is there.
-        asleep: it is not there because nobody needs it: the next request starts it.
         enter: waits until a request may count on the model, and admits it; loads the model if need be.
     """
 
@@ -67,17 +56,13 @@ class Engine:
         metrics: Metrics | None = None,
     ) -> None:
         self.parallel = parallel
-        self.alive = False
-        self.asleep = True
         self.enter: Callable[[], Awaitable[None]] = self._enter
         self.metrics = metrics or Metrics()
-        self._settings = settings
+        self._model = Supervisor(settings, self._dispatch, self._died)
         self._inside = 0  # requests that count on the model
         self._idle = asyncio.Event()
         self._idle.set()
         self._idle_since = time.monotonic()
-        self._woken = asyncio.Event()
-        self._loading = asyncio.Lock()
         self._limit = waiting
         self._waiting = 0
         self._slots = asyncio.Semaphore(parallel)
@@ -85,21 +70,25 @@ class Engine:
         self._answers: dict[int, Answer] = {}
         self._queries: dict[int, asyncio.Future[Reply]] = {}
         self._seconds = _FIRST_GUESS  # that an answer takes, lately
-        self._info: ModelInfo | None = None
-        self._process: ModelProcess | None = None
-        self.loaded = 0.0  # seconds since 1970
 
     @property
     def info(self) -> ModelInfo:
-        """Before the model was loaded for the first time what the artifact says, without a provider."""
-        if self._info is None:
-            artifact = Artifact.open(self._settings.path)
-            self._inform(ModelInfo.of(artifact, "", "not loaded yet", self._settings.context_length))
-        assert self._info is not None
-        return self._info
+        return self._model.info
 
-    def _inform(self, info: ModelInfo) -> None:
-        self._info = dataclasses.replace(info, name=self._settings.name or info.name)
+    @property
+    def alive(self) -> bool:
+        """The worker is there."""
+        return self._model.alive
+
+    @property
+    def asleep(self) -> bool:
+        """It is not there because nobody needs it: the next request starts it."""
+        return self._model.asleep
+
+    @property
+    def loaded(self) -> float:
+        """When, in seconds since 1970."""
+        return self._model.loaded
 
     @property
     def idle_for(self) -> float:
@@ -120,15 +109,8 @@ class Engine:
         return len(self._answers)
 
     def load(self) -> None:
-        """Start the worker process and wait until it has the model.
-
-        Raises:
-            UserError: the artifact cannot be loaded.
-        """
-        self._process = ModelProcess(self._settings)  # before a request can see that the worker is there
-        self._inform(self._process.info)
-        self.alive, self.asleep = True, False
-        self.loaded = time.time()
+        """As `Supervisor.load`."""
+        self._model.load()
 
     async def _enter(self) -> None:
         await self.wake()
@@ -139,84 +121,29 @@ class Engine:
         self._inside += 1
         self._idle.clear()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """It does no more."""
         self._inside -= 1
         if not self._inside:
             self._idle_since = time.monotonic()
             self._idle.set()
 
+    async def idle(self) -> None:
+        """Wait until no request counts on the model."""
+        await self._idle.wait()
+
     async def wake(self) -> None:
-        """Load the model, if it is asleep.
-
-        Raises:
-            ApiError: it cannot be loaded.
-        """
-        # To its end, also where who asked for it leaves.
-        await asyncio.shield(asyncio.ensure_future(self._wake()))
-
-    async def _wake(self) -> None:
-        async with self._loading:
-            if not self.asleep:
-                return
-            try:
-                await asyncio.to_thread(self.load)
-            except Exception as error:
-                _log.error("%s was not loaded: %s", self.info.name, error)
-                raise ApiError(503, f"{self.info.name} cannot be loaded: {error}") from None
-            self._woken.set()
+        """As `Supervisor.wake`."""
+        await self._model.wake()
 
     async def sleep(self) -> None:
         """End the worker, once no request counts on it."""
-        await self._idle.wait()
-        async with self._loading:
-            if self.asleep:
-                return
-            self.alive, self.asleep = False, True
-            self._woken.clear()
-            assert self._process is not None
-            await asyncio.to_thread(self._process.end, _LONGEST_END)
+        await self.idle()
+        await self._model.sleep()
 
     async def supervise(self) -> None:
-        """Pass the worker's replies on until cancelled, and start it again when it dies.
-
-        When it has died early twice, it gets the CPU in place of the device's own provider.
-        """
-        pause = _RESTART_PAUSE
-        early = 0
-        while True:
-            if self.asleep:
-                await self._woken.wait()
-            if self.alive:
-                started = time.monotonic()
-                process = self._process
-                assert process is not None
-                await self._attend(process)
-                if self.asleep:
-                    continue
-                exit_code = await asyncio.to_thread(process.exit_code)
-                _log.error("the model's process ended with %s; starting it again", exit_code)
-                if time.monotonic() - started > _LONGEST_PAUSE:
-                    pause, early = _RESTART_PAUSE, 0
-                early += 1
-                if early == 2 and self.info.provider != "cpu":
-                    _log.error("%s has failed twice: going on with the CPU", self.info.provider)
-                    self._settings = dataclasses.replace(self._settings, provider="cpu")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-            async with self._loading:
-                if self.asleep:
-                    continue
-                try:
-                    await asyncio.to_thread(self.load)
-                except Exception as error:
-                    _log.error("the model did not load again: %s", error)
-
-    async def _attend(self, process: ModelProcess) -> None:
-        """Returns when the worker has died."""
-        await process.attend(self._dispatch)
-        self._forget("the model's process ended: try again")
-        if not self.asleep:
-            self.metrics.restarts.inc()
+        """As `Supervisor.supervise`."""
+        await self._model.supervise()
 
     async def submit(self, request: Request, admitted: bool = False) -> Answer:
         """Wait for a place, and start an answer. The caller must close it.
@@ -239,7 +166,7 @@ class Engine:
         await self._turn()
         answer = Answer(job.id, self.cancel)
         self._answers[answer.id] = answer
-        self._send(packed)
+        self._model.send(packed)
         try:
             await answer.start()
         except BaseException:
@@ -269,7 +196,7 @@ class Engine:
             try:
                 await self._slots.acquire()
             except BaseException:
-                self._leave()
+                self.leave()
                 raise
         finally:
             self._waiting -= 1
@@ -279,7 +206,7 @@ class Engine:
 
     def _end_turn(self) -> None:
         self._slots.release()
-        self._leave()
+        self.leave()
 
     async def ask_in_turn(self, function: Callable[..., T], *arguments: Any) -> T:
         """As `ask`, of what takes the model some time, and so waits for a place as answers do.
@@ -313,7 +240,7 @@ class Engine:
         try:
             return await self._ask(function, *arguments)
         finally:
-            self._leave()
+            self.leave()
 
     async def _ask(self, function: Callable[..., T], *arguments: Any) -> T:
         if not self.alive:
@@ -322,7 +249,7 @@ class Engine:
         packed = _packed(query)
         reply = self._queries[query.id] = asyncio.get_running_loop().create_future()
         try:
-            self._send(packed)
+            self._model.send(packed)
             found = await reply
         finally:
             del self._queries[query.id]
@@ -333,11 +260,7 @@ class Engine:
         return value
 
     def cancel(self, job_id: int) -> None:
-        self._send(pickle.dumps(Cancel(job_id)))
-
-    def _send(self, packed: bytes) -> None:
-        assert self._process is not None
-        self._process.send(packed)
+        self._model.send(pickle.dumps(Cancel(job_id)))
 
     def _dispatch(self, reply: Reply) -> None:
         assert reply.id is not None
@@ -374,8 +297,10 @@ class Engine:
         del self._answers[answer.id]
         self._end_turn()
 
-    def _forget(self, reason: str) -> None:
-        self.alive = False
+    def _died(self) -> None:
+        """Nobody may wait for an answer that does not come."""
+        self.metrics.restarts.inc()
+        reason = "the model's process ended: try again"
         for answer in list(self._answers.values()):
             answer.replies.put_nowait(Failed(answer.id, reason, user_error=False))
             self._end(answer)
@@ -384,10 +309,8 @@ class Engine:
                 query.set_result(Failed(query_id, reason, user_error=False))
 
     def close(self) -> None:
-        """End the worker process, whatever it is doing but writing states."""
-        self.alive = False
-        if self._process is not None:
-            self._process.end(_LAST_WRITES if self._settings.states is not None else 0)
+        """As `Supervisor.close`."""
+        self._model.close()
 
 
 def _packed(message: Job | Query) -> bytes:

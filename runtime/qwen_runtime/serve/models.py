@@ -16,7 +16,8 @@ _LOOK = 1.0  # seconds between two looks at who is idle
 class Models:
     """An engine for each; a request for one that is not in memory waits until the others' answers have ended.
 
-    Requests come in in the order of their arrival, whichever model they are for, so that none waits for ever.
+    Who waits longest is next, whichever model it is for, and with it come all who wait for the same model by
+    then: so none waits for ever, and models do not take turns with every request.
     """
 
     def __init__(self, engines: Sequence[Engine], unload_after: float | None = None) -> None:
@@ -33,7 +34,9 @@ class Models:
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"two artifacts are named {twice}: name one with --model NAME=FOLDER")
         self._unload_after = unload_after
-        self._door = asyncio.Lock()  # first come, first served
+        self._line: dict[asyncio.Future[None], Engine] = {}  # who waits for which, by arrival
+        self._arrived = asyncio.Event()
+        self._changing = asyncio.Lock()  # which of them is in memory
         for engine in engines:
             engine.enter = partial(self._enter, engine)
         self._default = engines[0]
@@ -54,17 +57,57 @@ class Models:
         return sum(engine.waiting for engine in self.engines.values())
 
     async def _enter(self, engine: Engine) -> None:
-        async with self._door:
-            if engine.asleep:
-                for other in self.engines.values():
-                    if other is not engine:
-                        await other.sleep()
-                await engine.wake()
-            engine.admit()
+        place = asyncio.get_running_loop().create_future()
+        self._line[place] = engine
+        self._arrived.set()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                engine.leave()  # it was admitted just before it left
+            raise
+        finally:
+            self._line.pop(place, None)
+
+    async def _admit(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if not self._line:
+                self._arrived.clear()
+                continue
+            engine = next(iter(self._line.values()))
+            failure: Exception | None = None
+            async with self._changing:
+                try:
+                    await self._switch_to(engine)
+                except Exception as error:
+                    failure = error
+                for place in [place for place, wanted in self._line.items() if wanted is engine]:
+                    del self._line[place]
+                    if place.done():  # who waited has left
+                        continue
+                    if failure is not None:
+                        place.set_exception(failure)
+                        continue
+                    engine.admit()
+                    place.set_result(None)
+
+    async def _switch_to(self, engine: Engine) -> None:
+        if not engine.asleep:
+            return
+        others = [other for other in self.engines.values() if other is not engine]
+        for other in others:
+            await other.idle()
+        if engine not in self._line.values():  # who asked for it has left
+            return
+        for other in others:
+            await other.sleep()
+        await engine.wake()
 
     async def supervise(self) -> None:
         """Keep the engines at work until cancelled."""
         tasks = [asyncio.create_task(engine.supervise()) for engine in self.engines.values()]
+        tasks.append(asyncio.create_task(self._admit()))
         if self._unload_after is not None:
             tasks.append(asyncio.create_task(self._unload(self._unload_after)))
         try:
@@ -79,7 +122,7 @@ class Models:
             await asyncio.sleep(min(_LOOK, after))
             for engine in self.engines.values():
                 if engine.alive and engine.idle_for >= after:
-                    async with self._door:
+                    async with self._changing:
                         if engine.idle_for >= after:
                             await engine.sleep()
 

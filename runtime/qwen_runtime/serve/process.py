@@ -35,11 +35,11 @@ class ModelProcess:
         self._process = context.Process(
             target=worker.main, args=(settings, theirs), name="qwen-run model", daemon=True
         )
-        self._process.start()
-        theirs.close()
         try:
+            self._process.start()
+            theirs.close()
             message = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise RuntimeError(f"the model's process ended with {self.exit_code()} while loading") from None
         if isinstance(message, Failed):
             raise UserError(message.message) if message.user_error else RuntimeError(message.message)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
@@ -23,7 +22,7 @@ from qwen_runtime.serve.worker import ModelSettings
 from benchmarks.support.checkpoints import TINY_MOE
 from tests.support.commands import run
 from tests.support.exported import Exported
-from tests.support.servers import Server, endless, health, serving, wait_until_idle
+from tests.support.servers import endless, health, serving, wait_until_idle, workers
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 8}
@@ -32,11 +31,6 @@ GREEDY: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 
 @pytest.fixture(scope="module")
 def moe_artifact(exported: Exported) -> Path:
     return exported(TINY_MOE, load_profile("cpu"))
-
-
-def workers(server: Server) -> list[psutil.Process]:
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_a_model_is_in_memory_when_it_is_asked(cpu_artifact: Path, moe_artifact: Path, model: Model) -> None:

@@ -1,0 +1,209 @@
+"""The model's process killed at any moment: every request is answered, and the next one works."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from qwen_runtime.request import Request
+from qwen_runtime.serve import supervisor
+from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.models import Models
+from qwen_runtime.serve.worker import ModelSettings
+
+from tests.support.servers import Server, endless, health, request, serving, wait_until_idle, workers
+
+QUESTION = [{"role": "user", "content": "What is assert?"}]
+LONG = [{"role": "user", "content": "What is assert? " * 1500}]
+BOUND = 60.0  # seconds; some 3 on a quiet machine
+
+
+@pytest.fixture(scope="module")
+def server(cpu_artifact: Path) -> Iterator[Server]:
+    """Of two models, which are the same one."""
+    with serving(cpu_artifact, "--model", f"other={cpu_artifact}") as running:
+        yield running
+
+
+def ask(server: Server, model: str, **options: Any) -> Any:
+    client = server.client(timeout=BOUND)
+    asked: dict[str, Any] = {"model": model, "messages": QUESTION, "max_tokens": 4, **options}
+    return client.chat.completions.create(**asked)
+
+
+def until_answered(server: Server, model: str) -> None:
+    deadline = time.monotonic() + BOUND
+    while True:
+        try:
+            assert ask(server, model).choices[0].message.content
+            break
+        except openai.InternalServerError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    wait_until_idle(server)
+
+
+def another_worker(server: Server, than: psutil.Process) -> psutil.Process:
+    deadline = time.monotonic() + BOUND
+    while True:
+        for worker in workers(server):
+            if worker != than:
+                return worker
+        assert time.monotonic() < deadline
+
+
+def test_in_an_answer(server: Server, cpu_artifact: Path) -> None:
+    until_answered(server, "tiny-dense")
+    bias = endless(cpu_artifact)
+    stream = ask(server, "tiny-dense", max_tokens=3000, logit_bias=bias, stream=True)
+    next(iter(stream))
+    [worker] = workers(server)
+    worker.kill()
+    with pytest.raises(openai.APIError, match="the model's process ended: try again"):
+        list(stream)
+    until_answered(server, "tiny-dense")
+
+
+def test_in_a_prompt(server: Server) -> None:
+    until_answered(server, "tiny-dense")
+    [worker] = workers(server)
+    said: list[str] = []
+
+    def read() -> None:
+        try:
+            ask(server, "tiny-dense", messages=LONG)
+        except openai.InternalServerError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not health(server)["running"]:
+        time.sleep(0.01)
+    worker.kill()
+    thread.join(BOUND)
+    assert "the model's process ended: try again" in said[0]
+    until_answered(server, "tiny-dense")
+
+
+def test_while_requests_wait_for_both_models(server: Server, cpu_artifact: Path) -> None:
+    """Those for the model that dies are told so, those for the other have their turn."""
+    until_answered(server, "tiny-dense")
+    stream = ask(server, "tiny-dense", max_tokens=3000, logit_bias=endless(cpu_artifact), stream=True)
+    next(iter(stream))
+    ends: list[str] = []
+
+    def wait(model: str) -> None:
+        try:
+            ends.append(ask(server, model).model)
+        except openai.InternalServerError as error:
+            ends.append(str(error))
+
+    threads = []
+    for waiting, model in enumerate(("tiny-dense", "other", "tiny-dense", "other")):
+        threads.append(threading.Thread(target=wait, args=(model,)))
+        threads[-1].start()
+        while health(server)["waiting"] <= waiting:
+            time.sleep(0.01)
+    [worker] = workers(server)
+    worker.kill()
+    for thread in threads:
+        thread.join(BOUND)
+    # The one behind "other" waits for the model that is loaded after it.
+    assert [end for end in ends if "being loaded again" not in end] == ["other", "other", "tiny-dense"]
+    assert len(ends) == 4
+    wait_until_idle(server)
+
+
+def test_while_a_model_is_loaded(server: Server) -> None:
+    until_answered(server, "tiny-dense")
+    [first] = workers(server)
+    said: list[str] = []
+
+    def switch() -> None:
+        try:
+            ask(server, "other")
+        except openai.InternalServerError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    another_worker(server, first).kill()
+    thread.join(BOUND)
+    assert "other cannot be loaded: the model's process ended with" in said[0]
+    until_answered(server, "other")
+    until_answered(server, "tiny-dense")
+
+
+def test_between_requests_and_once_more(server: Server) -> None:
+    until_answered(server, "tiny-dense")
+    [first] = workers(server)
+    first.kill()
+    another_worker(server, first).kill()
+    until_answered(server, "tiny-dense")
+    until_answered(server, "other")
+    assert len(workers(server)) == 1
+    assert request(server, "GET", "/health")[0] == 200
+
+
+def test_a_model_that_died_is_wanted_again_before_it_would_be_started(
+    cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model was in memory meanwhile."""
+    monkeypatch.setattr(supervisor, "_RESTART_PAUSE", 600.0)
+
+    async def answer(engine: Engine) -> str:
+        answer = await engine.submit(Request("The", max_tokens=2))
+        return "".join([piece.text async for piece in answer])
+
+    async def try_it() -> None:
+        one, other = (Engine(ModelSettings(cpu_artifact, name=name)) for name in ("one", "other"))
+        models = Models([one, other])
+        running = asyncio.create_task(models.supervise())
+        try:
+            assert await asyncio.wait_for(answer(one), BOUND)
+            process = one._model._process
+            assert process is not None
+            os.kill(process._process.pid or 0, signal.SIGKILL)
+            while one.alive:
+                await asyncio.sleep(0.01)
+            for engine in (other, one):
+                assert await asyncio.wait_for(answer(engine), BOUND)
+            assert one._model._process is not process
+        finally:
+            running.cancel()
+            models.close()
+
+    asyncio.run(try_it())
+
+
+def test_who_leaves_while_another_model_is_ended(cpu_artifact: Path) -> None:
+    """What it began is done to its end: there is never more than one in memory."""
+
+    async def try_it() -> None:
+        one, other = (Engine(ModelSettings(cpu_artifact, name=name)) for name in ("one", "other"))
+        models = Models([one, other])
+        running = asyncio.create_task(models.supervise())
+        try:
+            for _ in range(3):
+                for engine in (one, other):
+                    leaving = asyncio.create_task(engine.submit(Request("The", max_tokens=2)))
+                    await asyncio.sleep(0.02)
+                    leaving.cancel()
+                    answer = await asyncio.wait_for(engine.submit(Request("The", max_tokens=2)), BOUND)
+                    assert [piece async for piece in answer]
+                    assert one.alive != other.alive
+            assert models.metrics.restarts._value.get() == 0
+        finally:
+            running.cancel()
+            models.close()
+
+    asyncio.run(try_it())
