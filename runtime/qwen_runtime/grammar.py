@@ -20,7 +20,8 @@ _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _GRAMMAR_TEXT = re.compile(r" 1 \| | <backtrace>")
 _PLACES = re.compile(r"^(Error creating grammar: |at \d+\(\d+\): |\[[\d:]+\] \S+: )+|<string>:\d+: ")
 _LONGEST_REASON = 300  # characters
-_THOUGHT = r"thought[lazy]: /(.|\n)*<\/think>/"
+# A call inside a thought would be one.
+_THOUGHT = r'thought[suffix="</think>"]: /(.|\n)*/ & ~/(.|\n)*<function=(.|\n)*/'
 
 
 def make_guidance(
@@ -31,6 +32,7 @@ def make_guidance(
     several: bool = True,
     regex: str | None = None,
     choices: Sequence[str] = (),
+    forced: bool = True,
 ) -> Guidance:
     """An answer of one of these forms: JSON of this schema, calls of these tools, a text that this regular
     expression matches as a whole, or one of these texts.
@@ -40,6 +42,8 @@ def make_guidance(
     Args:
         thinking: the prompt ended inside a thought, which is finished first.
         several: more than one call is allowed.
+        forced: otherwise the answer may be anything, and only calls of tools that are `strict` are held to
+            their schemas.
     """
     functions = [
         {**tool["function"], "parameters": carried(tool["function"].get("parameters"))} for tool in tools
@@ -49,6 +53,7 @@ def make_guidance(
         "schema": carried(schema),
         "functions": functions,
         "several": several,
+        "forced": forced,
         "regex": regex,
         "choices": list(choices),
     }
@@ -63,16 +68,20 @@ def lark(answer: str) -> str:
     if asked["schema"] is not None:
         bodies.append("object")
         rules.append(f"object: %json {json.dumps({**asked['schema'], 'x-guidance': dialect.SPACING})}")
-    if asked["functions"]:
+    if not asked["forced"]:
+        bodies.append("answer")
+        rules += dialect.lark_unforced(asked["functions"])
+    elif asked["functions"]:
         bodies.append('call ("\\n" call)*' if asked["several"] else "call")
         rules += dialect.lark(asked["functions"])
     if asked["regex"] is not None:
         bodies.append("matching")
-        rules.append(f"matching: /{_in_slashes(asked['regex'])}/")
+        rules.append(f"matching: /{dialect.in_slashes(asked['regex'])}/")
     bodies += [json.dumps(text, ensure_ascii=False) for text in asked["choices"]]
-    if asked["thinking"]:
+    thinking = asked["thinking"] and asked["forced"]
+    if thinking:
         rules.append(_THOUGHT)
-    begin = 'thought "\\n\\n" ' if asked["thinking"] else ""
+    begin = 'thought "\\n\\n" ' if thinking else ""
     text = "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
     plain = text.isascii() and "\\u" not in text
     return text if plain else _NO_FORCING + text
@@ -86,19 +95,15 @@ def why_refused(text: str) -> str:
     return _PLACES.sub("", text)[:_LONGEST_REASON].strip()
 
 
-def _in_slashes(regex: str) -> str:
-    """A regular expression as Lark writes it, in which a slash ends it and a line cannot."""
-    escaped = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], regex, flags=re.DOTALL)
-    return escaped.replace("\n", "\\n").replace("\r", "\\r")
-
-
 def structural_tag(answer: str) -> str:
     """The text of a guidance of kind `answer` as a structural tag for xgrammar, which is JSON."""
     asked = json.loads(answer)
     bodies: list[Any] = []
     if asked["schema"] is not None:
         bodies.append({"type": "json_schema", "json_schema": asked["schema"]})
-    if asked["functions"]:
+    if not asked["forced"]:
+        bodies.append(dialect.structural_tag_unforced(asked["functions"]))
+    elif asked["functions"]:
         bodies.append(
             {
                 "type": "tags_with_separator",
@@ -112,7 +117,7 @@ def structural_tag(answer: str) -> str:
         bodies.append({"type": "regex", "pattern": asked["regex"]})
     bodies += [dialect.const(text) for text in asked["choices"]]
     found = dialect.either(bodies)
-    if asked["thinking"]:
+    if asked["thinking"] and asked["forced"]:
         thought = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": "</think>"}
         found = dialect.sequence(thought, dialect.const("\n\n"), found)
     return json.dumps({"type": "structural_tag", "format": found})

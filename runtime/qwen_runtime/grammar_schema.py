@@ -7,8 +7,10 @@ out of here. Source: llguidance's docs/json_schema.md, xgrammar's json_schema_co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from qwen_runtime.tool_calls.texts import whole
 
 _FORMATS = frozenset({"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"})
 _LEFT_OUT = frozenset(
@@ -21,6 +23,16 @@ _LEFT_OUT = frozenset(
 _SCHEMA = frozenset({"additionalProperties", "items"})  # keywords whose value is a schema, a list of them,
 _LIST = frozenset({"allOf", "anyOf", "prefixItems"})
 _MAP = frozenset({"$defs", "definitions", "patternProperties", "properties"})  # or an object of them
+# What `left_out` names too: of these the grammar carries a part.
+_NOT_WHOLLY = (_LEFT_OUT - {"x-guidance"}) | {"minProperties", "maxProperties", "oneOf"}
+# Where schemas stand in schemas: as they are or in lists, and in objects.
+_SCHEMAS = frozenset(
+    {
+        "additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not",
+        "oneOf", "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",
+    }
+)  # fmt: skip
+_MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
 _NEVER: tuple[Any, ...] = ({}, True)  # `not` of these allows nothing
 # Look-around, named groups and flags; references back; classes of Unicode; borders of words.
 _IRREGULAR = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?(?!:)|\\[1-9kpPbB])")
@@ -46,6 +58,37 @@ def carried(schema: Any) -> Any:
         found["patternProperties"] = regular
         found.pop("additionalProperties", None)
     return found
+
+
+def inside(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """`schema` with each schema that stands in it changed."""
+
+    def changed(keyword: str, value: Any) -> Any:
+        if keyword in _SCHEMAS and isinstance(value, list):
+            return [change(each) for each in value]
+        if keyword in _SCHEMAS:
+            return change(value)
+        if keyword in _MAPS and isinstance(value, Mapping):
+            return {name: change(each) for name, each in value.items()}
+        return value
+
+    return {keyword: changed(keyword, value) for keyword, value in schema.items()}
+
+
+def left_out(schema: Any) -> Iterator[str]:
+    """The keywords of which a grammar carries nothing, or not all."""
+    if not isinstance(schema, Mapping):
+        return
+    for keyword, value in schema.items():
+        if keyword in _NOT_WHOLLY and value is not False:
+            yield keyword
+        elif keyword in ("pattern", "patternProperties"):
+            patterns = value if isinstance(value, Mapping) else [value]
+            yield from (keyword for each in patterns if isinstance(each, str) and whole(each) is None)
+    found: list[Any] = []
+    inside(schema, found.append)
+    for each in found:
+        yield from left_out(each)
 
 
 def is_irregular(pattern: Any) -> bool:

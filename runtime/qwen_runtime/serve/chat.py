@@ -31,6 +31,7 @@ from qwen_runtime.serve.schema.messages import (
     NamedTool,
 )
 from qwen_runtime.serve.structure import Structure, structure_of
+from qwen_runtime.serve.tool_check import Check, held_to_schemas
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 
 
@@ -79,7 +80,7 @@ def _request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, A
     structure = structure_of(asked)
     if start.text and structure:
         raise ApiError(400, "messages: an answer that is begun can have no other form", parameter="messages")
-    tools, guidance = _tools(asked, structure, start.in_thought)
+    tools, guidance, call_checks = _tools(asked, structure, start.in_thought)
     ordered = in_order_of_calls(start.messages)
     request = Request(
         prompt=[_for_template(message, at) for at, message in enumerate(ordered)],
@@ -97,7 +98,7 @@ def _request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, A
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
     check = structure.check if structure else None
-    return request, AnswerParser(start.in_thought, tools, _several(asked), check)
+    return request, AnswerParser(start.in_thought, tools, _several(asked), check, call_checks)
 
 
 async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:
@@ -167,8 +168,8 @@ def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
 
 def _tools(
     asked: ChatRequest, structure: Structure | None, thinking: bool
-) -> tuple[list[dict[str, Any]], Guidance | None]:
-    """The tools that the model is told of, and what its answer is held to."""
+) -> tuple[list[dict[str, Any]], Guidance | None, Mapping[str, Check]]:
+    """The tools that the model is told of, what its answer is held to, and checks of what it calls."""
     tools = [tool.model_dump(exclude_unset=True) for tool in asked.tools or ()]
     choice = asked.tool_choice
     if choice == "none":
@@ -181,19 +182,20 @@ def _tools(
     if choice == "required" and not tools:
         raise ApiError(400, "tool_choice is 'required', but there are no tools", parameter="tool_choice")
     forced = choice == "required" or isinstance(choice, NamedTool)
-    if forced:
-        return tools, make_guidance(thinking=thinking, tools=callable_, several=_several(asked))
-    if structure is None:
-        return tools, None
+    held, checks = held_to_schemas(callable_, every=forced or structure is not None)
+    if not forced and structure is None:
+        guidance = make_guidance(thinking=thinking, tools=held, forced=False) if checks else None
+        return tools, guidance, checks
+    answer = None if forced else structure
     guidance = make_guidance(
         thinking=thinking,
-        schema=structure.schema,
-        tools=callable_,
+        schema=answer.schema if answer else None,
+        tools=held,
         several=_several(asked),
-        regex=structure.regex,
-        choices=structure.choices,
+        regex=answer.regex if answer else None,
+        choices=answer.choices if answer else (),
     )
-    return tools, guidance
+    return tools, guidance, checks
 
 
 def _several(asked: ChatRequest) -> bool:

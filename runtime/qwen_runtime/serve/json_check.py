@@ -18,6 +18,7 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 from referencing import Registry
 
+from qwen_runtime.grammar_schema import inside
 from qwen_runtime.serve.errors import ApiError
 
 _DRAFTS = (Draft202012Validator, Draft7Validator, Draft4Validator)
@@ -47,8 +48,12 @@ def check_schema(schema: Mapping[str, Any], field: str) -> Any:
     return draft
 
 
-def fault(schema: Mapping[str, Any], draft: Any, answer: str) -> str | None:
-    """What of `answer` is not as `schema` asks; None where nothing is, or where it is no whole JSON."""
+def fault(schema: Mapping[str, Any], draft: Any, answer: str, name: str = "the answer") -> str | None:
+    """What of `answer` is not as `schema` asks; None where nothing is, or where it is no whole JSON.
+
+    Args:
+        name: what it is called.
+    """
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError):
@@ -57,12 +62,42 @@ def fault(schema: Mapping[str, Any], draft: Any, answer: str) -> str | None:
         checker = _with_limits(draft, _SECONDS)(schema, registry=Registry())
         found = min(checker.iter_errors(value), key=lambda error: len(error.absolute_path), default=None)
     except TimeoutError:
-        return "the answer could not be checked: it takes too long"
+        return f"{name} could not be checked: it takes too long"
     except Exception as error:  # a reference that leads nowhere or in a circle, a pattern that is none
-        return f"the answer could not be checked: {type(error).__name__}"
-    return (
-        None if found is None else f"the answer does not match the schema: {_at(found, '/')}{_short(found)}"
-    )
+        return f"{name} could not be checked: {type(error).__name__}"
+    return None if found is None else f"{name} does not match the schema: {_at(found, '/')}{_short(found)}"
+
+
+def narrowed(schema: Mapping[str, Any], draft: Any, field: str) -> dict[str, Any]:
+    """`schema` with those values of `enum` and `const` only that its other keywords take.
+
+    Raises:
+        ApiError: none is left.
+    """
+    checker = _with_limits(draft, _SECONDS)(schema, registry=Registry())
+
+    def narrow(inner: Any) -> Any:
+        if not isinstance(inner, Mapping):
+            return inner
+        found = inside(inner, narrow)
+        values = [inner["const"]] if "const" in inner else inner.get("enum")
+        if isinstance(values, list) and len(inner) > 1:
+            fitting = [value for value in values if checker.evolve(schema=inner).is_valid(value)]
+            if not fitting:
+                raise _refused(field, f"no value of {_short_list(values)} fits the rest of its schema")
+            if len(fitting) < len(values):
+                found["enum"] = fitting
+        return found
+
+    try:
+        narrow_schema: dict[str, Any] = narrow(schema)
+    except TimeoutError:
+        raise _refused(field, "to check the schema takes too long: make it smaller") from None
+    except ApiError:
+        raise
+    except Exception as error:  # as in `fault`
+        raise _refused(field, f"the schema could not be checked: {type(error).__name__}") from error
+    return narrow_schema
 
 
 def _draft(schema: Mapping[str, Any]) -> Any:
@@ -177,6 +212,11 @@ def _at(error: SchemaError | ValidationError, separator: str) -> str:
 
 def _short(error: ValidationError) -> str:
     return error.message if len(error.message) <= _LONGEST_REASON else f"{error.validator} does not hold"
+
+
+def _short_list(values: list[Any]) -> str:
+    text = json.dumps(values, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_REASON // 3 else f"{text[: _LONGEST_REASON // 3]}..."
 
 
 def _refused(field: str, message: str) -> ApiError:

@@ -29,6 +29,7 @@ class AnswerParser:
         tools: the functions that may be called; without any, calls are taken as the text that they are.
         several: more than one call is allowed; otherwise the answer ends after the first.
         check: says what is wrong with the text for the user; that becomes the message's refusal.
+        call_checks: the same of the arguments of a function, by its name.
 
     Attributes:
         message: what the deltas add up to.
@@ -40,11 +41,13 @@ class AnswerParser:
         tools: Sequence[Mapping[str, Any]] = (),
         several: bool = True,
         check: Callable[[str], str | None] | None = None,
+        call_checks: Mapping[str, Callable[[str], str | None]] = {},
     ) -> None:
         self.message: dict[str, Any] = {"role": "assistant", "content": None}
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._several = several
         self._check = check
+        self._call_checks = call_checks
         self._thinking = thinking
         self._rest = ""
         self._final = False
@@ -68,11 +71,19 @@ class AnswerParser:
         """
         self._final = True
         deltas = self.feed("")
-        content = self.message["content"]
-        if self._check and content and (fault := self._check(content)):
+        if fault := next(self._faults(), None):
             self.message["refusal"] = fault
             deltas.append({"refusal": fault})
         return deltas
+
+    def _faults(self) -> Iterator[str]:
+        content = self.message["content"]
+        if self._check and content and (fault := self._check(content)):
+            yield fault
+        for call in self.message.get("tool_calls", ()):
+            check = self._call_checks.get(call["function"]["name"])
+            if check and (fault := check(call["function"]["arguments"])):
+                yield fault
 
     @property
     def in_call(self) -> bool:

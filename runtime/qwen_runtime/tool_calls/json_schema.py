@@ -103,12 +103,14 @@ class Arguments:
 
     Attributes:
         properties: schemas of the arguments by name, in their order.
+        patterns: schemas of arguments with names that a regular expression is found in.
         others: schema of arguments with other names; None where there are none.
-        fewest, most: how many of those there may be.
+        fewest, most: how many arguments there may be.
     """
 
     properties: Mapping[str, Any] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
+    patterns: Mapping[str, Any] = field(default_factory=dict)
     others: Any = None
     fewest: int = 0
     most: int | None = None
@@ -116,7 +118,11 @@ class Arguments:
     def named(self) -> list[tuple[str, Any]]:
         """The names with their schemas; nothing may be said of one that is required."""
         missing = sorted(self.required - self.properties.keys())
-        return [*self.properties.items(), *((name, self.others or {}) for name in missing)]
+        there = [(name, schema) for name, schema in self.properties.items() if self._may_be_given(name)]
+        return [*there, *((name, self.others or {}) for name in missing)]
+
+    def _may_be_given(self, name: str) -> bool:
+        return self.properties[name] is not False or name in self.required
 
     def __and__(self, other: Arguments) -> Arguments:
         both = {
@@ -128,6 +134,7 @@ class Arguments:
         return Arguments(
             {**self.properties, **other.properties, **both},
             self.required | other.required,
+            {**self.patterns, **other.patterns},
             other.others if self.others is None else self.others,
             max(self.fewest, other.fewest),
             min(limits) if limits else None,
@@ -166,12 +173,12 @@ def _allowed(schema: Any, root: Any, known: dict[str, Allowed], steps: Iterator[
     elif isinstance(schema.get("enum"), list) and schema["enum"]:
         parts.append(Allowed(frozenset(), tuple(schema["enum"])))
     else:
-        parts.append(Allowed(_types(schema.get("type"))))
+        parts.append(Allowed(types_of(schema.get("type"))))
     reference = schema.get("$ref")
     if isinstance(reference, str):
         if reference not in known:
             known[reference] = Allowed(frozenset())
-            known[reference] = _allowed(_target(reference, root), root, known, steps)
+            known[reference] = _allowed(within(root, reference), root, known, steps)
         parts.append(known[reference])
     parts += [_allowed(each, root, known, steps) for each in _list(schema.get("allOf"))]
     for keyword in ("anyOf", "oneOf"):
@@ -180,7 +187,7 @@ def _allowed(schema: Any, root: Any, known: dict[str, Allowed], steps: Iterator[
     found = reduce(Allowed.__and__, parts)
     if found == ANYTHING:
         hints = [kind for kind, keywords in _KEYWORDS.items() if not schema.keys().isdisjoint(keywords)]
-        found = Allowed(_types(hints))
+        found = Allowed(types_of(hints))
     if schema.get("nullable") is True:
         found |= Allowed(_TYPES["null"])
     return found
@@ -209,7 +216,7 @@ def _forms(schema: Any, root: Any, known: dict[str, list[Arguments]]) -> list[Ar
     if isinstance(reference, str):
         if reference not in known:
             known[reference] = []
-            known[reference] = _forms(_target(reference, root), root, known)
+            known[reference] = _forms(within(root, reference), root, known)
         found = _product(found, known[reference] or [Arguments()])
     for each in _list(schema.get("allOf")):
         found = _product(found, _forms(each, root, known))
@@ -228,7 +235,9 @@ def _forms(schema: Any, root: Any, known: dict[str, list[Arguments]]) -> list[Ar
 def argument_schema(forms: Sequence[Arguments], name: str) -> Any:
     """The schema of the argument `name`, whichever form there is; {} where none says anything of it."""
     schemas = [form.properties[name] for form in forms if name in form.properties]
-    schemas = schemas or [form.others for form in forms if form.others is not None]
+    if not schemas:
+        schemas = [each for form in forms for each in form.patterns.values()]
+        schemas += [form.others for form in forms if form.others is not None]
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas} if schemas else {}
 
 
@@ -243,10 +252,12 @@ def standalone(schema: Any, root: Any) -> Any:
 def _own(schema: Mapping[str, Any]) -> Arguments:
     """What `schema` says of an object by itself."""
     properties, required = schema.get("properties"), schema.get("required")
+    patterns = schema.get("patternProperties")
     fewest, most = schema.get("minProperties"), schema.get("maxProperties")
     return Arguments(
         properties if isinstance(properties, Mapping) else {},
         frozenset(name for name in _list(required) if isinstance(name, str)),
+        patterns if isinstance(patterns, Mapping) else {},
         _others(schema),
         fewest if isinstance(fewest, int) else 0,
         most if isinstance(most, int) else None,
@@ -254,23 +265,21 @@ def _own(schema: Mapping[str, Any]) -> Arguments:
 
 
 def _others(schema: Mapping[str, Any]) -> Any:
-    patterns = schema.get("patternProperties")
-    if isinstance(patterns, Mapping) and patterns:
-        return {"anyOf": list(patterns.values())}
     others = schema.get("additionalProperties")
     if isinstance(others, Mapping):
         return others
     # Beside named ones, `true` is but the default, which nobody means as an invitation.
     asked = others is True or (others is None and schema.get("minProperties"))
-    return {} if asked and not schema.get("properties") else None
+    named = schema.get("properties") or schema.get("patternProperties")
+    return {} if asked and not named else None
 
 
 def _may_be_object(schema: Any, root: Any) -> bool:
     """As far as a look can tell."""
     for _ in range(10):
         if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
-            schema = _target(schema["$ref"], root)
-    kinds = _types(schema.get("type")) if isinstance(schema, Mapping) else _ANY
+            schema = within(root, schema["$ref"])
+    kinds = types_of(schema.get("type")) if isinstance(schema, Mapping) else _ANY
     return not kinds.isdisjoint(("any", "object"))
 
 
@@ -290,7 +299,14 @@ def _product(some: Sequence[Arguments], others: Sequence[Arguments]) -> list[Arg
     return [one & other for one, other in islice(product(some, others), _MOST_FORMS)]
 
 
-def _types(named: Any) -> frozenset[str]:
+def proper_type(name: Any) -> str | None:
+    """The type of JSON Schema that `name` means; None where it is any."""
+    found = _TYPES.get(name.lower()) if isinstance(name, str) else None
+    return None if found is None else "number" if "number" in found else next(iter(found))
+
+
+def types_of(named: Any) -> frozenset[str]:
+    """The types that the keyword `type` names."""
     names = named if isinstance(named, list) else [named]
     found = [_TYPES.get(name.lower(), _ANY) for name in names if isinstance(name, str)]
     return frozenset().union(*found) or _ANY
@@ -300,7 +316,7 @@ def _list(found: Any) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _target(reference: str, root: Any) -> Any:
+def within(root: Any, reference: str) -> Any:
     """What a reference refers to; {} where that is nothing, or no part of `root`."""
     if not reference.startswith("#"):
         return {}

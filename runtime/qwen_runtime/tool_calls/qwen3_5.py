@@ -162,7 +162,7 @@ class CallReader:
     def _step(self, found: re.Match[str]) -> str:
         """Past a mark between arguments. Whatever stands before it has no place in a call."""
         if found["parameter"]:
-            self._value = self._argument(_unquoted(found["parameter"]))
+            self._value = self._argument(_meant(found["parameter"], self._known))
         elif _mark(found) != PARAMETER_END:
             self.ended = True
             self.rest = self.rest[found.end() if _mark(found) == FUNCTION_END else found.start() :]
@@ -270,7 +270,7 @@ class _Value:
     def _is_expected(self, found: re.Match[str], final: bool) -> bool | None:
         """Whether a mark is one wherever it stands, as the text goes on; None where that takes more text."""
         if name := found["parameter"]:
-            return self._missing is None or _unquoted(name) in self._missing
+            return self._missing is None or _meant(name, self._missing) in self._missing
         follows = _GOES_ON.get(_mark(found))
         return _goes_on(self._text, found.end(), follows, final) if follows else False
 
@@ -290,6 +290,11 @@ def _mark(found: re.Match[str]) -> str:
 def _unquoted(name: str) -> str:
     """A name as it should be: some write `<function="name">`."""
     return name.strip().strip("\"'")
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """The name of an argument; one that is known may have quotes of its own."""
+    return name if name in known else _unquoted(name)
 
 
 def _goes_on(text: str, at: int, marks: tuple[str, ...], final: bool) -> bool | None:

@@ -1,0 +1,71 @@
+"""Tools whose calls must fit their schemas: what may be asked so, and the check of what came.
+
+A grammar holds most of a schema while the call is written. What it does not carry is checked when the call
+is there, as with forms of answers. A tool that is `strict` promises that arguments fit: there it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+from qwen_runtime.grammar_schema import inside, left_out
+from qwen_runtime.serve.errors import ApiError
+from qwen_runtime.serve.json_check import check_schema, fault, narrowed
+from qwen_runtime.tool_calls.json_schema import proper_type
+
+Check = Callable[[str], str | None]
+Tool = dict[str, Any]
+
+
+def held_to_schemas(tools: Sequence[Tool], every: bool) -> tuple[list[Tool], dict[str, Check]]:
+    """The tools as a grammar takes them, and what says by its name what is wrong with a function's arguments.
+
+    Args:
+        every: all calls are to fit, not those of strict tools only.
+
+    Raises:
+        ApiError: a schema is none, or no grammar can promise it where it is strict.
+    """
+    found: list[Tool] = []
+    checks: dict[str, Check] = {}
+    for at, tool in enumerate(tools):
+        function = tool["function"]
+        strict = bool(function.get("strict"))
+        if (every or strict) and function.get("parameters"):
+            field = f"tools.{at}.function.parameters"
+            schema, draft, narrow = _prepared(json.dumps(function["parameters"]), strict, field)
+            name = f"the call of {function['name']}"
+            checks[function["name"]] = partial(fault, schema, draft, name=name)
+            function = {**function, "parameters": narrow}
+        found.append({**tool, "function": function})
+    return found, checks
+
+
+@lru_cache(maxsize=256)  # an agent sends the same tools with every request
+def _prepared(text: str, strict: bool, field: str) -> tuple[Mapping[str, Any], Any, Mapping[str, Any]]:
+    """The schema in `text` for a check, its draft, and the schema for a grammar."""
+    given = json.loads(text)
+    schema = given if strict else _proper(given)
+    draft = check_schema(schema, field)
+    if strict and (keyword := next(left_out(schema), None)):
+        message = f"strict: no grammar carries all of '{keyword}': leave it out, or leave strict off"
+        raise ApiError(400, f"{field}: {message}", code="invalid_json_schema", parameter=field)
+    return schema, draft, narrowed(schema, draft, field)
+
+
+def _proper(schema: Any) -> Any:
+    """What people write by hand, as JSON Schema has it: names of types, and OpenAPI's `nullable`."""
+    if not isinstance(schema, Mapping):
+        return schema
+    found = inside(schema, _proper)
+    nullable = found.pop("nullable", None) is True
+    if "type" in found:
+        names = found["type"] if isinstance(found["type"], list) else [found["type"]]
+        proper = [proper_type(name) for name in names]
+        found["type"] = list(dict.fromkeys(name for name in proper if name is not None))
+        if None in proper:
+            del found["type"]
+    return {"anyOf": [found, {"type": "null"}]} if nullable else found
