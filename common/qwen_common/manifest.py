@@ -124,7 +124,7 @@ class Manifest(_Always, RunsOn, total=False):
     Attributes:
         provider: the execution provider that the artifact was made for.
         context_length: tokens of prompt and answer together.
-        carried_over: roles whose 4-bit codes are the checkpoint's own.
+        carried_over: roles whose codes are the checkpoint's own.
         cache_bytes_per_token: of the KV cache.
         image_prompt_tokens: most tokens of a prompt with images; with a vision tower only.
         sampling: defaults of the checkpoint that ONNX Runtime GenAI's configuration has no word for: `min_p`.

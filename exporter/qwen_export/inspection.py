@@ -55,7 +55,7 @@ def precisions(manifest: Manifest) -> dict[str, str]:
 
 def _precision(form: StoredAs | None, carried: bool, per_channel: Set[str]) -> str:
     if carried:
-        return "int4, as in the checkpoint"
+        return "as in the checkpoint"
     if form is None or form["precision"] == "float":
         return "float"
     fitted = "" if form["symmetric"] else ", zero points"

@@ -99,16 +99,18 @@ def gptq(group: int = 128, sym: bool = True, version: str = "gptq", desc_act: bo
     """GPTQModel's layout: codes packed along the input features; zero points less one in version 1."""
 
     def pack(weight: np.ndarray) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-        codes, zeros, scales = integers(weight, group, sym)
+        turned = slice(None, None, -1 if desc_act else 1)
+        codes, zeros, scales = integers(weight[:, turned], group, sym)
+        meaning, codes = meaning_of(codes, zeros, scales)[:, turned], codes[:, turned]
         stored_zeros = zeros.T - (1 if version == "gptq" else 0)
         order = np.arange(weight.shape[1]) // group
         tensors = {
             "qweight": pack_int32(codes).T.contiguous(),
             "qzeros": pack_int32(stored_zeros),
             "scales": torch.from_numpy(np.ascontiguousarray(scales.T)),
-            "g_idx": torch.from_numpy((order[::-1] if desc_act else order).astype(np.int32)),
+            "g_idx": torch.from_numpy(order[turned].astype(np.int32)),
         }
-        return tensors, meaning_of(codes, zeros, scales)
+        return tensors, np.ascontiguousarray(meaning)
 
     config = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": sym, "desc_act": desc_act}
     return Method({**config, "checkpoint_format": version, "pack_dtype": "int32"}, pack)

@@ -9,11 +9,13 @@ from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from qwen_export.checkpoint.int4 import Layout, assemble
-from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.codes import Codes
+from qwen_export.checkpoint.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.scales import Scales
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
-_GEMM = Layout(along_inputs=False, places=(0, 4, 1, 5, 2, 6, 3, 7), zero_offset=0)
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class AwqConfig(BaseModel):
@@ -27,5 +29,18 @@ class AwqConfig(BaseModel):
     version: Literal["gemm"] = Field("gemm", validation_alias=AliasChoices("version", "checkpoint_format"))
 
     def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
-        """As `int4.assemble`."""
-        return assemble(stored, _GEMM, self.sym)
+        """See `Form`."""
+        return {module + "weight": self.tensor(stored, module) for module in pieces(stored, "qweight")}
+
+    def tensor(self, stored: dict[str, PlainTensor], module: str) -> IntegerTensor:
+        """The weight of one module (its name with the dot), its parts taken out of `stored`."""
+        qweight, qzeros, scales = (
+            take(stored, module + part, module + "qweight") for part in ("qweight", "qzeros", "scales")
+        )
+        n = 8 * qweight.shape[-1]
+        shape, groups = (n, qweight.shape[0]), scales.shape[0]
+        codes = Codes(qweight, shape, 4, along_inputs=False, outputs_last=True, places=_PLACES)
+        zeros = Codes(qzeros, (n, groups), 4, along_inputs=False, outputs_last=True, places=_PLACES)
+        tensor = IntegerTensor(codes, 4, Scales(scales, outputs_last=True), zeros, self.sym)
+        check_integers(tensor)
+        return tensor

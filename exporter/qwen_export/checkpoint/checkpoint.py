@@ -92,15 +92,16 @@ class Checkpoint:
         unlisted = {path.name for path in root.glob("*.safetensors")}
         unlisted -= {tensor.file.name for tensor in stored.values()}
         head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}
-        tensors, mtp_problem = assemble(stored, quantization), None
+        (tensors, notes), mtp_problem = assemble(stored, quantization), None
         try:
-            tensors |= assemble(head, quantization)
+            of_head = assemble(head, quantization)
+            tensors |= of_head.tensors
+            notes += [f"in the MTP head, {note}" for note in of_head.notes]
         except UserError as error:  # the model does without it
             mtp_problem = str(error)
         text_only = text_only or language_model_only(root)
         vision = None if text_only else load_vision_config(root)
         as_declared, config = config, settle_head(config, tensors)
-        notes = []
         if config is not as_declared:
             notes.append(
                 "lm_head.weight and the embedding differ, though config.json says tie_word_embeddings: each "

@@ -53,7 +53,7 @@ class StackedExperts:
 
 @dataclass(frozen=True)
 class PrequantizedExperts(StackedExperts):
-    """The same of 4-bit codes in one scheme; a `PrequantizedTensor`."""
+    """The same of integer codes in one scheme; a `PrequantizedTensor`."""
 
     scheme: Scheme
 

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: 4-bit codes of 8 consecutive input features in an int32.
+"""GPTQ checkpoints: codes of consecutive input features in an int32.
 
 AutoGPTQ stores zero points less one; GPTQModel's second version of the format does not. Sources: GPTQModel's
 pack(), vLLM's gptq kernels.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.int4 import Layout, assemble
-from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.codes import Codes
+from qwen_export.checkpoint.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.scales import Scales
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
-_LAYOUTS = {
-    "gptq": Layout(along_inputs=True, places=tuple(range(8)), zero_offset=1),
-    "gptq_v2": Layout(along_inputs=True, places=tuple(range(8)), zero_offset=0),
-}
+_ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 
 class GptqConfig(BaseModel):
@@ -26,10 +27,49 @@ class GptqConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     quant_method: Literal["gptq"]
-    bits: Literal[4]
+    bits: Literal[2, 4, 8]
     sym: bool = True
     version: Literal["gptq", "gptq_v2"] = Field("gptq", validation_alias="checkpoint_format")
 
     def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
-        """As `int4.assemble`."""
-        return assemble(stored, _LAYOUTS[self.version], self.sym)
+        """See `Form`."""
+        offset = _ZERO_OFFSETS[self.version]
+        return {
+            module + "weight": gptq_tensor(stored, module, self.bits, self.sym, offset)
+            for module in pieces(stored, "qweight")
+        }
+
+
+def gptq_tensor(
+    stored: dict[str, PlainTensor], module: str, bits: int, symmetric: bool, zero_offset: int
+) -> IntegerTensor:
+    """The weight of one module (its name with the dot), its parts taken out of `stored`.
+
+    Raises:
+        UserError: parts miss, or do not belong together.
+    """
+    qweight, qzeros, scales = (
+        take(stored, module + part, module + "qweight") for part in ("qweight", "qzeros", "scales")
+    )
+    n, k = qweight.shape[-1], qweight.shape[0] * 32 // bits
+    codes = Codes(qweight, (n, k), bits, along_inputs=True, outputs_last=True)
+    zeros = Codes(
+        qzeros, (n, scales.shape[0]), bits, along_inputs=False, outputs_last=True, offset=zero_offset
+    )
+    group_of = stored.pop(module + "g_idx", None)
+    in_order = group_of is None or _in_order(group_of, k, scales.shape[0])
+    tensor = IntegerTensor(
+        codes, bits, Scales(scales, outputs_last=True), zeros, symmetric, None if in_order else group_of
+    )
+    check_integers(tensor)
+    return tensor
+
+
+def _in_order(group_of: PlainTensor, k: int, groups: int) -> bool:
+    found = group_of.read(0, k) if group_of.shape == (k,) else np.full(1, -1)
+    if found.min() < 0 or found.max() >= groups:
+        raise UserError(
+            f"{group_of.name} does not name one of {groups} groups for each of {k} input features: "
+            "download the checkpoint again"
+        )
+    return k % groups == 0 and np.array_equal(found, np.arange(k) // (k // groups))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -30,6 +31,11 @@ class PlainTensor:
     @property
     def files(self) -> frozenset[Path]:
         return frozenset({self.file})
+
+    def reshaped(self, shape: tuple[int, ...]) -> PlainTensor | None:
+        """The same numbers in another shape, axes of 1 aside; None if `shape` is another."""
+        here, there = ([size for size in sizes if size != 1] for sizes in (self.shape, shape))
+        return replace(self, shape=shape) if here == there else None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows in the stored dtype."""
@@ -68,6 +74,11 @@ def _all_finite(values: np.ndarray) -> bool:
         exponent = values.view(np.uint16) & np.uint16(_BFLOAT16_EXPONENT)
         return bool((exponent != _BFLOAT16_EXPONENT).all())
     return bool(np.isfinite(values).all())
+
+
+def pieces(stored: Mapping[str, PlainTensor], part: str) -> list[str]:
+    """What comes before `part`, dot included, in the names that end with it."""
+    return [name.removesuffix(part) for name in stored if name.endswith("." + part)]
 
 
 def take(stored: dict[str, PlainTensor], name: str, companion: str) -> PlainTensor:

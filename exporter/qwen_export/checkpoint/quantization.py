@@ -2,59 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 from qwen_common.errors import UserError
 
+from qwen_export.checkpoint.activations import drop_activation_scales
 from qwen_export.checkpoint.awq import AwqConfig
+from qwen_export.checkpoint.compressed_tensors import CompressedTensorsConfig
 from qwen_export.checkpoint.experts import stack_experts
 from qwen_export.checkpoint.fp8 import Fp8Config
 from qwen_export.checkpoint.gptq import GptqConfig
+from qwen_export.checkpoint.integers import IntegerTensor
 from qwen_export.checkpoint.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor
-
-_Config = Fp8Config | GptqConfig | AwqConfig
-_CONFIGS: TypeAdapter[_Config] = TypeAdapter(Annotated[_Config, Field(discriminator="quant_method")])
+from qwen_export.checkpoint.scaled import ScaledTensor
+from qwen_export.checkpoint.tensor import CheckpointTensor, PrequantizedTensor
 
 
-def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> dict[str, CheckpointTensor]:
-    """The model's tensors by name, from those of the shards; those of other dtypes stay as they are stored.
+class Form(Protocol):
+    """How a method stores weights: a pydantic model of its `quantization_config`."""
+
+    def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
+        """Take the tensors that this form is made of out of `stored`; returns the model's, by name.
+
+        Raises:
+            UserError: parts of a weight miss, have shapes that do not belong together, or the configuration
+                asks for what is not supported.
+        """
+
+
+# By `quant_method`: a new form is a module and a line here.
+_FORMS: Mapping[str, type[Any]] = {
+    "awq": AwqConfig,
+    "compressed-tensors": CompressedTensorsConfig,
+    "fbgemm_fp8": Fp8Config,
+    "fp8": Fp8Config,
+    "gptq": GptqConfig,
+}
+
+
+class Assembled(NamedTuple):
+    """The model's tensors by name, and a line for each thing that is not kept as it is stored."""
+
+    tensors: dict[str, CheckpointTensor]
+    notes: list[str]
+
+
+def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> Assembled:
+    """From the tensors of the shards; those of other dtypes stay as they are stored.
 
     Args:
         quantization_config: that of config.json; None if there is none.
 
     Raises:
-        UserError: a method that is not supported, a tensor that misses its scales, shapes that do not belong
-            together, or groups that are not in the order of the input features.
+        UserError: a method that is not supported, or as `Form.assemble`.
     """
-    config = _config(quantization_config)
+    form = _form(quantization_config)
     rest = dict(stored)
-    made = config.assemble(rest) if config else {}
+    made = form.assemble(rest) if form else {}
+    notes = [*_dequantised(made.values()), *(drop_activation_scales(rest) if form else [])]
     others = {name: rest.pop(name) for name, tensor in list(rest.items()) if tensor.dtype not in FLOATS}
-    return {**others, **stack_experts({**rest, **made})}
+    return Assembled({**others, **stack_experts({**rest, **made})}, notes)
 
 
 def method_name(quantization_config: Any) -> str:
     """For messages: the method that config.json declares, which `assemble` takes."""
-    config = _config(quantization_config)
-    return config.quant_method if config else "no quantization_config"
+    return "no quantization_config" if quantization_config is None else quantization_config["quant_method"]
 
 
-def _config(quantization_config: Any) -> _Config | None:
+def _dequantised(tensors: Iterable[CheckpointTensor]) -> list[str]:
+    """A line for each form of which no kernel takes the codes."""
+    forms = Counter(
+        tensor.form
+        for tensor in tensors
+        if isinstance(tensor, IntegerTensor | ScaledTensor)
+        and not (isinstance(tensor, PrequantizedTensor) and tensor.scheme)
+    )
+    return [
+        f"{count} weights in {form} are dequantised, because no kernel here takes their codes; then they are "
+        "stored as the profile says"
+        for form, count in sorted(forms.items())
+    ]
+
+
+def _form(quantization_config: Any) -> Form | None:
     if quantization_config is None:
         return None
+    declared = quantization_config if isinstance(quantization_config, dict) else {}
+    method = declared.get("quant_method")
+    form = _FORMS.get(method) if isinstance(method, str) else None
+    if form is None:
+        raise UserError(
+            f"config.json, quantization_config: method {str(method)[:60]!r} is not supported yet: give the "
+            f"checkpoint in bf16, or in one of {', '.join(_FORMS)}"
+        )
     try:
-        return _CONFIGS.validate_python(quantization_config)
+        return form.model_validate(declared)
     except ValidationError as error:
         first = error.errors()[0]
-        found = first["input"]
-        if first["type"] == "union_tag_invalid":
-            what = f"method {found['quant_method']!r}"
-        else:
-            what = f"{'.'.join(map(str, first['loc']))} {found!r}"
+        field, found = ".".join(map(str, first["loc"])), repr(first["input"])
         raise UserError(
-            f"config.json, quantization_config: {what} is not supported yet: give a checkpoint in bf16, "
-            "FP8 (128 x 128 blocks), 4-bit GPTQ or 4-bit AWQ (gemm)"
+            f"config.json, quantization_config: {method}.{field} {found[:60]} is not supported yet: give a "
+            "checkpoint in bf16, or one of the forms in docs/checkpoints.md"
         ) from error

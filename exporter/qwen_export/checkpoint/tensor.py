@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,23 +37,26 @@ class CheckpointTensor(Protocol):
 
 @dataclass(frozen=True)
 class Scheme:
-    """4-bit codes that somebody else chose.
+    """Integer codes that somebody else chose.
 
     Attributes:
         group_size: input features that share a scale and a zero point.
-        symmetric: every zero point is 8.
+        symmetric: every zero point is the middle code, 8 or 128.
+        bits: 4 or 8.
     """
 
     group_size: int
     symmetric: bool
+    bits: int = 4
 
 
 @runtime_checkable
 class PrequantizedTensor(Protocol):
-    """A checkpoint's tensor that is 4-bit codes already, which an artifact can keep as they are."""
+    """A checkpoint's tensor that is integer codes already, which an artifact can keep as they are."""
 
     @property
-    def scheme(self) -> Scheme: ...
+    def scheme(self) -> Scheme | None:
+        """None if no kernel takes such codes."""
 
     def packed(self, start: int, stop: int, form: Quantization) -> list[np.ndarray]:
         """Rows `start` to `stop` of axis 0 as packed codes, scales and, unless `form` is symmetric, packed
@@ -67,6 +71,13 @@ class PrequantizedTensor(Protocol):
 
 
 def common_scheme(tensors: Iterable[CheckpointTensor]) -> Scheme | None:
-    """The scheme that all of them have; None if there is a difference, or one is not prequantized."""
-    schemes = {tensor.scheme if isinstance(tensor, PrequantizedTensor) else None for tensor in tensors}
-    return schemes.pop() if len(schemes) == 1 else None
+    """A scheme that fits all of them; None if they have different bits, or one is not prequantized.
+
+    Larger groups may be cut into smaller ones, and a symmetric tensor has zero points, too.
+    """
+    schemes = [tensor.scheme if isinstance(tensor, PrequantizedTensor) else None for tensor in tensors]
+    known = [scheme for scheme in schemes if scheme]
+    if not known or len(known) < len(schemes) or len({scheme.bits for scheme in known}) > 1:
+        return None
+    group = math.gcd(*(scheme.group_size for scheme in known))
+    return Scheme(group, all(scheme.symmetric for scheme in known), known[0].bits)

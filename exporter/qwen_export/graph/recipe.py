@@ -26,7 +26,7 @@ class Recipe:
     Attributes:
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
         scale_dtype: of quantised weights' scales; None: the activations'.
-        tensors: the checkpoint's. Those that are 4-bit codes already keep them.
+        tensors: the checkpoint's. Those that are integer codes already keep them.
         layers: by layer, the formats of roles that differ there.
         specs: shapes and roles of the model's tensors.
     """
@@ -94,7 +94,7 @@ class Recipe:
         if scheme is None:
             return None
         block = min(scheme.group_size & -scheme.group_size, _LARGEST_BLOCK)
-        return self._fitting(4, block, scheme.symmetric, in_features, True, even, prequantized=True)
+        return self._fitting(scheme.bits, block, scheme.symmetric, in_features, True, even, prequantized=True)
 
     def _format(self, role: Role, tensors: Collection[str]) -> WeightFormat:
         layer = layer_of(next(iter(tensors), ""))

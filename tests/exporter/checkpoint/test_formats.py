@@ -39,11 +39,6 @@ def edit_config(folder: Path, **values: object) -> None:
             "NVIDIA ModelOpt, NVFP4",
             "bf16",
         ),
-        (
-            {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
-            "compressed-tensors (LLM Compressor), nvfp4-pack-quantized",
-            "bf16",
-        ),
         ({"quantization_config": {"quant_method": "torchao", "quant_type": {}}}, "torchao", "bf16"),
         (
             {"quantization_config": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}},

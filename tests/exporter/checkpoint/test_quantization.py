@@ -47,6 +47,7 @@ CASES: dict[str, tuple[Method | None, tuple[str, ...], dict[str, Any]]] = {
     "gptq, one scale for each row": (gptq(256), ("q_proj", "k_proj", "v_proj"), {}),
     "gptq experts": (gptq(), EXPERTS, MIXTURE),
     "gptq experts without sym": (gptq(sym=False), EXPERTS, MIXTURE),
+    "gptq, groups out of order": (gptq(desc_act=True), PROJECTIONS, {}),
     "awq": (awq(), PROJECTIONS, {}),
     "awq experts": (awq(), EXPERTS, MIXTURE),
     "half of what is one projection here": (gptq(), ("gate_proj", "q_proj"), {}),
@@ -330,7 +331,7 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         FP8,
         {},
         declared(weight_block_size=None),
-        "weight_block_size None is not",
+        "holds no scales for rows of",
     ),
     "scales of one expert too few": (
         FP8,
@@ -383,11 +384,11 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         lambda tensors, config: config["text_config"].update(intermediate_size=512),
         "has shape (384, 256) where config.json says (512, 256)",
     ),
-    "desc_act": (
+    "a group that is none": (
         gptq(desc_act=True),
         {},
-        declared(),
-        "g_idx is not in order: the checkpoint was quantised with desc",
+        changed("gate_proj.g_idx", lambda tensor: tensor + 2),
+        "g_idx does not name one of 2 groups for each of 256 input features",
     ),
     "sym that is not": (gptq(sym=False), {}, declared(sym=True), "but config.json says sym"),
     "a zero point of 16": (
@@ -396,7 +397,7 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         changed("gate_proj.qzeros", lambda tensor: torch.full_like(tensor, -1)),
         f"{GATE}.qzeros has the zero point 16, but 4 bits do not hold that",
     ),
-    "8 bits": (gptq(), {}, declared(bits=8), "quantization_config: gptq.bits 8 is not supported yet"),
+    "3 bits": (gptq(), {}, declared(bits=3), "quantization_config: gptq.bits 3 is not supported yet"),
     "another kernel's order": (
         awq(),
         {},
