@@ -52,6 +52,15 @@ class Source(TypedDict):
     revision: str | None
 
 
+class MergedAdapter(TypedDict):
+    """An adapter that is in the weights: its folder's name or its hub id, the weight that its scaling was
+    multiplied with, and its files."""
+
+    name: str
+    weight: float
+    files: dict[str, FileEntry]
+
+
 class StoredAs(TypedDict):
     """A profile's `WeightFormat`."""
 
@@ -127,11 +136,13 @@ class Manifest(_Always, RunsOn, total=False):
         carried_over: roles whose codes are the checkpoint's own.
         cache_bytes_per_token: of the KV cache.
         image_prompt_tokens: most tokens of a prompt with images; with a vision tower only.
+        adapters: merged into the weights, in this order; absent where there are none.
         sampling: defaults of the checkpoint that ONNX Runtime GenAI's configuration has no word for: `min_p`.
         runtime: for OpenVINO, which has no genai_config.json: those of its fields that our runtime reads.
     """
 
     image_prompt_tokens: int
+    adapters: list[MergedAdapter]
     sampling: dict[str, float]
     runtime: dict[str, Any]
 

@@ -46,6 +46,8 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
         "all_logits": written.all_logits,
         "cache_bytes_per_token": cache_bytes_per_token(checkpoint.config, np.dtype(profile.activation_dtype)),
     }
+    if checkpoint.adapters:
+        manifest["adapters"] = list(checkpoint.adapters)
     if written.image_prompt_tokens is not None:
         manifest["image_prompt_tokens"] = written.image_prompt_tokens
     if (min_p := checkpoint.generation.min_p) is not None:

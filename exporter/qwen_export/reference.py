@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import ml_dtypes
 import numpy as np
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.architecture.yarn import inverse_frequencies
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensor import CheckpointTensor, float32
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
 _STATES = 4  # recurrent states worked on at a time, so that they stay in the CPU's cache
@@ -56,12 +55,6 @@ class Weights:
             stop = min(start + step, n)
             result[..., start:stop] = x @ float32(tensor.read(start, stop)).T
         return result
-
-
-def float32(values: np.ndarray) -> np.ndarray:
-    if values.dtype == ml_dtypes.bfloat16:  # its bits are float32's upper half: quicker than a cast
-        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.astype(np.float32, copy=False)
 
 
 def embed(config: TextConfig, weights: Weights, ids: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from qwen_common.errors import UserError
+from qwen_common.manifest import MergedAdapter
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.mtp import MTP
@@ -51,6 +52,7 @@ class Checkpoint:
         mtp_problem: why the multi-token-prediction head is not among the tensors, though the shards have one.
         quantization: the method that config.json names, in words for a message.
         notes: what is not as its files say, or not read: a line for each.
+        adapters: what is merged into `tensors`, in this order.
     """
 
     root: Path
@@ -62,6 +64,7 @@ class Checkpoint:
     mtp_problem: str | None = None
     quantization: str = "no quantization_config"
     notes: tuple[str, ...] = ()
+    adapters: tuple[MergedAdapter, ...] = ()
 
     @classmethod
     def open(cls, source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
@@ -164,11 +167,11 @@ class Checkpoint:
                 "alone with --text-only"
             )
         missing = f"the checkpoint has no tensor {name}"
-        if unknown := self._unknown():
+        if unknown := self.unknown():
             return f"{missing}, and names that the model has not: {_listed(unknown)}: is it another model's?"
         return f"{missing}: is a shard missing from {self.root}?"
 
-    def _unknown(self) -> list[str]:
+    def unknown(self) -> list[str]:
         """Names of tensors that no model of these configurations has."""
         expected = self.config.tensors().keys() | (self.vision.tensors().keys() if self.vision else set())
         return [name for name in self.tensors if name not in expected and not name.startswith((MTP, VISION))]

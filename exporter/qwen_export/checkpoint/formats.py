@@ -56,13 +56,16 @@ def refuse_adapter(root: Path) -> None:
     if not found:
         return
     base = _field(root / _ADAPTER_CONFIG, "base_model_name_or_path")
-    merge = "merge it with PEFT's merge_and_unload() and give the folder that you save it to"
     if (root / "config.json").is_file():
         raise UserError(
-            f"{root} has an adapter ({found[0]}) beside the model, and its weights are without it: {merge}, "
-            "or move the adapter elsewhere to export the model alone"
+            f"{root} has an adapter ({found[0]}) beside the model, and its weights are without it: move the "
+            "adapter's two files into a folder of their own, and name that with --adapter to merge it"
         )
-    raise UserError(f"{root} is an adapter{f' for {base}' if base else ''} and no model: {merge}")
+    base = base if isinstance(base, str) and base else None
+    raise UserError(
+        f"{root} is an adapter{f' for {base}' if base else ''} and no model: merge it into "
+        f"its model with qwen-export {base or 'CHECKPOINT'} --adapter {root}"
+    )
 
 
 def refuse_other_quantization(root: Path, declared: Any, content: Any) -> None:

@@ -60,7 +60,8 @@ def refuse_strange_names(stored: Iterable[str]) -> None:
         if _LORA.search(name):
             raise UserError(
                 f"tensor {name} belongs to an adapter that is not merged: load the checkpoint with PEFT, "
-                "call merge_and_unload(), save that, and give its folder"
+                "call merge_and_unload(), save that, and give its folder; or save the adapter apart from its "
+                "model, and name it with --adapter"
             )
         for part, whose in _OTHER_MODELS.items():
             if part in name:

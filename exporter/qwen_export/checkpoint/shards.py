@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
     tensors: dict[str, PlainTensor] = {}
     stored_names: dict[str, str] = {}
     for shard, listed in _shards(root).items():
-        entries, data = _header(root / shard)
+        stored = stored_tensors(root / shard)
         for name in listed:
-            if name not in entries:
+            if name not in stored:
                 raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
-        refuse_strange_names(entries)
-        for stored_name, entry in entries.items():
+        refuse_strange_names(stored)
+        for stored_name, tensor in stored.items():
             name = model_name(stored_name)
             if name in tensors:
                 first = tensors[name].file.name
@@ -65,14 +66,27 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
                 if stored_names[name] != stored_name:
                     where += f" ({stored_names[name]} and {stored_name})"
                 raise UserError(f"tensor {name} is in {where}: remove the wrong one")
-            if entry["dtype"] not in _DTYPES:
-                raise UserError(
-                    f"tensor {name} is {entry['dtype']}, which is not supported yet: give a checkpoint in "
-                    "bf16, fp16, fp32, FP8, GPTQ or AWQ"
-                )
             stored_names[name] = stored_name
-            dtype, offset = _DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
-            tensors[name] = PlainTensor(name, dtype, tuple(entry["shape"]), root / shard, offset)
+            tensors[name] = replace(tensor, name=name)
+    return tensors
+
+
+def stored_tensors(path: Path) -> dict[str, PlainTensor]:
+    """The tensors of one safetensors file, by the names and with the dtypes that it gives them.
+
+    Raises:
+        UserError: it is truncated or damaged, written by MLX, or holds a dtype that is not supported.
+    """
+    entries, data = _header(path)
+    tensors = {}
+    for name, entry in entries.items():
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(
+                f"tensor {name} is {entry['dtype']}, which is not supported yet: give a checkpoint in "
+                "bf16, fp16, fp32, FP8, GPTQ or AWQ"
+            )
+        dtype, offset = _DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
+        tensors[name] = PlainTensor(name, dtype, tuple(entry["shape"]), path, offset)
     return tensors
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 
 from qwen_export.quantize.blockwise import Quantization
@@ -81,3 +82,10 @@ def common_scheme(tensors: Iterable[CheckpointTensor]) -> Scheme | None:
         return None
     group = math.gcd(*(scheme.group_size for scheme in known))
     return Scheme(group, all(scheme.symmetric for scheme in known), known[0].bits)
+
+
+def float32(values: np.ndarray) -> np.ndarray:
+    """What a tensor's `read` gives, in float32."""
+    if values.dtype == ml_dtypes.bfloat16:  # its bits are float32's upper half: quicker than a cast
+        return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)

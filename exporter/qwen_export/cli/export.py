@@ -11,7 +11,13 @@ import click
 from qwen_common.errors import UserError
 
 from qwen_export.cli.report import end_with, show_report, verified
-from qwen_export.cli.shared import debug_option, overrides_option, progress_option, reporting
+from qwen_export.cli.shared import (
+    adapters_option,
+    debug_option,
+    overrides_option,
+    progress_option,
+    reporting,
+)
 
 if TYPE_CHECKING:
     from qwen_common.manifest import Manifest
@@ -27,6 +33,8 @@ Examples:
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
   qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
+  qwen-export --profile cpu Qwen/Qwen3.5-4B --adapter ~/lora
+  qwen-export --profile cpu Qwen/Qwen3.5-4B --adapter ~/style=0.5 --adapter ~/tools
   qwen-export --profile cpu Qwen/Qwen3.5-4B --auto-precision --size 3GB
   qwen-export plan --profile cpu Qwen/Qwen3.5-4B
   qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
@@ -58,6 +66,7 @@ Examples:
     "than the checkpoint was trained for.",
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@adapters_option
 @click.option("--force", is_flag=True, help="Replace the output folder if it is an artifact.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
 @click.option(
@@ -91,6 +100,7 @@ def export(
     output: Path | None,
     max_context: int | None,
     revision: str | None,
+    adapters: tuple[str, ...],
     force: bool,
     text_only: bool,
     auto_precision: bool,
@@ -111,6 +121,7 @@ def export(
     with reporting(debug):
         from qwen_profiles.schema import load_profile
 
+        from qwen_export.adapters.merge import with_adapters
         from qwen_export.checkpoint.checkpoint import Checkpoint
         from qwen_export.checkpoint.text_files import require_tokenizer
         from qwen_export.cli.progress import BYTES, progress_bar
@@ -120,7 +131,7 @@ def export(
         from qwen_export.planner.predictions import require_memory
 
         profile = load_profile(profile_name, overrides)
-        source = Checkpoint.open(checkpoint, revision, text_only)
+        source = with_adapters(Checkpoint.open(checkpoint, revision, text_only), adapters)
         folder = output or default_output(source, profile)
         check_output(folder, source.root, force)
         if verify:

@@ -15,6 +15,14 @@ overrides_option = click.option(
     metavar="FIELD=VALUE",
     help="Change a field of the profile, such as weights.body=int8; may be repeated.",
 )
+adapters_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FOLDER[=WEIGHT]",
+    help="PEFT's LoRA adapter to merge into the weights, its scaling times WEIGHT; may be repeated: merged "
+    "in that order.",
+)
 progress_option = click.option(
     "--progress/--no-progress", default=True, help="Show a progress bar on stderr."
 )

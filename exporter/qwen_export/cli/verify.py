@@ -9,12 +9,13 @@ import click
 from qwen_common.providers import PROVIDERS
 
 from qwen_export.cli.report import end_with, show_report, verified
-from qwen_export.cli.shared import debug_option, progress_option, reporting
+from qwen_export.cli.shared import adapters_option, debug_option, progress_option, reporting
 
 *_OTHERS, _LAST = sorted(PROVIDERS)
 _EPILOG = """\b
 Examples:
   qwen-export verify artifacts/Qwen3.5-0.8B-cpu --against Qwen/Qwen3.5-0.8B
+  qwen-export verify artifacts/Qwen3.5-4B-cpu --against Qwen/Qwen3.5-4B --adapter ~/lora
   qwen-export verify D:/kiosk/model --against ~/models/Qwen3.5-4B --tokens 4096 --text manuals.txt
 """
 
@@ -25,6 +26,7 @@ Examples:
     "--against", required=True, metavar="CHECKPOINT", help="What it was made from: folder or hub id."
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@adapters_option
 @click.option(
     "--provider",
     default="auto",
@@ -52,6 +54,7 @@ def verify(
     artifact: Path,
     against: str,
     revision: str | None,
+    adapters: tuple[str, ...],
     provider: str,
     tokens: int | None,
     text: Path | None,
@@ -63,12 +66,14 @@ def verify(
     """Compare ARTIFACT with the checkpoint that it was made from, and write the report into it.
 
     The artifact runs on this machine's provider, the checkpoint layer by layer in float32, in little memory.
+    An adapter that was merged is given again with --adapter: the checkpoint with it is the reference.
     Exit code 3 if the artifact is below its profile's quality bar.
     """
     with reporting(debug):
+        from qwen_export.adapters.merge import with_adapters
         from qwen_export.checkpoint.checkpoint import Checkpoint
 
-        checkpoint = Checkpoint.open(against, revision)
+        checkpoint = with_adapters(Checkpoint.open(against, revision), adapters)
         report = verified(
             artifact,
             checkpoint,

@@ -15,9 +15,9 @@ import numpy as np
 
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensor import CheckpointTensor, float32
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
-from qwen_export.reference import Weights, float32, log_softmax
+from qwen_export.reference import Weights, log_softmax
 
 _TOGETHER = 16  # parts that go through a layer at once
 _SAMPLED_ROWS = 256  # of each tensor, to compare precisions

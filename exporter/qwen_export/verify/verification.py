@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from qwen_common import manifest as manifests
 from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError
-from qwen_common.manifest import Manifest
+from qwen_common.manifest import FileEntry, Manifest, MergedAdapter
 from qwen_common.providers import PROVIDERS
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
@@ -66,10 +66,11 @@ def verify(
         What report.json holds; `passed` says whether it is above the profile's bar.
 
     Raises:
-        UserError: not an artifact, not of this checkpoint or version, the provider does not run it, or the
-            text is too short.
+        UserError: not an artifact, not of this checkpoint, its adapters or this version, the provider does
+            not run it, or the text is too short.
     """
     manifest = open_folder(artifact)
+    _check_adapters(artifact, manifest, checkpoint)
     profile, backend = _profile(artifact, manifest), export_backend(manifest["backend"])
     if manifest["model"]["model_type"].endswith("_text"):  # exported without the tower
         checkpoint = replace(checkpoint, vision=None)
@@ -163,6 +164,28 @@ def _profile(artifact: Path, manifest: Manifest) -> Profile:
         raise UserError(
             f"{artifact} was exported by another version of qwen-edge: export it again"
         ) from error
+
+
+def _check_adapters(artifact: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Whether the checkpoint has the adapters that the artifact has, by their files' SHA-256."""
+    exported = manifest.get("adapters", [])
+
+    def identity(adapters: Sequence[MergedAdapter]) -> list[tuple[float, Mapping[str, FileEntry]]]:
+        return [(adapter["weight"], adapter["files"]) for adapter in adapters]
+
+    if identity(exported) == identity(checkpoint.adapters):
+        return
+    if not exported:
+        raise UserError(f"{artifact} was exported without an adapter: verify it without --adapter")
+    named = [
+        f"--adapter {adapter['name']}" + (f"={adapter['weight']:g}" if adapter["weight"] != 1 else "")
+        for adapter in exported
+    ]
+    what = "others were" if checkpoint.adapters else "none was"
+    raise UserError(
+        f"{artifact} was exported with {' '.join(named)}, and {what} given here, by the SHA-256 of their "
+        "files: give the folders of those"
+    )
 
 
 def _texts(artifact: Path, manifest: Manifest, tokens: int, path: Path | None) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
     write_adapter(folder)
     for present in ("adapter_config.json", "adapter_model.safetensors"):
-        with pytest.raises(UserError, match=rf"has an adapter \({present}\) beside the model.*merge_and_un"):
+        with pytest.raises(UserError, match=rf"has an adapter \({present}\) beside the model.*--adapter"):
             Checkpoint.open(str(folder))
         with pytest.raises(UserError, match="beside the model"):
             configured(str(folder))
@@ -99,8 +99,9 @@ def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
 def test_an_adapter_alone(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter")
     for open_it in (Checkpoint.open, configured):
-        with pytest.raises(UserError, match=r"is an adapter for Qwen/Qwen3\.5-0\.8B and no model: merge it"):
+        with pytest.raises(UserError, match=r"is an adapter for Qwen/Qwen3\.5-0\.8B and no model") as caught:
             open_it(str(tmp_path / "adapter"))
+        assert f"qwen-export Qwen/Qwen3.5-0.8B --adapter {tmp_path / 'adapter'}" in str(caught.value)
     (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="is an adapter and no model"):
         Checkpoint.open(str(tmp_path / "adapter"))
