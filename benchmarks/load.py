@@ -6,8 +6,10 @@ middle, read slowly, or send what no server should take. At the end nothing may 
     python -m benchmarks.load ARTIFACT [--minutes 5] [--clients 8] [--kill-every 45] [-- --state-dir DIR ...]
 
 With --kill-every the model's process is killed again and again: requests at work may end with an error then,
-and no answer may be wrong. What follows -- are options of `qwen-run serve`. Of several models (`-- --model
-other=FOLDER`) each question asks one.
+and no answer may be wrong. A request that takes longer than --late seconds is counted as late, which may be
+nobody's fault on a busy machine; one that takes longer than --patience as never answered, which is wrong.
+What follows -- are options of `qwen-run serve`. Of several models (`-- --model other=FOLDER`) each question
+asks one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx
 import ollama
 import openai
 
@@ -56,7 +60,9 @@ class Load:
         models: names of the served models.
         embeds: those of them that make embeddings.
         kills: whether the model's process is killed meanwhile.
+        late, patience: seconds after which a request is late, and those after which it was never answered.
         seen: how often each kind of request ended in which way.
+        took: seconds of each request.
         wrong: what should not have happened.
     """
 
@@ -65,7 +71,10 @@ class Load:
     embeds: list[str]
     until: float
     kills: bool
+    late: float
+    patience: float
     seen: Counter[str] = field(default_factory=Counter)
+    took: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     @property
@@ -75,7 +84,7 @@ class Load:
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120, **options
+            base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=self.patience, **options
         )
 
 
@@ -87,6 +96,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--kill-every", type=float, metavar="SECONDS", help="kill the model's process")
+    parser.add_argument("--late", type=float, default=120.0, metavar="SECONDS")
+    parser.add_argument("--patience", type=float, default=600.0, metavar="SECONDS")
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     asked, options = parser.parse_args(arguments[:end]), arguments[end + 1 :]
@@ -94,11 +105,16 @@ def main() -> None:
         models = [model.id for model in openai.OpenAI(base_url=f"{url}/v1", api_key="unused").models.list()]
         shown = {model: ollama.Client(host=url).show(model).capabilities or [] for model in models}
         embeds = [model for model, capabilities in shown.items() if "embedding" in capabilities]
-        load = Load(url, models, embeds, time.monotonic() + 60 * asked.minutes, bool(asked.kill_every))
-        threads = [threading.Thread(target=_client, args=(load, seed)) for seed in range(asked.clients)]
+        until = time.monotonic() + 60 * asked.minutes
+        load = Load(url, models, embeds, until, bool(asked.kill_every), asked.late, asked.patience)
+        threads = [
+            threading.Thread(target=_client, args=(load, seed), daemon=True) for seed in range(asked.clients)
+        ]
         for thread in threads:
             thread.start()
-        samples, kills = watch(server.pid, threads, asked.kill_every)
+        samples, kills = watch(server.pid, threads, asked.kill_every, until + asked.patience)
+        # A stream's comments keep its connection alive, whether or not an answer comes.
+        load.wrong += ["a stream: never answered" for thread in threads if thread.is_alive()]
         _report(load, samples, kills, server)
     sys.exit(1 if load.wrong or server.returncode else 0)
 
@@ -108,13 +124,19 @@ def _client(load: Load, seed: int) -> None:
     names, weights = zip(*_WEIGHTS.items(), strict=True)
     while time.monotonic() < load.until:
         kind: Callable[[Load, random.Random], str] = rng.choices(names, weights)[0]
-        name = kind.__name__.strip("_")
+        name, begun = kind.__name__.strip("_"), time.monotonic()
         try:
             outcome = kind(load, rng)
         except Exception as error:
             if load.kills and _is_of_a_kill(error):
                 outcome = "ended by a kill"
                 time.sleep(rng.uniform(0.2, 1))
+            elif isinstance(
+                error,
+                TimeoutError | openai.APITimeoutError | anthropic.APITimeoutError | httpx.TimeoutException,
+            ):
+                outcome = "never answered"
+                load.wrong.append(f"{name}: never answered in {load.patience:.0f} seconds")
             elif getattr(error, "status_code", None) != 429:
                 outcome = "wrong"
                 load.wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
@@ -123,6 +145,7 @@ def _client(load: Load, seed: int) -> None:
                 if isinstance(error, openai.APIStatusError) and "Retry-After" not in error.response.headers:
                     load.wrong.append(f"{name}: 429 without Retry-After")
                 time.sleep(rng.uniform(0.05, 0.5))
+        load.took.append(time.monotonic() - begun)
         load.seen[f"{name}: {outcome}"] += 1
 
 
@@ -234,15 +257,17 @@ def _leave_long_prompt(load: Load, rng: random.Random) -> str:
 
 def _read_slowly(load: Load, rng: random.Random) -> str:
     body = json.dumps({**_question(load, rng), "stream": True}).encode()
-    with socket.create_connection(load.host, timeout=60) as connection:
+    with socket.create_connection(load.host, timeout=load.patience) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.sendall(_head(len(body)) + body)
         received = b""
         while (part := connection.recv(512)) and b"data: [DONE]" not in received[-2000:] + part:
             received += part
             time.sleep(0.01)
-        status = received.split(b" ", 2)[1].decode()
-        assert status in ("200", "429"), received[:200]
+    status = _status(received)
+    assert status in ("200", "429"), received[:200]
+    end = (received + part)[-2000:]
+    assert status == "429" or b"data: [DONE]" in end, end
     return "answered" if status == "200" else "429"
 
 
@@ -280,27 +305,29 @@ def _send_bad_image(load: Load, rng: random.Random) -> str:
 
 
 def _hang_up(load: Load, rng: random.Random) -> str:
-    with socket.create_connection(load.host, timeout=60) as connection:
+    with socket.create_connection(load.host, timeout=load.patience) as connection:
         connection.sendall(_head(1000)[: rng.randrange(1, 150)])
     return "left"
 
 
 def _messages(load: Load, rng: random.Random) -> str:
-    return protocols.messages(load.url, _question(load, rng), rng)
+    return protocols.messages(load.url, _question(load, rng), rng, load.patience)
 
 
 def _count_tokens(load: Load, rng: random.Random) -> str:
-    return protocols.count_tokens(load.url, _question(load, rng), rng)
+    return protocols.count_tokens(load.url, _question(load, rng), rng, load.patience)
 
 
 def _ollama_chat(load: Load, rng: random.Random) -> str:
-    return protocols.ollama_chat(load.url, _question(load, rng), rng)
+    return protocols.ollama_chat(load.url, _question(load, rng), rng, load.patience)
 
 
 def _embeddings(load: Load, rng: random.Random) -> str:
     if not load.embeds:
         return "not asked"
-    return protocols.embeddings(load.url, {**_question(load, rng), "model": rng.choice(load.embeds)}, rng)
+    return protocols.embeddings(
+        load.url, {**_question(load, rng), "model": rng.choice(load.embeds)}, rng, load.patience
+    )
 
 
 _WEIGHTS = {
@@ -348,23 +375,39 @@ def _head(length: int, path: str = "chat/completions") -> bytes:
 
 
 def _expect(load: Load, request: bytes, *statuses: str) -> str:
-    with socket.create_connection(load.host, timeout=60) as connection:
+    with socket.create_connection(load.host, timeout=load.patience) as connection:
         with contextlib.suppress(OSError):  # the server may answer, and close, before all was sent
             connection.sendall(request)
         try:
             received = connection.recv(65536)
         except ConnectionResetError:
             return "reset"
-    status = received.split(b" ", 2)[1].decode() if received else "nothing"
+    status = _status(received) if received else "nothing"
     assert status in statuses, received[:200]
     return status
 
 
+def _status(received: bytes) -> str:
+    """Raises:
+    Unavailable: the model's process has just died.
+    """
+    status = received.split(b" ", 2)[1].decode()
+    if status in ("500", "503"):
+        raise Unavailable(received[-300:])
+    return status
+
+
+class Unavailable(Exception):
+    """A request was refused as of a kill."""
+
+    status_code = 503
+
+
 def _report(load: Load, samples: list[Sample], kills: int, server: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + load.late
     while (state := _health(load))["running"] or state["waiting"]:
         if time.monotonic() > deadline:
-            load.wrong.append(f"still at work 30 seconds after the last client: {state}")
+            load.wrong.append(f"still at work {load.late:.0f} seconds after the last client: {state}")
             break
         time.sleep(0.2)
     if server.poll() is not None:
@@ -378,6 +421,8 @@ def _report(load: Load, samples: list[Sample], kills: int, server: subprocess.Po
     print_flatness(samples)
     if kills:
         print(f"{kills} times the model's process was killed")
+    late = sum(seconds > load.late for seconds in load.took)
+    print(f"{late} took longer than {load.late:.0f} seconds, the longest {max(load.took):.0f}")
     print(f"{sum(load.seen.values())} requests, {len(load.wrong)} that went wrong")
     for line in load.wrong[:20]:
         print(" ", line)

@@ -1,7 +1,7 @@
 """Requests of other protocols than OpenAI's, each with its official client, checked; for `benchmarks.load`.
 
-Each takes the server's address, a question as chat completions have it, and a source of chance, and returns
-how it ended.
+Each takes the server's address, a question as chat completions have it, a source of chance, and the seconds
+after which it gives up, and returns how it ended.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def messages(url: str, question: Mapping[str, Any], rng: random.Random) -> str:
+def messages(url: str, question: Mapping[str, Any], rng: random.Random, patience: float) -> str:
     """Anthropic's, whole or streamed: text, a thought first, or a call."""
-    client = Anthropic(base_url=url, api_key="unused", max_retries=0, timeout=120)
+    client = Anthropic(base_url=url, api_key="unused", max_retries=0, timeout=patience)
     asked: Any = {"model": question["model"], "messages": question["messages"], "max_tokens": 60}
     asked |= {"extra_body": {"temperature": question["temperature"]}, **rng.choice(_VARIANTS)}
     if rng.random() < 0.5:
@@ -47,16 +47,16 @@ def messages(url: str, question: Mapping[str, Any], rng: random.Random) -> str:
     return "answered"
 
 
-def count_tokens(url: str, question: Mapping[str, Any], rng: random.Random) -> str:
-    client = Anthropic(base_url=url, api_key="unused", max_retries=0, timeout=120)
+def count_tokens(url: str, question: Mapping[str, Any], rng: random.Random, patience: float) -> str:
+    client = Anthropic(base_url=url, api_key="unused", max_retries=0, timeout=patience)
     asked: Any = {"model": question["model"], "messages": question["messages"]}
     assert client.messages.count_tokens(**asked).input_tokens > 5
     return "answered"
 
 
-def ollama_chat(url: str, question: Mapping[str, Any], rng: random.Random) -> str:
+def ollama_chat(url: str, question: Mapping[str, Any], rng: random.Random, patience: float) -> str:
     """Ollama's, whole, streamed, or left in the middle."""
-    client = Client(host=url, timeout=120)
+    client = Client(host=url, timeout=patience)
     options = {"temperature": question["temperature"], "num_predict": 60}
     asked: Any = {"model": question["model"], "messages": question["messages"], "options": options}
     if rng.random() < 0.5:
@@ -73,9 +73,9 @@ def ollama_chat(url: str, question: Mapping[str, Any], rng: random.Random) -> st
     return "answered"
 
 
-def embeddings(url: str, question: Mapping[str, Any], rng: random.Random) -> str:
+def embeddings(url: str, question: Mapping[str, Any], rng: random.Random, patience: float) -> str:
     """Of a few texts, in an artifact that can."""
-    client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=120)
+    client = OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=patience)
     texts = [question["messages"][0]["content"]] * rng.randrange(1, 4)
     vectors = [
         entry.embedding for entry in client.embeddings.create(model=question["model"], input=texts).data

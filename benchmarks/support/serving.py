@@ -48,15 +48,18 @@ def served(artifact: Path, options: list[str]) -> Iterator[tuple[str, subprocess
         process.wait(timeout=60)
 
 
-def watch(pid: int, clients: list[threading.Thread], kill_every: float | None) -> tuple[list[Sample], int]:
+def watch(
+    pid: int, clients: list[threading.Thread], kill_every: float | None, until: float
+) -> tuple[list[Sample], int]:
     """Samples while `clients` are at work, and how often the model's process was killed.
 
     Args:
         kill_every: seconds between two kills.
+        until: when it ends all the same, by `time.monotonic`.
     """
     server, begun, rng = psutil.Process(pid), time.monotonic(), random.Random(0)
     samples, kills, last = [], 0, begun
-    while any(client.is_alive() for client in clients):
+    while any(client.is_alive() for client in clients) and time.monotonic() < until:
         time.sleep(_SAMPLE * rng.uniform(0.9, 1.1))
         now = time.monotonic()
         sizes = {child: size for child in server.children(recursive=True) if (size := _resident(child))}
@@ -76,7 +79,7 @@ def _resident(process: psutil.Process) -> int:
 
 
 def print_flatness(samples: list[Sample]) -> None:
-    """Medians after the warm-up and in the last third, and the most that was seen."""
+    """Medians after the warm-up, in the middle and in the last third, and the most that was seen."""
     warm = [sample for sample in samples if sample.seconds > _WARM_UP] or samples
     third = max(1, len(warm) // 3)
     columns: list[tuple[str, Callable[[Sample], float]]] = [
@@ -87,4 +90,8 @@ def print_flatness(samples: list[Sample]) -> None:
     for name, column in columns:
         values = [column(sample) for sample in warm]
         early, late = statistics.median(values[:third]), statistics.median(values[-third:])
-        print(f"{name}: after warm-up {early:.0f}, in the last third {late:.0f}, at most {max(values):.0f}")
+        middle = statistics.median(values[third:-third] or values)
+        print(
+            f"{name}: after warm-up {early:.0f}, in the middle {middle:.0f}, in the last third {late:.0f}, "
+            f"at most {max(values):.0f}"
+        )
