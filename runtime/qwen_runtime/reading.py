@@ -127,9 +127,9 @@ class KeepingReader(PromptReader):
     ) -> Prefill:
         generator = open_generator(max_length)
         assert isinstance(generator, OrtGenerator)
-        stops = [self._prompts.beginning(prompt, request), self._prompts.shared(prompt, request)]
+        beginning, turn = self._prompts.beginning(prompt, request), self._prompts.shared(prompt, request)
         self._show(generator, prompt)
-        return self._kept.prefill(generator, prompt.tokens, self._prompts.keys(prompt), stops)
+        return self._kept.prefill(generator, prompt.tokens, self._prompts.keys(prompt), beginning, turn)
 
     def read_ahead(
         self,

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT, _KEYS, _CACHE, _FIXED = "about", "keys", "cache.", "fixed."
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -24,10 +24,31 @@ class Point:
     Attributes:
         length: tokens before it.
         fixed: recurrent and convolution states after them, which cannot be cut back, by input of the graph.
+        shared: other conversations may begin with these tokens too.
     """
 
     length: int
     fixed: Arrays
+    shared: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """What of a state tells which texts it is of use to.
+
+    Attributes:
+        keys: as in `KeptState`, those before the last point.
+        points: of each its length, and whether it is shared.
+    """
+
+    keys: npt.NDArray[np.int64]
+    points: Sequence[tuple[int, bool]]
+
+    def spares(self, keys: npt.NDArray[np.int64]) -> int:
+        """How many tokens of a text of `keys` need not be read: those before a point, where at least one is
+        left to read."""
+        common = min(common_keys(self.keys, keys), len(keys) - 1)
+        return max((length for length, _ in self.points if length <= common), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +79,7 @@ class KeptState:
     def serves(self, keys: npt.NDArray[np.int64]) -> int:
         """How many of the points a text of `keys` can go on from: it begins with their tokens, and at least
         one of its own is left to read."""
-        common = min(len(keys) - 1, self.length)
-        differing = np.flatnonzero(self.keys[:common] != keys[:common])
-        common = int(differing[0]) if len(differing) else common
+        common = min(common_keys(self.keys, keys), len(keys) - 1)
         return sum(point.length <= common for point in self.points)
 
     def until(self, points: int) -> KeptState:
@@ -73,29 +92,41 @@ class KeptState:
         return KeptState(self.keys, caches, self.points)
 
 
+def common_keys(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:
+    """With how many equal ones both begin."""
+    shorter = min(len(one), len(other))
+    differing = np.flatnonzero(one[:shorter] != other[:shorter])
+    return int(differing[0]) if len(differing) else shorter
+
+
 def write(file: IO[bytes], state: KeptState, model: str) -> None:
     """`state` up to its last point.
 
     Args:
         model: what it belongs to; `read` wants the same.
     """
-    about = json.dumps({"format": _FORMAT, "model": model}).encode()
+    points = [[point.length, point.shared] for point in state.points]
+    about = json.dumps({"format": _FORMAT, "model": model, "points": points}).encode()
     arrays: dict[str, npt.NDArray[Any]] = {
         _ABOUT: np.frombuffer(about, np.uint8),
         _KEYS: state.keys[: state.length],
         **{_CACHE + name: array[:, :, : state.length] for name, array in state.caches.items()},
-        **{_FIXED + name: array for name, array in state.points[-1].fixed.items()},
+        **{
+            f"{_FIXED}{point.length}.{name}": array
+            for point in state.points
+            for name, array in point.fixed.items()
+        },
     }
     np.savez(file, allow_pickle=False, **arrays)
 
 
-def read_keys(path: Path, model: str) -> npt.NDArray[np.int64]:
-    """Only the keys of the state in `path`.
+def read_outline(path: Path, model: str) -> Outline:
+    """Only the outline of the state in `path`.
 
     Raises:
         ValueError: as `read`.
     """
-    return _read(path, model, lambda name: name == _KEYS)[_KEYS]
+    return _read(path, model, lambda name: name == _KEYS)[0]
 
 
 def read(path: Path, model: str) -> KeptState:
@@ -104,16 +135,18 @@ def read(path: Path, model: str) -> KeptState:
     Raises:
         ValueError: no such state, damaged, of another format or another model; a line for people.
     """
-    arrays = _read(path, model, lambda name: True)
-    keys = arrays[_KEYS]
-    caches, fixed = (
-        {name.removeprefix(begin): array for name, array in arrays.items() if name.startswith(begin)}
-        for begin in (_CACHE, _FIXED)
-    )
-    return KeptState(keys, caches, [Point(len(keys), fixed)])
+    outline, arrays = _read(path, model, lambda name: True)
+
+    def named(begin: str) -> Arrays:
+        return {name.removeprefix(begin): array for name, array in arrays.items() if name.startswith(begin)}
+
+    points = [Point(length, named(f"{_FIXED}{length}."), shared) for length, shared in outline.points]
+    return KeptState(outline.keys, named(_CACHE), points)
 
 
-def _read(path: Path, model: str, wanted: Callable[[str], bool]) -> dict[str, npt.NDArray[Any]]:
+def _read(
+    path: Path, model: str, wanted: Callable[[str], bool]
+) -> tuple[Outline, dict[str, npt.NDArray[Any]]]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as members:
             about = json.loads(members[_ABOUT].tobytes())
@@ -122,9 +155,26 @@ def _read(path: Path, model: str, wanted: Callable[[str], bool]) -> dict[str, np
         raise ValueError(str(error)) from error
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"it is damaged or no state ({type(error).__name__})") from error
-    if about != {"format": _FORMAT, "model": model}:
+    if not isinstance(about, dict) or (about.get("format"), about.get("model")) != (_FORMAT, model):
         raise ValueError("it is of another model, provider or version")
     keys = arrays.get(_KEYS)
     if keys is None or keys.dtype != np.int64 or keys.ndim != 1 or not len(keys):
         raise ValueError("it has no tokens")
-    return arrays
+    points: Any = about.get("points")
+    if not _are_points(points, len(keys)):
+        raise ValueError("its points are none of its tokens")
+    return Outline(keys, [(length, shared) for length, shared in points]), arrays
+
+
+def _are_points(found: list[list[Any]], tokens: int) -> bool:
+    """In order, the last one at the end."""
+    try:
+        lengths = [length for length, shared in found if type(length) is int and type(shared) is bool]
+        return (
+            len(lengths) == len(found)
+            and lengths == sorted(set(lengths))
+            and lengths[0] > 0
+            and lengths[-1] == tokens
+        )
+    except (TypeError, ValueError, IndexError):
+        return False

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime import state as states
-from qwen_runtime.state import KeptState
+from qwen_runtime.state import KeptState, Outline, common_keys
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class StateFolder:
     def __init__(self, root: Path, model: str, size: int) -> None:
         self._root, self._model, self._size = root, model, size
         self._folder = root / model[:16]
-        self._keys: dict[Path, Keys] = {}
+        self._outlines: dict[Path, Outline] = {}
         self._refused: set[Path] = set()
         self._lock = threading.Lock()
         try:
@@ -61,35 +61,41 @@ class StateFolder:
 
     def find(self, keys: Keys, more_than: int) -> KeptState | None:
         """The state that spares most of a text of `keys`, if it spares more than so many tokens."""
-        for path, held in sorted(self._index().items(), key=lambda entry: -len(entry[1])):
-            if len(held) <= more_than:
-                break
-            if len(held) < len(keys) and np.array_equal(held, keys[: len(held)]):
-                try:
-                    found = states.read(path, self._model)
-                    os.utime(path)
-                except (ValueError, OSError) as error:
-                    self._refuse(path, error)
-                    continue
-                return found
+        useful = [
+            (spared, -len(held.keys), path)
+            for path, held in self._index().items()
+            if (spared := held.spares(keys)) > more_than
+        ]
+        for _, _, path in sorted(useful, reverse=True):
+            try:
+                found = states.read(path, self._model)
+                os.utime(path)
+            except (ValueError, OSError) as error:
+                self._refuse(path, error)
+                continue
+            return found
         return None
+
+    def common(self, keys: Keys) -> int:
+        """How many tokens of a text of `keys` a state's begins with too, at most."""
+        return max((common_keys(held.keys, keys) for held in self._index().values()), default=0)
 
     def refuse(self, keys: Keys) -> None:
         """The model does not take the state of `keys`."""
         self._refuse(self._path(keys), ValueError("its arrays are not this model's"))
 
-    def put(self, kept: KeptState, replaces: int = 0) -> None:
+    def put(self, kept: KeptState) -> None:
         """Write `kept`, unless what is there spares nearly as much of it.
 
-        A failure is told in a line, and nothing is written.
-
-        Args:
-            replaces: a state of its beginning that is longer than so many tokens, and written before, goes.
+        What is there of its beginning goes, but for what is shared. A failure is told in a line, and nothing
+        is written.
         """
         keys = kept.keys[: kept.length]
-        index = self._index()
-        prefixes = {path: held for path, held in index.items() if _begins(keys, held)}
-        if kept.length < max(map(len, prefixes.values()), default=0) + _WORTH:
+        prefixes = {path: held for path, held in self._index().items() if _begins(keys, held.keys)}
+        if kept.length < max((len(held.keys) for held in prefixes.values()), default=0) + _WORTH:
+            return
+        if kept.nbytes > self._size:
+            _log.warning("a state of %d bytes does not fit the limit of %d", kept.nbytes, self._size)
             return
         path = self._path(keys)
         try:
@@ -98,49 +104,47 @@ class StateFolder:
             _log.warning("a state was not written to %s: %s", path, error.strerror)
             return
         with self._lock:
-            self._keys[path] = keys
+            self._outlines[path] = Outline(keys, [(point.length, point.shared) for point in kept.points])
         for older, held in prefixes.items():
-            if len(held) > replaces:
+            if not any(shared for _, shared in held.points):
                 self._remove(older)
-        self._make_room(path)
+        self._make_room()
 
     def _path(self, keys: Keys) -> Path:
         return self._folder / (hashlib.sha256(keys.tobytes()).hexdigest()[:32] + _SUFFIX)
 
-    def _index(self) -> dict[Path, Keys]:
-        """The keys of each state that is there and can be used."""
+    def _index(self) -> dict[Path, Outline]:
+        """The outline of each state that is there and can be used."""
         with self._lock:
             there = {path for path, _ in _files(self._folder)}
-            for path in self._keys.keys() - there:  # another process made room
-                del self._keys[path]
-            for path in there - self._keys.keys() - self._refused:
+            for path in self._outlines.keys() - there:  # another process made room
+                del self._outlines[path]
+            for path in there - self._outlines.keys() - self._refused:
                 try:
-                    self._keys[path] = states.read_keys(path, self._model)
+                    self._outlines[path] = states.read_outline(path, self._model)
                 except ValueError as error:
                     self._refused.add(path)
                     _log.warning("%s is ignored: %s", path, error)
-            return dict(self._keys)
+            return dict(self._outlines)
 
     def _refuse(self, path: Path, error: Exception) -> None:
         with self._lock:
             self._refused.add(path)
-            self._keys.pop(path, None)
+            self._outlines.pop(path, None)
         _log.warning("%s is ignored: %s", path, error)
 
     def _remove(self, path: Path) -> None:
         with self._lock:
-            self._keys.pop(path, None)
+            self._outlines.pop(path, None)
         with contextlib.suppress(OSError):
             path.unlink()
 
-    def _make_room(self, newest: Path) -> None:
+    def _make_room(self) -> None:
         found = [entry for folder in self._root.iterdir() if _is_folder(folder) for entry in _files(folder)]
         total = sum(status.st_size for _, status in found)
         for path, status in sorted(found, key=lambda entry: entry[1].st_mtime_ns):
             if total <= self._size:
                 break
-            if path == newest:
-                _log.warning("a state of %d bytes does not fit the limit of %d", status.st_size, self._size)
             self._remove(path)
             total -= status.st_size
 

@@ -7,8 +7,9 @@ generators, of which each keeps one sequence, one point of it, and nothing on di
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,15 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.backends.protocol import Generator
 from qwen_runtime.prefill import Cancelled, Prefill, append
-from qwen_runtime.state import KeptState, Point, read
+from qwen_runtime.state import KeptState, Point, common_keys, read
 from qwen_runtime.state_folder import StateFolder, write_state
 
 GB = 10**9
 _AHEAD_CHUNK = 64  # tokens; a question that comes meanwhile waits for one chunk
-_POINTS = 4  # of a sequence: the first, where others may begin too, and the last ones
+_OWN = 3  # points of a conversation alone that it may go back to
+_SHARED = 8  # points of a sequence where others may begin
+_NEAREST = 512  # tokens; the first distance of `_landmarks`
+_FORK = 256  # tokens; a point costs as much memory as some hundred tokens' keys and values
 
 
 @dataclass(frozen=True)
@@ -85,29 +89,32 @@ class States:
         generator: KeepingGenerator,
         tokens: Sequence[int],
         keys: npt.NDArray[np.int64],
-        stops: Sequence[int],
+        beginning: int,
+        turn: int,
     ) -> Prefill:
         """A prompt that is read from the best state on.
 
         Args:
             generator: empty.
             keys: as in `KeptState`, of `tokens`.
-            stops: how far prompts to come may agree with this one, in tokens.
+            beginning: how far other conversations' prompts may agree with this one, in tokens.
+            turn: the same of the next turn's.
         """
+        common = min(self._common(keys), len(keys) - 1)
         state = self.take(keys)
         start = 0 if state is None else state.length
         points: list[Point] = [] if state is None else list(state.points)
         if state is not None:
             generator.restore(state, tokens[:start])
         step, chunk_size = self._model.alignment, self._model.chunk_size
-        aligned = {stop - stop % step for stop in stops}
+        stops = self._stops(len(tokens), start, beginning, turn, common)
 
         def read(cancelled: Cancelled) -> bool:
             done = start
-            for stop in sorted({*(stop for stop in aligned if start < stop < len(tokens)), len(tokens)}):
+            for stop in sorted({*stops, len(tokens)}):
                 done += append(generator, tokens[done:stop], chunk_size, cancelled, before=done)
-                if done % step == 0 and done > start and (done < stop or stop in aligned):
-                    points.append(generator.point())
+                if done % step == 0 and done > start and (done < stop or stop in stops):
+                    points.append(replace(generator.point(), shared=stops.get(done, False)))
                 if done < stop:
                     return False
             return True
@@ -117,6 +124,31 @@ class States:
                 self.put(KeptState(keys, generator.caches, points))
 
         return Prefill(generator, len(tokens), read, cached_tokens=start, release=release)
+
+    def _stops(self, length: int, start: int, beginning: int, turn: int, common: int) -> dict[int, bool]:
+        """Where points are made of a text that is read from `start` on, and whether others may begin there.
+
+        Args:
+            length: of the text.
+            common: tokens with which another text begins too.
+        """
+        step = self._model.alignment
+        shared = {beginning, *_landmarks(beginning, self._model.chunk_size or step)}
+        near = max((stop for stop in (start, turn, *shared) if stop <= common), default=common)
+        if common - near >= _FORK:
+            shared.add(common)  # where one other text goes on otherwise, more may
+        wanted = {stop - stop % step: stop in shared for stop in sorted({turn, *shared})}
+        stops = {stop: shared for stop, shared in wanted.items() if start < stop <= length}
+        if not start and stops:
+            stops[min(stops)] = True
+        return stops
+
+    def _common(self, keys: npt.NDArray[np.int64]) -> int:
+        """How many tokens of a text of `keys` one that is kept begins with too, at most."""
+        with self._lock:
+            kept = list(self._states)
+        found = max((common_keys(state.keys, keys) for state in kept), default=0)
+        return found if self._folder is None else max(found, self._folder.common(keys))
 
     def read_ahead(
         self,
@@ -149,7 +181,8 @@ class States:
         if self._folder is not None:
             found = self._folder.find(keys, more_than=length)
             if found is not None and self._model.fits(found):
-                return found
+                points = found.serves(keys)
+                return found if points == len(found.points) else found.until(points).copy()
             if found is not None:
                 self._folder.refuse(found.keys)
         if best is None:
@@ -164,9 +197,7 @@ class States:
 
     def put(self, state: KeptState) -> None:
         """Keep it in memory, and on disk with the next `flush`."""
-        if len(state.points) > _POINTS:
-            points = [state.points[0], *state.points[1 - _POINTS :]]
-            state = KeptState(state.keys, state.caches, points)
+        state = KeptState(state.keys, state.caches, _most_useful(state.points))
         self._keep(state)
         if self._folder is None:
             return
@@ -200,9 +231,10 @@ class States:
         stop -= stop % self._model.alignment
         if not stop:
             raise UserError(f"a prompt of {len(tokens)} tokens is too short to keep")
-        self.prefill(generator, tokens[:stop], keys[:stop], [stop]).read(lambda done: False)
+        self.prefill(generator, tokens[:stop], keys[:stop], 0, stop).read(lambda done: False)
+        point = replace(generator.point(), shared=True)
         try:
-            write_state(path, KeptState(keys[:stop], generator.caches, [generator.point()]), self._digest)
+            write_state(path, KeptState(keys[:stop], generator.caches, [point]), self._digest)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from error
         return stop
@@ -232,10 +264,32 @@ class States:
                     if not self._unwritten:
                         return
                     state = self._unwritten.pop(0)
-                # The first point is where other conversations may begin too, and stays.
-                self._folder.put(state.until(1))
-                self._folder.put(state, replaces=state.points[0].length)
+                # In files of their own, for the longer ones of a conversation replace each other.
+                shared = [point for point in state.points if point.shared]
+                own = [point for point in state.points if not shared or point.length > shared[-1].length]
+                for points in (shared, own):
+                    if points:
+                        self._folder.put(KeptState(state.keys, state.caches, points))
 
     def clear(self) -> None:
         with self._lock:
             self._states.clear()
+
+
+def _landmarks(beginning: int, chunk: int) -> Iterator[int]:
+    """Where a text may differ within what conversations begin with, as agents' instructions do that name the
+    folder: at distances from its end that double, so that at most some twice as much is read as differs."""
+    distance = _NEAREST
+    while 2 * distance <= beginning:
+        yield (beginning - distance) // chunk * chunk
+        distance *= 2
+
+
+def _most_useful(points: Sequence[Point]) -> list[Point]:
+    """The last ones, and those where others may begin, but for the ones that have another one soon after."""
+    shared = [point for point in points if point.shared]
+    own = [point for point in points if not point.shared][-_OWN:]
+    while len(shared) > _SHARED:
+        gaps = [after.length - before.length for before, after in pairwise(shared)]
+        del shared[gaps.index(min(gaps))]
+    return sorted([*shared, *own], key=lambda point: point.length)

@@ -17,6 +17,7 @@ from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling, StateSettings
 from qwen_runtime.grammar import make_guidance
+from qwen_runtime.prefix import common_prefix
 from qwen_runtime.tokenizer import Tokenizer
 from safetensors.torch import load_file
 
@@ -86,6 +87,67 @@ def test_another_question_begins_after_the_same_instructions(
         found = answer(model, other)
         assert found.cached_tokens > system - 128
         assert found.tokens == answer(fresh, other).tokens
+
+
+def in_folder(name: str, sentences: int = 160) -> list[Any]:
+    """Instructions as an agent's, which name its folder, and a question."""
+    text = "The statement is a word. " * sentences + f"The folder is {name}. " + "It is a list. " * 40
+    return [{"role": "system", "content": text}, QUESTION]
+
+
+def points_of(folder: Path) -> list[list[Any]]:
+    """Those of each state on disk."""
+    found = []
+    for path in folder.rglob("*.npz"):
+        with np.load(path) as arrays:
+            found.append(json.loads(arrays["about"].tobytes())["points"])
+    return found
+
+
+def agreeing(model: Model, *conversations: Any) -> int:
+    """Tokens with which their prompts begin alike."""
+    prompts = [model.encode(model.apply_chat_template(messages)) for messages in conversations]
+    return min(common_prefix(prompts[0], prompt) for prompt in prompts[1:])
+
+
+def test_instructions_that_differ_near_their_end(artifact: Path, fresh: Model, tmp_path: Path) -> None:
+    """As an agent's in another folder: the second one reads a little of what is the same, the third none."""
+    names = ("first", "other", "third")
+    common = agreeing(fresh, *map(in_folder, names))
+    cached = []
+    for name in names:
+        with keeping(artifact, tmp_path) as model:  # a new process each time
+            found = answer(model, in_folder(name))
+        assert found.tokens == answer(fresh, in_folder(name)).tokens
+        cached.append(found.cached_tokens)
+    rest = found.prompt_tokens - common
+    assert cached[0] == 0 and common - cached[1] <= rest + 512 and common - cached[2] < 128
+    with keeping(artifact, keep=3) as model:  # in memory alone
+        again = [answer(model, in_folder(name)).cached_tokens for name in names]
+    assert again == cached
+
+
+def test_texts_that_agree_little(cpu_artifact: Path, tmp_path: Path) -> None:
+    """As two agents' instructions do, of which the template's words are the same: a point costs memory."""
+    with keeping(cpu_artifact, tmp_path) as model:
+        for name in ("one", "two"):
+            answer(model, [{"role": "system", "content": f"You are agent {name}. " * 60}, QUESTION])
+    assert [len(points) for points in points_of(tmp_path)] == [1, 1]
+
+
+def test_many_folders(cpu_artifact: Path, tmp_path: Path) -> None:
+    """However many texts begin alike, a state has few points and the folder its limit."""
+    with keeping(cpu_artifact, tmp_path) as model:
+        answer(model, in_folder("none", 120))
+        model.flush_states()
+        limit = 8 * sum(path.stat().st_size for path in tmp_path.rglob("*.npz"))
+    with keeping(cpu_artifact, tmp_path, disk_bytes=limit) as model:
+        for number in range(10):  # each agrees with the one before in 270 tokens more
+            found = answer(model, in_folder("some", 120 + 45 * number), max_tokens=2)
+            model.flush_states()
+            assert number < 2 or found.cached_tokens > 250 * number
+            assert sum(path.stat().st_size for path in tmp_path.rglob("*.npz")) <= limit
+            assert max(map(len, points_of(tmp_path))) <= 8
 
 
 def test_conversations_do_not_disturb_each_other(cpu_artifact: Path) -> None:
@@ -285,6 +347,18 @@ def test_the_folder_has_a_limit(cpu_artifact: Path, tmp_path: Path) -> None:
     with keeping(cpu_artifact, tmp_path, keep=0) as model:
         held = {name: answer(model, f"{name} " * 200, max_tokens=2).cached_tokens > 0 for name in names}
     assert held == {"1": False, "2": True, "3": True}
+
+
+def test_a_state_that_is_larger_than_the_limit(
+    cpu_artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with keeping(cpu_artifact, tmp_path) as model:
+        answer(model, "1 " * 200, max_tokens=2)
+    [file] = tmp_path.rglob("*.npz")
+    with keeping(cpu_artifact, tmp_path, disk_bytes=int(1.2 * file.stat().st_size)) as model:
+        answer(model, "2 " * 600, max_tokens=2)
+    assert list(tmp_path.rglob("*.npz")) == [file]  # what is there stays
+    assert "does not fit the limit" in caplog.text
 
 
 def test_hidden_states_and_speculative_decoding(exported: Exported, tmp_path: Path) -> None:
