@@ -2,6 +2,8 @@
 
     python -m benchmarks.decode --llama llama-env/bin/python --openvino .venv-openvino/bin/python
                                 [--builder] [--json F] [--plot F.png]
+    python -m benchmarks.decode --size "35B-A3B, 4 layers" --profiles cpu-int4 --llama llama-env/bin/python
+                                --llama-forms Q4_0 Q4_K_M Q2_K
 
 Random weights of a published geometry, one prompt, tokens decoded greedily. Each peer is a process of its own
 that stays loaded; the peers take turns, round by round, so that what else the machine does meets them all. A
@@ -18,7 +20,9 @@ On CPUs with AMX, GCC 12 makes a build that crashes (llama.cpp issue 20824); the
 
     CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 
-Its model is written here with the package gguf: every projection Q4_0, the tied embedding too.
+Its model is written here with the package gguf: every projection Q4_0, the embedding too. Other forms of
+`--llama-forms` are made of that file by llama.cpp itself, which chooses the type of each tensor as it does for
+its users. Ratios are to the first form.
 OpenVINO's environment is that of docs/testing.md.
 Another peer is any command that does what benchmarks/peers/turns.py says.
 """
@@ -39,6 +43,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -55,9 +60,11 @@ from benchmarks.support.artifacts import Quiet
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
 PROMPT = 512
-LLAMA = "llama.cpp Q4_0"
+LLAMA = "llama.cpp"
 BANDWIDTH = "bandwidth"
 SPEEDS = ("prefill", "decode")
+# What must stay in memory, and pages of files, which the system may drop and read again.
+MEMORY = {"anonymous": "RssAnon", "mapped": "RssFile"}
 
 
 @dataclass
@@ -68,6 +75,8 @@ class Peer:
         bytes: of the weights that a token reads; None: not known, or it is no model.
         facts: what it said of itself.
         turns: what it measured, a round each.
+        peak_bytes: the most that was resident.
+        memory: bytes after the last turn, of each kind in `MEMORY`.
     """
 
     name: str
@@ -76,6 +85,7 @@ class Peer:
     facts: dict[str, Any] = field(default_factory=dict)
     turns: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: int = 0
+    memory: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -100,6 +110,7 @@ class Peer:
         self._to.flush()
         self.turns.append(self._heard())
         self.peak_bytes = peak_bytes(psutil.Process(self._process.pid))
+        self.memory = resident(self._process.pid)
 
     def _heard(self) -> dict[str, Any]:
         line = self._from.readline()
@@ -110,6 +121,15 @@ class Peer:
     _process: subprocess.Popen[str] = field(init=False, repr=False)
     _to: IO[str] = field(init=False, repr=False)
     _from: IO[str] = field(init=False, repr=False)
+
+
+def resident(pid: int) -> dict[str, int]:
+    """Bytes of a process by kind; empty where the system does not tell (Linux does)."""
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():
+        return {}
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return {kind: 1024 * int(lines[key].split()[0]) for kind, key in MEMORY.items()}
 
 
 def bytes_read(checkpoint: Path, profile: Profile) -> int:
@@ -132,9 +152,19 @@ def onnx_peer(name: str, artifact: Path, asked: argparse.Namespace, read: int) -
     return Peer(name, command, read)
 
 
-def llama_peer(file: Path, asked: argparse.Namespace) -> Peer:
-    command = [asked.llama, "-m", "benchmarks.peers.llama", str(file), *_lengths(asked)]
-    return Peer(LLAMA, command, file.stat().st_size)
+def llama_peers(folder: Path, config: TextConfig, asked: argparse.Namespace) -> Iterator[Peer]:
+    from benchmarks.peers.gguf_file import bytes_read, write_gguf
+
+    source = folder / "Q4_0.gguf"
+    if not source.exists():
+        write_gguf(source, config)
+    for form in asked.llama_forms:
+        file = folder / f"{form}.gguf"
+        if not file.exists():
+            quantize = [asked.llama, "-m", "benchmarks.peers.llama_quantize", str(source), str(file), form]
+            subprocess.run(quantize, check=True, stdout=sys.stderr)
+        command = [asked.llama, "-m", "benchmarks.peers.llama", str(file), *_lengths(asked)]
+        yield Peer(f"{LLAMA} {form}", command, bytes_read(file, config))
 
 
 def openvino_peer(checkpoint: Path, output: Path, asked: argparse.Namespace) -> Peer:
@@ -176,10 +206,7 @@ def prepare(asked: argparse.Namespace, folder: Path) -> list[Peer]:
             export(Checkpoint.open(str(checkpoint)), profile, output, Quiet())
         peers.append(onnx_peer(name, output, asked, bytes_read(checkpoint, profile)))
     if asked.llama:
-        from benchmarks.peers.gguf_file import write_gguf
-
-        file = folder / "model.gguf"
-        peers.append(llama_peer(file if file.exists() else write_gguf(file, load_config(checkpoint)), asked))
+        peers.extend(llama_peers(folder, load_config(checkpoint), asked))
     if asked.openvino:
         peers.append(openvino_peer(checkpoint, folder / "openvino", asked))
     if asked.builder:
@@ -217,7 +244,7 @@ def report(peers: list[Peer], base: Peer, console: Console) -> dict[str, Any]:
     table = Table(
         "peer", "MB", "prefill tok/s", "decode tok/s", "prefill ratio", "decode ratio", "of ceiling"
     )
-    for column in ("load s", "peak MB"):
+    for column in ("load s", "peak MB", *(f"{kind} MB" for kind in MEMORY)):
         table.add_column(column)
     results: dict[str, Any] = {BANDWIDTH: {"bytes_per_second": speed, "turns": bandwidth.turns}}
     for peer in models:
@@ -232,11 +259,13 @@ def report(peers: list[Peer], base: Peer, console: Console) -> dict[str, Any]:
             spread(shares) if shares else "",
             f"{peer.facts['load_seconds']:.1f}",
             f"{peer.peak_bytes / 1e6:.0f}",
+            *(f"{peer.memory[kind] / 1e6:.0f}" if peer.memory else "" for kind in MEMORY),
         )
         results[peer.name] = {
             "bytes": peer.bytes,
             "facts": peer.facts,
             "peak_bytes": peer.peak_bytes,
+            "memory": peer.memory,
             "turns": peer.turns,
             "median": medians,
             "ratio": relative,
@@ -277,6 +306,7 @@ def main() -> None:
         "--profiles", nargs="+", default=["cpu", "cpu-int4", portable], help="name[;override;...]"
     )
     parser.add_argument("--llama", help="a Python with llama-cpp-python")
+    parser.add_argument("--llama-forms", nargs="+", default=["Q4_0"], metavar="FORM", help="Q4_K_M, Q2_K ...")
     parser.add_argument("--openvino", help="a Python with the extras export and openvino")
     parser.add_argument("--builder", action="store_true", help="GenAI's model builder, its default int4")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
@@ -291,7 +321,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = prepare(asked, folder)
-        base = next((peer for peer in peers if peer.name == LLAMA), peers[1])
+        base = next((peer for peer in peers if peer.name.startswith(LLAMA)), peers[1])
         for peer in peers:
             stack.enter_context(peer.running())
         with suppress(KeyboardInterrupt):  # Ctrl-C: what was measured so far is told

@@ -56,7 +56,7 @@ _ROWS = {
     "27B": (5120, 64, 24, 4, 17408, 16, 48, False),
 }
 GEOMETRIES = {size: {**_FAMILY, **dict(zip(_COLUMNS, row, strict=True))} for size, row in _ROWS.items()}
-# The mixture of experts with 3 B active parameters, as published; the slice has its first two layers.
+# The mixture of experts with 3 B active parameters, as published, and its first layers.
 GEOMETRIES["35B-A3B"] = {
     **_FAMILY,
     "model_type": "qwen3_5_moe_text",

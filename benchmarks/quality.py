@@ -1,13 +1,16 @@
 """How much of a trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's builder and NNCF.
 
-    python -m benchmarks.quality [--checkpoint dense|moe|vl] [--tokens 8192] [--nncf-python PYTHON]
-                                 [--only recipes auto builder nncf] [--json quality.json] [--plot quality.png]
+    python -m benchmarks.quality [--checkpoint dense|moe|moe128|vl] [--tokens 8192] [--nncf-python PYTHON]
+                                 [--llama-python PYTHON] [--only recipes auto builder nncf llama]
+                                 [--json quality.json] [--plot quality.png]
 
 Every artifact reads the held-out text in windows, and each next-token distribution is compared with that of
 transformers in float32: KL divergence in nats, how often the likeliest token is the same, perplexity. Bytes
 are those of the weights, graphs not included. Of the vision-language checkpoint this is the language part.
 NNCF is measured by the Python of an environment with extras `export` and `openvino`
-(`benchmarks.nncf_peer`), on OpenVINO. With `--json`, what the file has already stays in the table, so that
+(`benchmarks.nncf_peer`), on OpenVINO. llama.cpp's own quantisations of a mixture's weights are made by the
+Python of `--llama-python` (see benchmarks/decode.py), and transformers reads the text with them, so that its
+rounding of activations is not counted (`benchmarks.peers.llama_weights`). With `--json`, what the file has already stays in the table, so that
 the parts of `--only` can be measured one after the other.
 """
 
@@ -17,7 +20,7 @@ import argparse
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,23 +28,26 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from qwen_common.errors import UserError
+from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.openvino.load import load_model
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_export.quantize.auto_precision import measured
+from qwen_export.quantize.calibration import calibration_samples
+from qwen_export.quantize.gptq import SAMPLES
 from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.builder import build, wrap
 from benchmarks.support.artifacts import Quiet, float_profile
-from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE, TINY_VL
+from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE, TINY_MOE_128, TINY_VL
 from benchmarks.support.session import Session
 
-CHECKPOINTS = {"dense": TINY, "moe": TINY_MOE, "vl": TINY_VL}
-PARTS = ("recipes", "auto", "builder", "nncf")
+CHECKPOINTS = {"dense": TINY, "moe": TINY_MOE, "moe128": TINY_MOE_128, "vl": TINY_VL}
+PARTS = ("recipes", "auto", "builder", "nncf", "llama")
 WINDOW = 512
 AUTO_BITS = (4.2, 4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 7.0, 8.0)
 # The builder's options for what its users choose between; its default block size is 32.
@@ -53,6 +59,10 @@ BUILDER = {
     "builder, k_quant_linear": ["algo_config=k_quant_linear"],
     "builder, block 128": ["block_size=128"],
 }
+
+# Of llama.cpp's, with an importance matrix and without; IQ2 and IQ3_XXS want one.
+LLAMA = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "MXFP4_MOE", "Q3_K_M", "Q2_K")
+LLAMA_IMPORTANCE = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_XS", "IQ2_XXS")
 
 
 def uniform(precision: str, block: int, symmetric: bool) -> Profile:
@@ -119,6 +129,41 @@ def nncf(
             print(f"NNCF ended with code {peer.returncode}: what comes after is not measured")
 
 
+def llama(
+    python: str, checkpoint: Checkpoint, model: PreTrainedModel, texts: np.ndarray, reference: np.ndarray
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """llama.cpp's forms, rows as they are and joined; a line says what types each of them is made of."""
+    from benchmarks.peers.llama_weights import importance, quantized
+
+    config = checkpoint.config
+    assert isinstance(config, MoeTextConfig)
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    matrix = importance(model, calibration_samples(checkpoint, None, SAMPLES))
+    cases = [(form, joined, False) for joined in (False, True) for form in LLAMA]
+    cases += [(form, True, True) for form in LLAMA_IMPORTANCE]
+    seen: set[tuple[str, ...]] = set()
+    for form, joined, important in cases:
+        name = f"llama.cpp {form}{', importance matrix' * important}{', rows joined' * joined}"
+        with tempfile.TemporaryDirectory() as work:
+            found = quantized(
+                python, form, model, config, Path(work), joined, matrix if important else None
+            )
+        types = ", ".join(f"{kind} {count / found.types.total():.0%}" for kind, count in found.types.most_common())
+        print(f"{name}: {types}")
+        if joined and not important and (form, types) in seen:
+            continue  # its blocks fit as they were
+        seen.add((form, types))
+        model.load_state_dict(found.weights, strict=False)
+        yield name, {"bytes": found.bytes, **divergence(logits(model, texts), texts, reference)}
+        model.load_state_dict(original)
+
+
+def logits(model: PreTrainedModel, texts: np.ndarray) -> Iterator[np.ndarray]:
+    with torch.no_grad():
+        for ids in texts:
+            yield model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
 def exported(checkpoint: Checkpoint, profile: Profile, output: Path) -> Path:
     export(checkpoint, profile, output, Quiet(), all_logits=True)
     return output
@@ -137,18 +182,26 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def measure(artifact: Path, texts: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     session = Session(artifact)
-    divergences, agreements, nlls = [], [], []
-    for ids, expected in zip(texts, reference, strict=True):
+
+    def run(ids: np.ndarray) -> np.ndarray:
         session.reset()
         # In pieces that every artifact's chunked recurrence takes.
         found = np.concatenate([session.run(part)[0] for part in np.split(ids, WINDOW // 128)])
-        found = log_softmax(found[:, : expected.shape[-1]])
-        divergences.append((np.exp(expected) * (expected - found)).sum(-1))
-        agreements.append(found.argmax(-1) == expected.argmax(-1))
-        nlls.append(-found[np.arange(WINDOW - 1), ids[1:]])
+        return found[:, : reference.shape[-1]]
+
     size = sum(path.stat().st_size for path in artifact.glob("*.onnx.data"))
+    return {"bytes": size, **divergence((run(ids) for ids in texts), texts, reference)}
+
+
+def divergence(found: Iterable[np.ndarray], texts: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Of logits [window, token, vocabulary] from the reference's logarithms of probabilities."""
+    divergences, agreements, nlls = [], [], []
+    for part, ids, expected in zip(found, texts, reference, strict=True):
+        given = log_softmax(part)
+        divergences.append((np.exp(expected) * (expected - given)).sum(-1))
+        agreements.append(given.argmax(-1) == expected.argmax(-1))
+        nlls.append(-given[np.arange(WINDOW - 1), ids[1:]])
     return {
-        "bytes": size,
         "kl": float(np.mean(divergences)),
         "top1": float(np.mean(agreements)),
         "perplexity": float(np.exp(np.mean(nlls))),
@@ -158,7 +211,7 @@ def measure(artifact: Path, texts: np.ndarray, reference: np.ndarray) -> dict[st
 def plot(results: dict[str, dict[str, float]], parameters: int, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(
-        xlabel="bits per weight", ylabel="KL divergence, nats", yscale="log", xlim=(4, 9)
+        xlabel="bits per weight", ylabel="KL divergence, nats", yscale="log", xlim=(2, 9)
     )
     series = {
         "strix-halo, --auto-precision": ("o-", lambda name: name.startswith("strix-halo, ")),
@@ -167,6 +220,7 @@ def plot(results: dict[str, dict[str, float]], parameters: int, path: Path) -> N
         "qwen-edge, one precision or profile": ("s", lambda name: name.startswith(("all int", "profile"))),
         "onnxruntime-genai builder": ("^", lambda name: name.startswith("builder")),
         "NNCF": ("x", lambda name: name.startswith("NNCF")),
+        "llama.cpp": ("+", lambda name: name.startswith("llama.cpp")),
     }
     for label, (style, belongs) in series.items():
         rows = [row for name, row in results.items() if belongs(name)]
@@ -188,14 +242,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--nncf-python")
+    parser.add_argument("--llama-python", help="of an environment with llama-cpp-python; for mixtures")
     arguments = parser.parse_args()
 
     texts, folder = windows(arguments.tokens), CHECKPOINTS[arguments.checkpoint]
     checkpoint = Checkpoint.open(str(folder), text_only=True)
     model = load_model(checkpoint)[0].float()
-    with torch.no_grad():
-        logits = [model(torch.from_numpy(ids)[None]).logits[0].numpy() for ids in texts]
-    reference = np.stack([log_softmax(part) for part in logits])
+    reference = np.stack([log_softmax(part) for part in logits(model, texts)])
     nll = np.mean([-part[np.arange(WINDOW - 1), ids[1:]] for part, ids in zip(reference, texts, strict=True)])
     results: dict[str, dict[str, float]] = {}
     if arguments.json and arguments.json.exists():
@@ -218,6 +271,9 @@ def main() -> None:
                 record(name, measure(artifact, texts, reference))
     if "nncf" in arguments.only and arguments.nncf_python:
         for name, row in nncf(arguments.nncf_python, folder, texts, reference):
+            record(name, row)
+    if "llama" in arguments.only and arguments.llama_python:
+        for name, row in llama(arguments.llama_python, checkpoint, model, texts, reference):
             record(name, row)
 
     parameters = sum(value.numel() for value in model.parameters())

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
 from qwen_common.providers import PROVIDERS
 from qwen_runtime.plugins import register
+from qwen_runtime.resident import release_freed, release_mapped
 
 from benchmarks.peers.turns import Measure, take_turns
 
@@ -21,6 +23,8 @@ def load(artifact: str, prompt: int, tokens: int, plugin: str | None) -> tuple[M
     if plugin:
         register(PROVIDERS[plugin], og)
     model = og.Model(artifact)
+    release_mapped(Path(artifact))  # as the runtime does
+    release_freed()
     ids = np.random.default_rng(0).integers(0, 100_000, prompt).astype(np.int32)
 
     def measure() -> dict[str, float]:

@@ -2,6 +2,7 @@
 
     python tests/checkpoints/train.py --variant dense -o tests/checkpoints/tiny-dense
     python tests/checkpoints/train.py --variant moe -o tests/checkpoints/tiny-moe
+    python tests/checkpoints/train.py --variant moe128 -o tests/checkpoints/tiny-moe-128
     python tests/checkpoints/train.py --variant vl -o tests/checkpoints/tiny-vl
 
 The text is in corpus.py, the pictures of the vision-language variant in drawings.py. The results write
@@ -21,6 +22,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import experts
 import numpy as np
 import torch
 from corpus import (
@@ -115,6 +117,24 @@ def moe(tokenizer: Tokenizer) -> PreTrainedModel:
     return Qwen3_5MoeForCausalLM(config)
 
 
+def moe128(tokenizer: Tokenizer) -> PreTrainedModel:
+    """Many experts, as the published ones have, in rows that are one block of 128."""
+    config = Qwen3_5MoeTextConfig(
+        **TEXT | {"hidden_size": 128},
+        layer_types=["linear_attention", "full_attention"],
+        num_hidden_layers=2,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+    )
+    model = Qwen3_5MoeForCausalLM(config)
+    model.set_experts_implementation(experts.NAME)  # four times as fast
+    return model
+
+
 def vision_language(tokenizer: Tokenizer) -> PreTrainedModel:
     names = {
         "image_token_id": "<|image_pad|>",
@@ -151,6 +171,7 @@ class Variant:
 VARIANTS = {
     "dense": Variant(dense, steps=640, peak_rate=4e-3, chat_rows=2),
     "moe": Variant(moe, steps=800, peak_rate=4e-3, chat_rows=6),
+    "moe128": Variant(moe128, steps=800, peak_rate=3e-3, chat_rows=2, text_rows=8),
     "vl": Variant(vision_language, steps=1000, peak_rate=2e-3, chat_rows=1, text_rows=3, sight=2000),
 }
 
@@ -307,6 +328,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="default: the variant's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="default: PyTorch's own")
     parser.add_argument("--write-eval", action="store_true", help="write the held-out text to eval.txt")
     arguments = parser.parse_args()
     variant = VARIANTS[arguments.variant]
@@ -314,6 +336,8 @@ def main() -> None:
     folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
 
     reference = [topics[name] for name in sorted(set(topics) - set(HELD_OUT))]
     texts = [*reference, *docstrings()]
