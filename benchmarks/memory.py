@@ -1,7 +1,10 @@
 """Memory that ONNX Runtime's CPU provider holds for one node with quantised weights, by byte of its data.
 
-    python -m benchmarks.memory [--operators QMoE MatMulNBits] [--bits 4 8] [--blocks 32 64 128]
+    python -m benchmarks.memory [--operators QMoE MatMulNBits MXFP4 NVFP4] [--bits 4 8] [--blocks 32 64 128]
         [--levels 0 4] [--zero-points] [--option session.disable_prepacking=1] [--json memory.json]
+
+MXFP4 and NVFP4 are QMoE with experts in those formats, whose bits and blocks are their own: `--bits 4`, and
+`--blocks 32` or 16.
 
 A kernel repacks its weights when a session is made, into a layout that depends on the CPU: the table is for
 this one. Codes and scales are random; scales of zero would make packed pages of zeros, which tell nothing.
@@ -31,6 +34,9 @@ from benchmarks.support.held import forget_most, held
 
 _EXPERTS, _CHOSEN, _HIDDEN, _INNER = 32, 8, 2048, 512
 _ROWS, _COLUMNS = 32768, 2048
+# Types of a block's scale, one byte each, and the bytes whose values lie near those of the other formats here.
+_FP4 = {"MXFP4": (TensorProto.FLOAT8E8M0, (117, 121)), "NVFP4": (TensorProto.FLOAT8E4M3FN, (8, 32))}
+_QUANT_TYPES = {"MXFP4": "fp4", "NVFP4": "nvfp4"}
 _TOKENS, _STEPS = 16, 20
 
 
@@ -39,6 +45,7 @@ class Case:
     """One node.
 
     Attributes:
+        operator: a key of `_FP4`: QMoE with experts in that format.
         zero_points: one for each block is stored.
     """
 
@@ -90,6 +97,8 @@ def write_node(case: Case, folder: Path) -> int:
         for name, array in _weights(case, rng):
             file.write(b"\0" * (-file.tell() % 4096))
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            if case.operator in _FP4 and name.endswith(".scales"):
+                kind = _FP4[case.operator][0]
             tensor = TensorProto(
                 name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL
             )
@@ -99,11 +108,12 @@ def write_node(case: Case, folder: Path) -> int:
             file.write(array.tobytes())
             size += array.nbytes
     inputs, node = [_tensor("x", "tokens", _HIDDEN)], _node(case)
-    if case.operator == "QMoE":
+    if case.operator != "MatMulNBits":
         inputs.append(_tensor("router", "tokens", _EXPERTS))
     graph = helper.make_graph([node], "node", inputs, [_tensor("y", "tokens", None)], initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), model)
+    # Float8E8M0 is a type since opset 24.
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), model)
     return size
 
 
@@ -118,7 +128,11 @@ def _weights(case: Case, rng: np.random.Generator) -> list[tuple[str, np.ndarray
         blocks, packed = k // case.block, case.block * case.bits // 8
         shape = (n, blocks, packed) if case.operator == "MatMulNBits" else (*stack, n, blocks * packed)
         found.append((f"{name}.codes", rng.integers(0, 256, shape, np.uint8)))
-        scales = rng.uniform(0.001, 0.01, (*stack, n, blocks)).astype(np.float32)
+        if case.operator in _FP4:
+            scales = rng.integers(*_FP4[case.operator][1], (*stack, n, blocks), np.uint8)
+            found.append((f"{name}.global", np.ones(_EXPERTS, np.float32)))
+        else:
+            scales = rng.uniform(0.001, 0.01, (*stack, n, blocks)).astype(np.float32)
         found.append((f"{name}.scales", scales))
         if case.zero_points:
             found.append(
@@ -143,7 +157,11 @@ def _node(case: Case) -> onnx.NodeProto:
         inputs += ["", "", "", "", "up.zeros", "down.zeros"] * case.zero_points
         attributes = {"k": _CHOSEN, "expert_weight_bits": case.bits, "normalize_routing_weights": 1}
         attributes |= {"activation_type": "swiglu", "swiglu_fusion": 1}
-    return helper.make_node(case.operator, inputs, ["y"], domain="com.microsoft", **attributes, **shared)
+        if case.operator in _FP4:
+            inputs += [""] * 8 + ["up.global", "down.global"]
+            attributes |= {"quant_type": _QUANT_TYPES[case.operator], "weights_prepacked": 1}  # rows of K
+        return helper.make_node("QMoE", inputs, ["y"], domain="com.microsoft", **attributes, **shared)
+    return helper.make_node("MatMulNBits", inputs, ["y"], domain="com.microsoft", **attributes, **shared)
 
 
 def _hold(folder: Path, options: dict[str, str]) -> dict[str, float]:

@@ -22,3 +22,10 @@ def test_a_node_holds_its_codes_and_floats_for_each_block(operator: str) -> None
     codes_and_scale, floats = 32 // 2 + 4, 4 * (FLOATS_PER_BLOCK - 1)
     assert held.private == pytest.approx(held.data * (codes_and_scale + floats) / codes_and_scale, rel=0.05)
     assert held.mapped < 0.1 * held.data  # scales and codes of the file are not read again
+
+
+@pytest.mark.parametrize(("operator", "block"), [("MXFP4", 32), ("NVFP4", 16)])
+def test_fp4_experts_stay_in_the_file(operator: str, block: int) -> None:
+    held = measure(Case(operator, 4, block, 4), {})
+    assert held.private < 0.1 * held.data
+    assert held.mapped == pytest.approx(held.data, rel=0.1)
