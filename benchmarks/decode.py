@@ -21,8 +21,8 @@ On CPUs with AMX, GCC 12 makes a build that crashes (llama.cpp issue 20824); the
     CMAKE_ARGS="-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 
 Its model is written here with the package gguf: every projection Q4_0, the embedding too. Other forms of
-`--llama-forms` are made of that file by llama.cpp itself, which chooses the type of each tensor as it does for
-its users. Ratios are to the first form.
+`--llama-forms` are made of that file by llama.cpp itself, which chooses the type of each tensor as it does
+for its users. Ratios are to the first form.
 OpenVINO's environment is that of docs/testing.md.
 Another peer is any command that does what benchmarks/peers/turns.py says.
 """

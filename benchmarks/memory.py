@@ -34,7 +34,7 @@ from benchmarks.support.held import forget_most, held
 
 _EXPERTS, _CHOSEN, _HIDDEN, _INNER = 32, 8, 2048, 512
 _ROWS, _COLUMNS = 32768, 2048
-# Types of a block's scale, one byte each, and the bytes whose values lie near those of the other formats here.
+# Types of a block's scale, one byte each, and bytes whose values lie near the other formats' here.
 _FP4 = {"MXFP4": (TensorProto.FLOAT8E8M0, (117, 121)), "NVFP4": (TensorProto.FLOAT8E4M3FN, (8, 32))}
 _QUANT_TYPES = {"MXFP4": "fp4", "NVFP4": "nvfp4"}
 _TOKENS, _STEPS = 16, 20

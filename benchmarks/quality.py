@@ -10,8 +10,8 @@ are those of the weights, graphs not included. Of the vision-language checkpoint
 NNCF is measured by the Python of an environment with extras `export` and `openvino`
 (`benchmarks.nncf_peer`), on OpenVINO. llama.cpp's own quantisations of a mixture's weights are made by the
 Python of `--llama-python` (see benchmarks/decode.py), and transformers reads the text with them, so that its
-rounding of activations is not counted (`benchmarks.peers.llama_weights`). With `--json`, what the file has already stays in the table, so that
-the parts of `--only` can be measured one after the other.
+rounding of activations is not counted (`benchmarks.peers.llama_weights`). With `--json`, what the file has
+already stays in the table, so that the parts of `--only` can be measured one after the other.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def llama(
     for form, joined, important in cases:
         name = f"llama.cpp {form}{', importance matrix' * important}{', rows joined' * joined}"
         with tempfile.TemporaryDirectory() as work:
-            found = quantized(
-                python, form, model, config, Path(work), joined, matrix if important else None
-            )
-        types = ", ".join(f"{kind} {count / found.types.total():.0%}" for kind, count in found.types.most_common())
+            found = quantized(python, form, model, config, Path(work), joined, matrix if important else None)
+        types = ", ".join(
+            f"{kind} {count / found.types.total():.0%}" for kind, count in found.types.most_common()
+        )
         print(f"{name}: {types}")
         if joined and not important and (form, types) in seen:
             continue  # its blocks fit as they were

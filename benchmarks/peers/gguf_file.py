@@ -1,7 +1,8 @@
 """A GGUF file of a Qwen3.5 geometry with random weights in Q4_0: the right bytes for llama.cpp, no download.
 
 Names and keys are those that llama.cpp's loaders of `qwen35` and `qwen35moe` ask for (src/models/qwen35.cpp,
-src/models/qwen35moe.cpp). What else llama.cpp can quantise it makes of that file (benchmarks.peers.llama_quantize).
+src/models/qwen35moe.cpp). What else llama.cpp can quantise it makes of that file
+(benchmarks.peers.llama_quantize).
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def _tensors(config: TextConfig) -> Iterator[tuple[str, Shape, bool]]:
             yield from _feed_forward(block, "", hidden, config.intermediate_size)
 
 
-def _feed_forward(block: str, suffix: str, hidden: int, inner: int, *stack: int) -> Iterator[tuple[str, Shape, bool]]:
+def _feed_forward(
+    block: str, suffix: str, hidden: int, inner: int, *stack: int
+) -> Iterator[tuple[str, Shape, bool]]:
     yield f"{block}.ffn_gate{suffix}.weight", (*stack, inner, hidden), True
     yield f"{block}.ffn_up{suffix}.weight", (*stack, inner, hidden), True
     yield f"{block}.ffn_down{suffix}.weight", (*stack, hidden, inner), True

@@ -4,9 +4,9 @@ llama.cpp chooses the type of every tensor (its `llama_model_quantize`, benchmar
 package gguf turns what it wrote into floats again. So the weights are llama.cpp's and the activations stay
 float32, which its kernels round too: what is measured is at best as bad as llama.cpp.
 
-K-quants and IQ-quants take rows of 256 values only, and for others llama.cpp falls back to blocks of 32 with more
-bits. `joined` lays rows end to end until they are a multiple of 256, as if the model were wide enough: it shows what
-the formats cost where they apply. Nothing runs such a file.
+K-quants and IQ-quants take rows of 256 values only, and for others llama.cpp falls back to blocks of 32 with
+more bits. `joined` lays rows end to end until they are a multiple of 256, as if the model were wide enough:
+it shows what the formats cost where they apply. Nothing runs such a file.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def importance(model: PreTrainedModel, ids: np.ndarray) -> dict[str, np.ndarray]
         ids: [sequences, tokens]
 
     Returns:
-        By transformers' name of the weight: [in]; of experts [experts, in], each expert over its own tokens, and
-        where it has none over all that came by.
+        By transformers' name of the weight: [in]; of experts [experts, in], each expert over its own tokens,
+        and where it has none over all that came by.
     """
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, np.ndarray] = {}
@@ -128,9 +128,7 @@ def importance(model: PreTrainedModel, ids: np.ndarray) -> dict[str, np.ndarray]
         return found
 
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, name=name: add(f"{name}.weight", inputs[0], 0, 1)
-        )
+        module.register_forward_pre_hook(lambda _, inputs, name=name: add(f"{name}.weight", inputs[0], 0, 1))
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
@@ -188,7 +186,10 @@ def _joined(value: np.ndarray, joined: bool) -> np.ndarray:
 
 
 def _of_rows(
-    state: Mapping[str, torch.Tensor], config: MoeTextConfig, importance: Mapping[str, np.ndarray], joined: bool
+    state: Mapping[str, torch.Tensor],
+    config: MoeTextConfig,
+    importance: Mapping[str, np.ndarray],
+    joined: bool,
 ) -> dict[str, np.ndarray]:
     """`importance` by GGUF's names, for the rows as they are written."""
     found = {}

@@ -21,7 +21,7 @@ FORMS = {
 
 
 def stack(name: str, n: int, k: int, kind: str) -> tuple[list[TensorProto], np.ndarray]:
-    """Random experts [EXPERTS, n, k]: codes, scales and global scales as the node takes them, and their values."""
+    """Random experts [EXPERTS, n, k]: what the node takes, and the values that this stands for."""
     block, dtype, onnx_type, (least, most) = FORMS[kind]
     rng = np.random.default_rng(n)
     codes = rng.integers(0, 16, (EXPERTS, n, k), np.uint8)
