@@ -113,7 +113,8 @@ class States:
             done = start
             for stop in sorted({*stops, len(tokens)}):
                 done += append(generator, tokens[done:stop], chunk_size, cancelled, before=done)
-                if done % step == 0 and done > start and (done < stop or stop in stops):
+                new = done > (points[-1].length if points else 0)  # else it was cancelled before a chunk
+                if done % step == 0 and new and (done < stop or stop in stops):
                     points.append(replace(generator.point(), shared=stops.get(done, False)))
                 if done < stop:
                     return False

@@ -227,6 +227,17 @@ def test_a_prompt_that_is_cancelled_is_taken_up(cpu_artifact: Path) -> None:
         assert found.tokens == answer(fresh, prompt).tokens
 
 
+def test_a_prompt_that_is_cancelled_at_a_point(cpu_artifact: Path, tmp_path: Path) -> None:
+    with keeping(cpu_artifact, tmp_path) as model:
+        generation = model.generate([SYSTEM, QUESTION], max_tokens=5, sampling=GREEDY)
+        generation._progress.cancelled.is_set = (  # type: ignore[method-assign]
+            lambda: generation.prompt_read > 0
+        )
+        assert generation.run() == "" and generation.finish_reason == "cancelled"
+    with keeping(cpu_artifact, tmp_path) as model:
+        assert answer(model, [SYSTEM, NEXT]).cached_tokens == generation.prompt_read > 200
+
+
 def test_options_that_change_nothing_of_what_was_read(cpu_artifact: Path) -> None:
     messages = [SYSTEM, QUESTION]
     with keeping(cpu_artifact) as model:
