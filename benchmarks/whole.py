@@ -113,10 +113,10 @@ def _export(folder: Path, geometry: Mapping[str, Any], profile: Profile, output:
     return Exported(time.perf_counter() - started, held().most)
 
 
-def _load(artifact: Path) -> float:
+def _load(artifact: Path, prepacked: Path | None) -> float:
     global _model
     started = time.perf_counter()
-    _model = Model.load(artifact)
+    _model = Model.load(artifact, prepacked=prepacked)
     return time.perf_counter() - started
 
 
@@ -146,14 +146,16 @@ def _watched(future: Future[Any], process: int, curve: list[Look], begun: float)
     return future.result()
 
 
-def run(artifact: Path, group: Path | None, ids: list[int], prompt: int) -> Round | Ended:
+def run(
+    artifact: Path, prepacked: Path | None, group: Path | None, ids: list[int], prompt: int
+) -> Round | Ended:
     """One round in a process of its own."""
     curve: list[Look] = []
     stage = "loading"
     try:
         with _process(group) as pool:
             process, begun = pool.submit(os.getpid).result(), time.perf_counter()
-            seconds = _watched(pool.submit(_load, artifact), process, curve, begun)
+            seconds = _watched(pool.submit(_load, artifact, prepacked), process, curve, begun)
             loaded, stage = held(process), "decoding"
             prefill, decode = _watched(pool.submit(_answer, ids, prompt), process, curve, begun)
             done = held(process)
@@ -242,6 +244,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--tokens", type=int, default=32, help="decoded after it")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for the artifact, and to find it again")
+    parser.add_argument(
+        "--prepacked", action="store_true", help="map saved prepacked weights, twice the artifact's disk more"
+    )
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     with ExitStack() as stack:
@@ -254,6 +259,13 @@ def main() -> None:
         folder = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         artifact, took, predicted = exported(asked, profile, folder)
         drop_from_cache(artifact)
+        prepacked = None
+        if asked.prepacked:
+            prepacked = artifact.with_name("prepacked")
+            with _process() as pool:
+                pool.submit(_load, artifact, prepacked).result()  # without the limit: writes them
+            for written in prepacked.iterdir():
+                drop_from_cache(written)
         # Random tokens, so that they go to different experts.
         vocabulary, count = GEOMETRIES[asked.size]["vocab_size"], asked.prompt + asked.tokens
         ids = np.random.default_rng(0).integers(0, vocabulary, count).tolist()
@@ -261,7 +273,7 @@ def main() -> None:
         with suppress(KeyboardInterrupt):  # what was measured so far is told
             for number in range(asked.rounds):
                 _say(f"round {number + 1} of {asked.rounds}")
-                rounds.append(run(artifact, group, ids, asked.prompt))
+                rounds.append(run(artifact, prepacked, group, ids, asked.prompt))
         disk = sum(path.stat().st_size for path in artifact.iterdir())
     Console(width=130).print(report(took, disk, predicted, rounds))
     if asked.json:
@@ -270,6 +282,7 @@ def main() -> None:
             "profile": asked.profile,
             "set": asked.set,
             "limit": asked.limit,
+            "prepacked": asked.prepacked,
             "prompt": asked.prompt,
             "tokens": asked.tokens,
             "disk": disk,

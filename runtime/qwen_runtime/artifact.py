@@ -13,7 +13,7 @@ from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError, one_line
 from qwen_common.files import read_json
 from qwen_common.manifest import ADVICE, GENAI_CONFIG, MANIFEST, BackendName, Manifest
-from qwen_common.providers import named
+from qwen_common.providers import CPU, named
 from qwen_common.shape import first_fault
 
 from qwen_runtime.images import ImageSettings
@@ -72,11 +72,14 @@ class Artifact:
         manifest: what the exporter wrote about it.
         genai_config: ONNX Runtime GenAI's description of it. For OpenVINO, which has nothing like it, the
             manifest's `runtime`: those of its fields that are needed here.
+        prepacked: the graph that the CPU takes in place of the decoder's, with weights in its own layout, as
+            a path from `root`.
     """
 
     root: Path
     manifest: Manifest
     genai_config: Mapping[str, Any]
+    prepacked: Path | None = None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Artifact:
@@ -103,6 +106,13 @@ class Artifact:
         if fault is not None:
             raise UserError(f"{where} has no valid '{one_line(fault)}': {ADVICE}")
         return cls(root, manifest, config)
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where its weights are mapped from."""
+        if self.prepacked is None:
+            return [self.root]
+        return [self.root, (self.root.resolve() / self.prepacked).resolve().parent]
 
     @property
     def backend(self) -> BackendName:
@@ -163,7 +173,17 @@ class Artifact:
         """What is different from `genai_config` for the graphs that an execution provider takes; {} where it
         takes the main ones."""
         further = manifests.further_graphs(self.manifest, provider)
-        return {} if further is None else read_json(self.root / further["overlay"], ADVICE)
+        found: dict[str, Any] = {} if further is None else read_json(self.root / further["overlay"], ADVICE)
+        if self.prepacked is not None and provider == CPU.key:
+            model = found.get("model", {})
+            decoder = {**model.get("decoder", {}), "filename": str(self.prepacked)}
+            found = {**found, "model": {**model, "decoder": decoder}}
+        return found
+
+    def decoder(self, provider: str) -> str:
+        """The file with the decoder's graph on an execution provider."""
+        replaced = self.overlay(provider).get("model", {}).get("decoder", {})
+        return str(replaced.get("filename") or self.genai_config["model"]["decoder"]["filename"])
 
     def graphs(self, provider: str) -> list[str]:
         """Names of the files that answer on an execution provider."""

@@ -15,8 +15,6 @@ import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends.load import load as load_backend
-from qwen_runtime.backends.load import load_ort
 from qwen_runtime.backends.protocol import (
     Backend,
     Logits,
@@ -26,18 +24,18 @@ from qwen_runtime.echo import Echo
 from qwen_runtime.ending import Ending
 from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
-from qwen_runtime.images import MOST_PIXELS
 from qwen_runtime.info import ModelInfo as ModelInfo
+from qwen_runtime.loading import load_parts
 from qwen_runtime.logits import LogitsProcessor
 from qwen_runtime.pooling import Pooler, Pooling, Vector
 from qwen_runtime.prefill import prefill_tokens
 from qwen_runtime.prompt import Prompt, PromptBuilder
-from qwen_runtime.reading import KeepingReader, PromptReader
+from qwen_runtime.reading import PromptReader
 from qwen_runtime.request import Message, Request
 from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
-from qwen_runtime.states import States, StateSettings
+from qwen_runtime.states import StateSettings
 
 
 class Model:
@@ -68,6 +66,7 @@ class Model:
         keep: int = 0,
         states: StateSettings | None = None,
         image_pixels: int | None = None,
+        prepacked: Path | None = None,
     ) -> Model:
         """Load the artifact in the folder `path`.
 
@@ -83,27 +82,17 @@ class Model:
             states: run the graph in ONNX Runtime itself, on the CPU, and keep states as arrays, and in a
                 folder. Then a prompt may go on from several points of one, whatever the sampling, with
                 images and portable artifacts too. A seed gives other tokens than without.
-
             image_pixels: most of all images of a prompt, as they are before they are made smaller; None is
                 100 million.
+            prepacked: a folder for weights in the layout of this CPU, made there once with twice the
+                artifact's bytes. They are mapped and not copied: memory is the system's to take back, and a
+                model larger than the memory runs at the pace of the disk.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
-                provider is not in this install.
+                provider is not in this install, or cannot take or write `prepacked`.
         """
-        artifact = Artifact.open(path, verify)
-        ort = None if states is None else load_ort(artifact, provider)
-        backend = ort or load_backend(artifact, provider, keep)
-        info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
-        text, room, pixels = backend.tokenizer, info.context_length, image_pixels or MOST_PIXELS
-        prompts = PromptBuilder(
-            artifact, backend.provider, text.encode, text.decode, room, text.longest_token, pixels
-        )
-        reader = PromptReader(backend, prompts, info.context_length, keep)
-        if ort is not None and states is not None:
-            kept = States(states, ort, ort.digest, keep)
-            reader = KeepingReader(ort, prompts, info.context_length, kept)
-        return cls(artifact, info, backend, prompts, reader)
+        return cls(*load_parts(path, provider, verify, context_length, keep, states, image_pixels, prepacked))
 
     def close(self) -> None:
         """Free the model's memory, and write the states that are not on disk yet. Safe to call twice."""

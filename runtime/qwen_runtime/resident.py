@@ -14,13 +14,14 @@ from pathlib import Path
 _MADV_DONTNEED = 4  # sys/mman.h of Linux
 
 
-def release_mapped(folder: Path) -> None:
-    """Drop the resident pages of files of `folder` that this process maps; what is read again comes back from
-    the file. Linux only, elsewhere nothing happens."""
+def release_mapped(*folders: Path) -> None:
+    """Drop the resident pages of files of `folders` that this process maps; what is read again comes back
+    from the file. Linux only, elsewhere nothing happens."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    for start, end in _unchanged(Path("/proc/self/smaps").read_text(), str(folder.resolve()) + "/"):
+    prefixes = tuple(str(folder.resolve()) + "/" for folder in folders)
+    for start, end in _unchanged(Path("/proc/self/smaps").read_text(), prefixes):
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
@@ -31,14 +32,14 @@ def release_freed() -> None:
         trim(0)
 
 
-def _unchanged(smaps: str, prefix: str) -> Iterator[tuple[int, int]]:
-    """Mappings of files below `prefix` that nothing was written into: that alone would be lost."""
+def _unchanged(smaps: str, prefixes: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Mappings of files below `prefixes` that nothing was written into: that alone would be lost."""
     found: tuple[int, int] | None = None
     for line in smaps.splitlines():
         key, *values = line.split(maxsplit=5)
         if not key.endswith(":"):
             start, _, end = key.partition("-")
             path = values[4] if len(values) == 5 else ""
-            found = (int(start, 16), int(end, 16)) if path.startswith(prefix) else None
+            found = (int(start, 16), int(end, 16)) if path.startswith(prefixes) else None
         elif key == "Anonymous:" and found and values[0] == "0":
             yield found

@@ -24,6 +24,7 @@ from qwen_runtime.grammar import lark, why_refused
 from qwen_runtime.graph_fault import graph_fault
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
+from qwen_runtime.prepacked import damaged
 from qwen_runtime.provider import Choice, load_first
 from qwen_runtime.resident import release_mapped
 from qwen_runtime.tokenizer import Tokenizer
@@ -112,6 +113,8 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
     try:
         model = og.Model(config)
     except Exception as error:
+        if (advice := damaged(artifact, error)) is not None:
+            raise advice from error
         if _UNKNOWN_OPERATOR not in str(error):
             raise
         needed = (further_graphs(artifact.manifest, name) or artifact.manifest)["onnxruntime"]
@@ -119,7 +122,7 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
             f"{artifact.root} needs onnxruntime {needed}: install it, or export with a profile for older ones"
         ) from error
     if name == CPU.key:
-        release_mapped(artifact.root)
+        release_mapped(*artifact.folders)
     else:
         _try(og, model, artifact)
     return model

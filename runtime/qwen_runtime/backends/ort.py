@@ -26,6 +26,7 @@ from qwen_runtime.backends.guide import Guides
 from qwen_runtime.backends.protocol import Logits
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
+from qwen_runtime.prepacked import damaged
 from qwen_runtime.resident import release_mapped
 from qwen_runtime.state import KeptState, Point
 from qwen_runtime.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ class Ort:
 
         model = artifact.genai_config["model"]
         self.artifact = artifact
-        self.decoder = session(_decoder(artifact))
+        self.decoder = session(artifact.decoder(CPU.key))
         seeing = "embedding" in model
         self.embedding = session(model["embedding"]["filename"]) if seeing else None
         self.vision = session(model["vision"]["filename"]) if "vision" in model else None
@@ -72,7 +73,7 @@ class Ort:
         made = f"{sha256(artifact.root / MANIFEST)} {CPU.key} {ort.__version__}"
         self.digest = hashlib.sha256(made.encode()).hexdigest()
         self._guides = Guides(artifact, self.tokenizer)
-        release_mapped(artifact.root)
+        release_mapped(*artifact.folders)
 
     @classmethod
     def load(cls, artifact: Artifact, provider: str) -> Ort:
@@ -92,7 +93,7 @@ class Ort:
         try:
             return cls(artifact)
         except Exception as error:
-            raise UserError(
+            raise damaged(artifact, error) or UserError(
                 f"ONNX Runtime could not load {artifact.root}: {' '.join(str(error).split())}"
             ) from error
 
@@ -152,11 +153,6 @@ class Ort:
 
     def dtype(self, name: str) -> Any:
         return _DTYPES[self.states[name].type]
-
-
-def _decoder(artifact: Artifact) -> str:
-    overlay = artifact.overlay(CPU.key).get("model", {}).get("decoder", {})
-    return overlay.get("filename") or artifact.genai_config["model"]["decoder"]["filename"]
 
 
 def _grows(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, PROVIDER, VERIFY
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, PREPACKED, PROVIDER, VERIFY
 from qwen_runtime.generation import Generation
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
@@ -90,6 +90,7 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
     help="Take the likeliest tokens, guessed by the MTP head and checked several in a run.",
 )
 @PROVIDER
+@PREPACKED
 @VERIFY
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @DEBUG
@@ -114,6 +115,7 @@ def answer(
     template_kwargs: dict[str, Any],
     speculative: bool,
     provider: str,
+    prepacked: Path | None,
     verify: bool,
     as_json: bool,
     debug: bool,
@@ -143,7 +145,7 @@ def answer(
         text = sys.stdin.read() if prompt == "-" else prompt
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
-        with Model.load(artifact, provider, verify) as model:
+        with Model.load(artifact, provider, verify, prepacked=prepacked) as model:
             click.echo(model.info.reason, err=True)
             if text is None:
                 from qwen_runtime.chat import chat

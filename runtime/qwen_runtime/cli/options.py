@@ -14,3 +14,10 @@ PROVIDER = click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
 )
 VERIFY = click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
+PREPACKED = click.option(
+    "--prepacked-dir",
+    "prepacked",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Map weights from this folder, where they are written once in this CPU's layout, with twice the "
+    "artifact's bytes: memory stays free, and a model larger than it runs at the disk's pace.",
+)

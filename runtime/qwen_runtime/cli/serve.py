@@ -9,7 +9,7 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import DEBUG, PROVIDER, VERIFY
+from qwen_runtime.cli.options import DEBUG, PREPACKED, PROVIDER, VERIFY
 
 _EPILOG = """\b
 Examples:
@@ -128,6 +128,7 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
     help="Seconds that running answers may take when the server is told to end.",
 )
 @PROVIDER
+@PREPACKED
 @click.option("--kiosk", is_flag=True, help="Show the page in its kiosk mode.")
 @VERIFY
 @DEBUG
@@ -135,6 +136,7 @@ def serve(
     artifacts: tuple[Path, ...],
     named: tuple[str, ...],
     provider: str,
+    prepacked: Path | None,
     verify: bool,
     context_length: int | None,
     keep: int,
@@ -165,7 +167,7 @@ def serve(
         pixels = round(10**6 * (image_megapixels or (_KIOSK_MEGAPIXELS if kiosk else _MEGAPIXELS)))
         listen(
             [
-                ModelSettings(path, provider, verify, context_length, keep, states, pixels, name)
+                ModelSettings(path, provider, verify, context_length, keep, states, pixels, name, prepacked)
                 for path, name in _paths(artifacts, named)
             ],
             kiosk=kiosk,

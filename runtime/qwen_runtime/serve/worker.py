@@ -46,6 +46,7 @@ class ModelSettings:
     states: StateSettings | None = None
     image_pixels: int | None = None
     name: str | None = None
+    prepacked: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
             keep=settings.keep,
             states=settings.states,
             image_pixels=settings.image_pixels,
+            prepacked=settings.prepacked,
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)

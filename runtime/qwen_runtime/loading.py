@@ -1,0 +1,45 @@
+"""What a `Model` is made of, from an artifact's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.backends.load import load, load_ort
+from qwen_runtime.backends.protocol import Backend
+from qwen_runtime.images import MOST_PIXELS
+from qwen_runtime.info import ModelInfo
+from qwen_runtime.prepacked import with_prepacked
+from qwen_runtime.prompt import PromptBuilder
+from qwen_runtime.reading import KeepingReader, PromptReader
+from qwen_runtime.states import States, StateSettings
+
+Parts = tuple[Artifact, ModelInfo, Backend, PromptBuilder, PromptReader]
+
+
+def load_parts(
+    path: str | Path,
+    provider: str,
+    verify: bool,
+    context_length: int | None,
+    keep: int,
+    states: StateSettings | None,
+    image_pixels: int | None,
+    prepacked: Path | None,
+) -> Parts:
+    """Arguments and errors as of `Model.load`."""
+    artifact = Artifact.open(path, verify)
+    if prepacked is not None:
+        artifact = with_prepacked(artifact, provider, prepacked, verify)
+    ort = None if states is None else load_ort(artifact, provider)
+    backend = ort or load(artifact, provider, keep)
+    info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
+    text, room, pixels = backend.tokenizer, info.context_length, image_pixels or MOST_PIXELS
+    prompts = PromptBuilder(
+        artifact, backend.provider, text.encode, text.decode, room, text.longest_token, pixels
+    )
+    reader = PromptReader(backend, prompts, info.context_length, keep)
+    if ort is not None and states is not None:
+        kept = States(states, ort, ort.digest, keep)
+        reader = KeepingReader(ort, prompts, info.context_length, kept)
+    return artifact, info, backend, prompts, reader
