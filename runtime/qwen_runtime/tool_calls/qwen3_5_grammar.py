@@ -154,8 +154,11 @@ class _Lark:
             kinds -= {"integer", "number"}
         if kinds:
             options = {**SPACING, "coerce_one_of": True}  # oneOf is not known to llguidance
-            typed = {**_typed(schema, root, kinds), "x-guidance": options}
-            choices.append(f"%json {json.dumps(typed)} {_quoted(_VALUE_END)}")
+            typed = _typed(schema, root, kinds)
+            if known.text and not _TYPED_ELSEWHERE.isdisjoint(typed):  # which xgrammar cannot carry
+                definitions = {"$defs": typed["$defs"]} if "$defs" in typed else {}
+                typed = {**definitions, "allOf": [typed, {"type": sorted(kinds)}]}
+            choices.append(f"%json {json.dumps({**typed, 'x-guidance': options})} {_quoted(_VALUE_END)}")
         return f"({' | '.join(dict.fromkeys(choices))})" if choices else None
 
 
@@ -266,13 +269,10 @@ def _is_read_back(text: str) -> bool:
 
 def _typed(schema: Any, root: Any, kinds: frozenset[str]) -> dict[str, Any]:
     """The schema by itself, with types that the libraries know."""
-    found = standalone(schema, root)
+    found: dict[str, Any] = standalone(schema, root)
     named = sorted(kinds - {"integer"} if "number" in kinds else kinds)
     types = {"type": named if len(named) > 1 else named[0]}
-    if _TYPED_ELSEWHERE.isdisjoint(found):
-        return {**found, **types}
-    definitions = {"$defs": found["$defs"]} if "$defs" in found else {}
-    return {**definitions, "allOf": [found, types]}
+    return {**found, **types} if _TYPED_ELSEWHERE.isdisjoint(found) else found
 
 
 def _others(form: Arguments) -> tuple[int, int]:

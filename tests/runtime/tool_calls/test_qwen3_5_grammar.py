@@ -30,6 +30,11 @@ KINDS = {
     "one": {"oneOf": [{"type": "integer"}, {"type": "boolean"}]},
 }
 
+
+def text_of(**more: Any) -> Any:
+    return {"properties": {"a": {"type": "string", **more}}, "required": ["a"]}
+
+
 # A function's parameters, arguments as they may be written, and others.
 CASES: list[tuple[Any, list[dict[str, str]], list[dict[str, str]]]] = [
     ({}, [{}], [{"a": "1"}]),
@@ -57,6 +62,10 @@ CASES: list[tuple[Any, list[dict[str, str]], list[dict[str, str]]]] = [
      [{"enum": "x"}, {"enum": "null"}, {"enum": "5", "const": "7"}, {"either": "auto"}, {"either": "12"},
       {"optional": "null"}, {"list": "[1, 2]"}, {"int": "5"}, {"nullable": "null"}, {"one": "true"}],
      [{"enum": "y"}, {"const": "8"}, {"either": "x"}, {"list": "5"}, {"int": "x"}, {"one": "x"}]),
+    (text_of(pattern="^[ab]{2}$"), [{"a": "ab"}], [{"a": "abb"}, {"a": ""}]),
+    (text_of(maxLength=2), [{"a": "x"}, {"a": ""}], [{"a": "xyz"}]),
+    (text_of(format="date"), [{"a": "2026-11-26"}], [{"a": "2026-11-31"}]),
+    (text_of(enum=["x", "</parameter>", ""]), [{"a": "x"}, {"a": ""}], [{"a": "</parameter>"}]),
 ]  # fmt: skip
 
 
@@ -91,6 +100,19 @@ def test_xgrammar(parameters: Any, good: list[dict[str, str]], bad: list[dict[st
         matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
         taken = matcher.accept_string(written(arguments)) and matcher.is_terminated()
         assert taken == (arguments in good), arguments
+
+
+def test_xgrammar_without_force() -> None:
+    """Text is free, and so are calls of a function that is not strict."""
+    xgrammar = pytest.importorskip("xgrammar")
+    strict = {"function": {"name": "f", "strict": True, "parameters": {"properties": X, "required": ["x"]}}}
+    tools = [strict, {"function": {"name": "g"}}]
+    tag = json.loads(structural_tag(make_guidance(thinking=True, tools=tools, forced=False).text))
+    tokens = xgrammar.TokenizerInfo([*map(chr, range(128)), "<end>"], stop_token_ids=[128])
+    compiled = xgrammar.GrammarCompiler(tokens).compile_structural_tag(tag)
+    good = ["Hm.</think>", written({"x": "5"}), f"a {written({'x': '5'})} b", call("g", argument("x", "z"))]
+    for text in [*good, written({"x": "z"}), written({})]:
+        assert xgrammar.GrammarMatcher(compiled).accept_string(text) == (text in good), text
 
 
 @pytest.mark.parametrize("parameters,good,bad", CASES)

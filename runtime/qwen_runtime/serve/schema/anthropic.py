@@ -182,9 +182,15 @@ class Tool(Options):
     name: str
     description: str | None = None
     input_schema: Dict
+    strict: bool | None = None
 
     def as_chat(self) -> Dict:
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.input_schema,
+            "strict": self.strict,
+        }
         return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
 
 
