@@ -8,17 +8,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
+
+from qwen_common.errors import UserError
 
 from qwen_runtime.grammar_schema import carried
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.tool_calls import qwen3_5_grammar as dialect
 
 # llguidance forces what must come next as the tokenizer would write it, which is best for the answer. To ONNX
-# Runtime GenAI 0.18, though, the rest of a character that a token began is U+FFFD, and the answer fails.
+# Runtime GenAI 0.18, though, the rest of a character that a token began is U+FFFD, and the answer fails; and
+# a long text that is forced is worked out again with every token, 0.1 s for 100,000 characters.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _GRAMMAR_TEXT = re.compile(r" 1 \| | <backtrace>")
 _PLACES = re.compile(r"^(Error creating grammar: |at \d+\(\d+\): |\[[\d:]+\] \S+: )+|<string>:\d+: ")
+_COUNT = re.compile(r"\{(\d+)")
+_LONGEST_FORCED = 2000  # characters
+_MOST_CHARACTERS = 500_000  # of a grammar
 _LONGEST_REASON = 300  # characters
 # A call inside a thought would be one.
 _THOUGHT = r'thought[suffix="</think>"]: /(.|\n)*/ & ~/(.|\n)*<function=(.|\n)*/'
@@ -61,7 +68,11 @@ def make_guidance(
 
 
 def lark(answer: str) -> str:
-    """The text of a guidance of kind `answer` as a grammar for llguidance."""
+    """The text of a guidance of kind `answer` as a grammar for llguidance.
+
+    Raises:
+        UserError: it would be too large, or nothing fits it.
+    """
     asked = json.loads(answer)
     bodies = []
     rules = []
@@ -77,14 +88,28 @@ def lark(answer: str) -> str:
     if asked["regex"] is not None:
         bodies.append("matching")
         rules.append(f"matching: /{dialect.in_slashes(asked['regex'])}/")
-    bodies += [json.dumps(text, ensure_ascii=False) for text in asked["choices"]]
+    if asked["choices"]:
+        bodies.append("chosen")
+        rules.append(f"chosen: /{dialect.one_of(asked['choices'])}/")
     thinking = asked["thinking"] and asked["forced"]
     if thinking:
         rules.append(_THOUGHT)
     begin = 'thought "\\n\\n" ' if thinking else ""
     text = "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
-    plain = text.isascii() and "\\u" not in text
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(
+            f"the guidance is too large: a grammar of {len(text)} characters, and {_MOST_CHARACTERS} are the "
+            "most: make schemas smaller, or ask for fewer tools"
+        )
+    plain = text.isascii() and "\\u" not in text and not _forces_much(text)
     return text if plain else _NO_FORCING + text
+
+
+def _forces_much(text: str) -> bool:
+    """Whether a grammar may force a long text at once."""
+    counts = (max(1, int(count)) for count in _COUNT.findall(text))
+    longest = max(map(len, re.split(r'["|]', text)))  # between quotes of a literal, or bars of choices
+    return longest > _LONGEST_FORCED or prod(counts) > _LONGEST_FORCED
 
 
 def why_refused(text: str) -> str:

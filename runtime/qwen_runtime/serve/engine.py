@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 
 from qwen_runtime.info import ModelInfo
-from qwen_runtime.prompt import check_count
-from qwen_runtime.request import ContextLengthError, Request
+from qwen_runtime.request import Request
+from qwen_runtime.serve import admission
 from qwen_runtime.serve.answer import Answer as Answer
 from qwen_runtime.serve.errors import ApiError, queue_full, reloading, request_failed
 from qwen_runtime.serve.metrics import Metrics
@@ -154,13 +154,8 @@ class Engine:
         Raises:
             ApiError: too many requests wait, the worker is gone, or the request is at fault.
         """
+        await admission.check(request, self.info)
         self._check_queue(admitted)
-        if request.conversation is not None:
-            try:
-                check_count(request.conversation, self.info.context_length)
-            except ContextLengthError as error:  # now, for only to send so many would take long
-                sizes = (error.prompt_tokens, error.context_length)
-                raise request_failed(str(error), True, sizes) from None
         job = Job(next(self._ids), request)
         packed = _packed(job)
         await self._turn()

@@ -16,6 +16,8 @@ from qwen_runtime.serve.json_check import check_schema, fault
 from qwen_runtime.serve.schema.messages import JsonObjectFormat, JsonSchemaFormat
 from qwen_runtime.serve.schema.shared import SharedRequest
 
+_LONGEST_REGEX = 10_000  # characters
+_MOST_CHARACTERS = 100_000  # of all choices
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -59,10 +61,18 @@ def structure_of(asked: SharedRequest) -> Structure | None:
     for name, structure in found:
         if structure.schema is not None:
             structure = replace(structure, draft=check_schema(structure.schema, name))
-        if is_irregular(structure.regex):
-            message = "look-around, named groups, flags and references back are not supported"
-            raise ApiError(400, f"{name}: {message}", parameter=name)
+        if fault := _fault(structure):
+            raise ApiError(400, f"{name}: {fault}", parameter=name)
         return structure
+    return None
+
+
+def _fault(structure: Structure) -> str | None:
+    if is_irregular(structure.regex):
+        return "look-around, named groups, flags and references back are not supported"
+    for texts, most in (([structure.regex or ""], _LONGEST_REGEX), (structure.choices, _MOST_CHARACTERS)):
+        if sum(map(len, texts)) > most:
+            return f"more than {most} characters"
     return None
 
 

@@ -137,7 +137,9 @@ class _Lark:
     def _value(self, schema: Any, root: Any) -> str | None:
         """A value and its end; None where there is none."""
         known = allowed(schema, root)
-        choices = [_quoted(f"{text}{_VALUE_END}") for text in _texts(known)]
+        choices = []
+        if named := _texts(known):
+            choices.append(self._rule(f": /{one_of(named)}{in_slashes(_VALUE_END)}/"))
         kinds = known.kinds
         if schema is False:
             kinds = frozenset()
@@ -287,6 +289,11 @@ def _others(form: Arguments) -> tuple[int, int]:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def one_of(texts: Sequence[str]) -> str:
+    """A regular expression in slashes. Of rules llguidance takes no more than 2000 side by side."""
+    return f"({'|'.join(in_slashes(re.escape(text)) for text in texts)})"
 
 
 def in_slashes(regex: str) -> str:

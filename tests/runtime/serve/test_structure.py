@@ -14,7 +14,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from openai import OpenAI
 from pydantic import BaseModel, Field
-from qwen_runtime.serve import json_check
+from qwen_runtime.grammar import make_guidance
+from qwen_runtime.serve import admission, json_check
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.json_check import check_schema, fault
 
@@ -121,6 +122,12 @@ def test_fields_of_other_servers(
         ({"guided_regex": "(?=a)b"}, "look-around"),
         ({"guided_regex": "("}, "guidance is not valid"),
         ({"guided_choice": []}, "guided_choice: "),
+        ({"guided_choice": ["x" * 200_000]}, "^guided_choice: more than 100000 characters$"),
+        ({"guided_regex": "a" * 10_001}, "^guided_regex: more than 10000 characters$"),
+        (
+            {"structured_outputs": {"choice": ["x" * 60_000, "y" * 60_000]}},
+            "choice: more",
+        ),
         ({"guided_json": "5"}, "no JSON object"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar: "),
         ({"guided_grammar": "root ::= x"}, "guided_grammar: "),
@@ -133,6 +140,39 @@ def test_what_is_refused_in_one_line(ask: Callable[..., Any], further: dict[str,
     said = caught.value.body["message"]  # type: ignore[index, call-overload]
     assert re.search(message, said), said
     assert "\n" not in said and len(said) < 450 and "start:" not in said
+
+
+@pytest.mark.parametrize(
+    "asked,begins",
+    [
+        ({"guided_choice": ["x" * 90_000]}, "xxx"),
+        ({"guided_regex": "a{100000}"}, "aaa"),
+        ({"guided_regex": "((a{100}){100}){20}"}, "aaa"),
+        ({"guided_choice": [f"{at:06}" for at in range(1000)]}, "0"),
+        ({"guided_json": {"const": "x" * 90_000}}, '"xxx'),
+    ],
+)
+def test_others_are_answered_beside_long_guidance(
+    ask: Callable[..., Any], asked: dict[str, Any], begins: str
+) -> None:
+    """100 tokens of these took 10 seconds and more, in which nobody else had a place."""
+    begun = time.monotonic()
+    answer = ask(extra_body=asked, max_tokens=100, temperature=1, seed=1).choices[0].message.content
+    assert answer.startswith(begins)
+    ask(max_tokens=2)
+    assert time.monotonic() - begun < 8  # seconds on a busy machine
+
+
+def test_guidance_that_is_too_much(ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = object_of(**{f"a{at}": {"type": "string", "pattern": "^a*$"} for at in range(400)})
+    schema = {**object_of(**{f"b{at}": {"$ref": "#/$defs/D"} for at in range(40)}), "$defs": {"D": inner}}
+    tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    with pytest.raises(openai.BadRequestError, match="and 500000 are the most"):
+        ask(tools=[tool], tool_choice="required")
+    # As it is told where compiling takes longer than it may.
+    monkeypatch.setattr(admission, "_SECONDS", -1.0)
+    guidance = make_guidance(thinking=False, regex="slow")
+    assert "the limit: make schemas, choices" in (admission._fault(guidance) or "")
 
 
 def fault_of(schema: Any, answer: Any) -> str | None:
