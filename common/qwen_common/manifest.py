@@ -61,6 +61,12 @@ class MergedAdapter(TypedDict):
     files: dict[str, FileEntry]
 
 
+class SwitchedAdapter(MergedAdapter):
+    """An adapter that is kept apart in `file`, in ONNX Runtime's format."""
+
+    file: str
+
+
 class StoredAs(TypedDict):
     """A profile's `WeightFormat`."""
 
@@ -137,12 +143,14 @@ class Manifest(_Always, RunsOn, total=False):
         cache_bytes_per_token: of the KV cache.
         image_prompt_tokens: most tokens of a prompt with images; with a vision tower only.
         adapters: merged into the weights, in this order; absent where there are none.
+        switched_adapters: kept apart, one of which may be active at a time; absent where there are none.
         sampling: defaults of the checkpoint that ONNX Runtime GenAI's configuration has no word for: `min_p`.
         runtime: for OpenVINO, which has no genai_config.json: those of its fields that our runtime reads.
     """
 
     image_prompt_tokens: int
     adapters: list[MergedAdapter]
+    switched_adapters: list[SwitchedAdapter]
     sampling: dict[str, float]
     runtime: dict[str, Any]
 
@@ -231,6 +239,7 @@ def read(artifact: Path) -> Manifest:
     listed = [needed]
     for further in content.get("further_graphs", []):
         listed += [*further["files"].values(), further["overlay"]]
+    listed += [adapter["file"] for adapter in content.get("switched_adapters", [])]
     for name in listed:
         if name not in content["files"]:
             raise UserError(f"{path} does not list {_shown(name)}: export the artifact again")

@@ -11,6 +11,7 @@ from qwen_common.manifest import Manifest, Settings
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 
+from qwen_export.adapters.apart import adapter_file
 from qwen_export.backends.protocol import Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import cache_bytes_per_token
@@ -48,6 +49,11 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
     }
     if checkpoint.adapters:
         manifest["adapters"] = list(checkpoint.adapters)
+    if checkpoint.kept_apart:
+        manifest["switched_adapters"] = [
+            {**adapter.described, "file": adapter_file(adapter.described["name"])}
+            for adapter in checkpoint.kept_apart
+        ]
     if written.image_prompt_tokens is not None:
         manifest["image_prompt_tokens"] = written.image_prompt_tokens
     if (min_p := checkpoint.generation.min_p) is not None:

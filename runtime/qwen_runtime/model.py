@@ -36,6 +36,7 @@ from qwen_runtime.sampling import GREEDY, Sampling
 from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Sessions, Speculator, check_greedy
 from qwen_runtime.states import StateSettings
+from qwen_runtime.switched import activate
 
 
 class Model:
@@ -99,6 +100,15 @@ class Model:
         self._reader.flush()
         self._reader.clear()
         self._loaded = self._sessions = None
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with an adapter that the artifact keeps apart, from now on; None: without one.
+
+        Raises:
+            UserError: as `switched.activate`.
+        """
+        activate(self._artifact, self._backend, name)
+        self._reader.clear()  # what was read with another one
 
     @property
     def _backend(self) -> Backend:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 from qwen_common.errors import UserError
+from qwen_common.manifest import MergedAdapter
 
 from qwen_export.checkpoint.plain import PlainTensor
 from qwen_export.checkpoint.tensor import CheckpointTensor, float32
@@ -107,6 +108,14 @@ class LowRank:
             factor = _all(self.magnitude)[start:stop] / norm
             changed *= factor.reshape(-1, *[1] * (changed.ndim - 1))
         return changed
+
+
+@dataclass(frozen=True)
+class KeptApart:
+    """An adapter that is not merged: what it is, and what it adds to which tensors."""
+
+    described: MergedAdapter
+    updates: Mapping[str, LowRank]
 
 
 @dataclass(frozen=True)

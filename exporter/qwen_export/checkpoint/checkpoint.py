@@ -15,6 +15,7 @@ import numpy as np
 from qwen_common.errors import UserError
 from qwen_common.manifest import MergedAdapter
 
+from qwen_export.adapters.updates import KeptApart
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.mtp import MTP
 from qwen_export.architecture.tensors import TensorSpec
@@ -53,6 +54,7 @@ class Checkpoint:
         quantization: the method that config.json names, in words for a message.
         notes: what is not as its files say, or not read: a line for each.
         adapters: what is merged into `tensors`, in this order.
+        kept_apart: adapters that an artifact has beside its weights.
     """
 
     root: Path
@@ -65,6 +67,7 @@ class Checkpoint:
     quantization: str = "no quantization_config"
     notes: tuple[str, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
+    kept_apart: tuple[KeptApart, ...] = ()
 
     @classmethod
     def open(cls, source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:

@@ -67,6 +67,13 @@ Examples:
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
 @adapters_option
+@click.option(
+    "--adapter-at-runtime",
+    "switched",
+    multiple=True,
+    metavar="FOLDER[=WEIGHT]",
+    help="LoRA adapter to keep apart, for `qwen-run --adapter NAME`; may be repeated. CPU profiles only.",
+)
 @click.option("--force", is_flag=True, help="Replace the output folder if it is an artifact.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
 @click.option(
@@ -101,6 +108,7 @@ def export(
     max_context: int | None,
     revision: str | None,
     adapters: tuple[str, ...],
+    switched: tuple[str, ...],
     force: bool,
     text_only: bool,
     auto_precision: bool,
@@ -121,6 +129,7 @@ def export(
     with reporting(debug):
         from qwen_profiles.schema import load_profile
 
+        from qwen_export.adapters.apart import keeping_apart
         from qwen_export.adapters.merge import with_adapters
         from qwen_export.checkpoint.checkpoint import Checkpoint
         from qwen_export.checkpoint.text_files import require_tokenizer
@@ -132,6 +141,7 @@ def export(
 
         profile = load_profile(profile_name, overrides)
         source = with_adapters(Checkpoint.open(checkpoint, revision, text_only), adapters)
+        source = keeping_apart(source, switched, profile)
         folder = output or default_output(source, profile)
         check_output(folder, source.root, force)
         if verify:

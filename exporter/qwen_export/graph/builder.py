@@ -132,6 +132,7 @@ class GraphBuilder:
         self.layout = layout
         self.pairs = pairs
         self._inputs: dict[str, Value] = {}
+        self._defaults: dict[str, Value] = {}
         self._outputs: list[Value] = []
         self._nodes: list[Node] = []
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
@@ -154,6 +155,13 @@ class GraphBuilder:
         if name not in self._inputs:
             self._inputs[name] = Value(name, np.dtype(dtype), tuple(shape))
         return self._inputs[name]
+
+    def optional_input(self, name: str, dtype: np.dtype, shape: Sequence[int | str]) -> Value:
+        """An input that need not be given: it is empty then, along its axes without a size."""
+        found = self.input(name, dtype, shape)
+        empty = np.zeros([size if isinstance(size, int) else 0 for size in shape], dtype)
+        self._defaults[name] = Value(name, empty.dtype, empty.shape, empty)
+        return found
 
     def output(self, value: Value, name: str, dtype: np.dtype, shape: Sequence[int | str]) -> None:
         """Declare `value` a graph output called `name`. It must be the output of a node."""
@@ -214,5 +222,5 @@ class GraphBuilder:
             list(self._inputs.values()),
             self._outputs,
             self._nodes,
-            [*weights, *self._constants.values()],
+            [*weights, *self._constants.values(), *self._defaults.values()],
         )

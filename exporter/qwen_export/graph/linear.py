@@ -19,9 +19,24 @@ def projection(recipe: Recipe, name: str, *rows: Rows) -> Weight:
 
 
 def linear(g: GraphBuilder, recipe: Recipe, x: Value, weight: Weight) -> Value:
-    """x [..., K] times the transpose of `weight` [N, K] -> [..., N]."""
+    """x [..., K] times the transpose of `weight` [N, K] -> [..., N].
+
+    Where an adapter may change the weight at run time, x A B is added: A [K, rank] and B [rank, N] are inputs
+    of the graph, and empty where ONNX Runtime is given no adapter.
+    """
     n, k = weight.shape
-    return product(g, recipe, x, g.weight(weight), weight.storage, n, k)
+    y = product(g, recipe, x, g.weight(weight), weight.storage, n, k)
+    if not any(part.tensor in recipe.switched for part in weight.rows):
+        return y
+    rank = f"{weight.name}.rank"
+    a, b = factor_names(weight)
+    narrow = g.op("MatMul", x, g.optional_input(a, g.dtype, (k, rank)))
+    return g.op("Add", y, g.op("MatMul", narrow, g.optional_input(b, g.dtype, (rank, n))))
+
+
+def factor_names(weight: Weight) -> tuple[str, str]:
+    """Of the inputs that an adapter's factors are."""
+    return f"{weight.name}.lora_A", f"{weight.name}.lora_B"
 
 
 def product(

@@ -29,6 +29,7 @@ class Recipe:
         tensors: the checkpoint's. Those that are integer codes already keep them.
         layers: by layer, the formats of roles that differ there.
         specs: shapes and roles of the model's tensors.
+        switched: tensors that an adapter changes at run time.
     """
 
     formats: dict[Role, WeightFormat]
@@ -39,6 +40,7 @@ class Recipe:
     tensors: Mapping[str, CheckpointTensor] = field(default_factory=dict)
     layers: Mapping[int, Mapping[Role, WeightFormat]] = field(default_factory=dict)
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    switched: Collection[str] = ()
 
     def whole(self, tensor: str) -> Rows:
         """All rows of one of the checkpoint's tensors."""

@@ -130,7 +130,10 @@ def verify(
             "prompt": prompt_of(ids.shape[1]),
             "positions": sum(len(part) for part in measured.weights.divergence),
         },
-        "unverified": [what for file, what in backend.not_compared if file in manifest["files"]],
+        "unverified": [
+            *(what for file, what in backend.not_compared if file in manifest["files"]),
+            *(f"the adapter {found['name']}" for found in manifest.get("switched_adapters", [])),
+        ],
         "reference": {"perplexity": measured.reference_perplexity},
         "transformers": proof.as_json() if proof else None,
         "weights": _loss(measured.weights),

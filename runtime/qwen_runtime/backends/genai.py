@@ -49,6 +49,10 @@ class GenAI:
         self.rewinds = artifact.rewinds(choice.name) and appends
         self._og = og
         self._model = model
+        self._root = artifact.root
+        self._adapters: Any = None  # of ONNX Runtime GenAI, once one was asked for
+        self._loaded: set[str] = set()
+        self._active: str | None = None
         self.tokenizer = Tokenizer.open(artifact.root)
 
     @classmethod
@@ -81,13 +85,25 @@ class GenAI:
                 kind, text = "lark_grammar", lark(text)
             parameters.set_guidance(kind, text)
         try:
-            return self._og.Generator(self._model, parameters)
+            generator = self._og.Generator(self._model, parameters)
         except Exception as error:
             if guidance is None or "grammar" not in str(error):
                 raise
             raise UserError(f"the guidance is not valid: {why_refused(str(error))}") from error
+        if self._active is not None:
+            generator.set_active_adapter(self._adapters, self._active)
+        return generator
 
     logits_generator = generator
+
+    def use_adapter(self, file: str | None) -> None:
+        """As `AdaptedBackend`."""
+        if file is not None and self._adapters is None:
+            self._adapters = self._og.Adapters(self._model)
+        if file is not None and file not in self._loaded:
+            self._adapters.load(str(self._root / file), file)
+            self._loaded.add(file)
+        self._active = file
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         raise NotImplementedError("its logits say it")

@@ -68,6 +68,14 @@ class OutputGenerator(Generator, Protocol):
         """An output of the graph's last run."""
 
 
+@runtime_checkable
+class AdaptedBackend(Protocol):
+    """A backend whose generators may have an adapter of the artifact."""
+
+    def use_adapter(self, file: str | None) -> None:
+        """Generators made from now on have the adapter in `file` of the artifact; None: none."""
+
+
 class Backend(Protocol):
     """A loaded artifact.
 

@@ -17,7 +17,6 @@ from qwen_common.errors import UserError, reported
 
 from qwen_runtime.cli.options import ARTIFACT, DEBUG, PREPACKED, PROVIDER, VERIFY
 from qwen_runtime.generation import Generation
-from qwen_runtime.load_progress import shown_load
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
@@ -93,6 +92,7 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
 @PROVIDER
 @PREPACKED
 @VERIFY
+@click.option("--adapter", metavar="NAME", help="Answer with an adapter that the artifact keeps apart.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @DEBUG
 def answer(
@@ -115,6 +115,7 @@ def answer(
     thinking: bool,
     template_kwargs: dict[str, Any],
     speculative: bool,
+    adapter: str | None,
     provider: str,
     prepacked: Path | None,
     verify: bool,
@@ -146,10 +147,10 @@ def answer(
         text = sys.stdin.read() if prompt == "-" else prompt
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
-        with shown_load(artifact):
-            loaded = Model.load(artifact, provider, verify, prepacked=prepacked)
-        with loaded as model:
+        with Model.load(artifact, provider, verify, prepacked=prepacked) as model:
             click.echo(model.info.reason, err=True)
+            if adapter is not None:
+                model.use_adapter(adapter)
             if text is None:
                 from qwen_runtime.chat import chat
 

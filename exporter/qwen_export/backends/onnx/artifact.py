@@ -25,6 +25,7 @@ from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
 from qwen_export.backends.onnx.stream import WithFeedback, source_bytes, write_weights
+from qwen_export.backends.onnx.switched import check_switched, write_switched
 from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.attention import check_heads
@@ -42,6 +43,7 @@ def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, pr
     for target in targets(profile).values():
         check_heads(checkpoint.config, target)
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
+    check_switched(checkpoint, graphs)
     text = None
     if profile.compression == "gptq":
         text = calibration_samples(checkpoint, options.calibration, SAMPLES)
@@ -70,6 +72,7 @@ def _write(
     write_weights(checkpoint, weights, data, graphs.data_bytes, journal, progress.advance)
 
     copy_files(checkpoint.root, staged)
+    write_switched(checkpoint, graphs, staged)
     for name, graph in graphs.every_file.items():
         onnx.save(model_proto(graph), staged / name)
     if checkpoint.vision:
@@ -115,7 +118,9 @@ def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bo
     if reason is None and not any(name.startswith(MTP) for name in checkpoint.tensors):
         return False
     config = checkpoint.config
-    if not profile.mtp:
+    if checkpoint.kept_apart:
+        reason = "its graphs take no adapter at run time"
+    elif not profile.mtp:
         reason = f"profile {profile.name}'s runtime cannot use it"
     elif reason is None and not declares_mtp(config):
         reason = "it is not one layer that shares the model's embedding"

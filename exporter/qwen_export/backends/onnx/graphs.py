@@ -152,6 +152,7 @@ def _recipe(checkpoint: Checkpoint, profile: Profile, target: Target) -> Recipe:
         checkpoint.tensors,
         profile.layer_weights,
         {**config.tensors(), **mtp_tensors(config), **(vision.tensors() if vision else {})},
+        frozenset(name for adapter in checkpoint.kept_apart for name in adapter.updates),
     )
 
 

@@ -35,9 +35,15 @@ def model_proto(graph: Graph) -> onnx.ModelProto:
             output=[_value_info(value) for value in graph.outputs],
             node=[_node(node) for node in graph.nodes],
             initializer=[_tensor(value) for value in graph.initializers],
-            value_info=[_value_info(value) for value in graph.initializers],
+            value_info=[_value_info(value) for value in _described(graph)],
         ),
     )
+
+
+def _described(graph: Graph) -> list[Value]:
+    """Initializers that are not described among the inputs, too."""
+    inputs = {value.name for value in graph.inputs}
+    return [value for value in graph.initializers if value.name not in inputs]
 
 
 def _value_info(value: Value) -> onnx.ValueInfoProto:
@@ -86,7 +92,8 @@ def model_size(graph: Graph) -> int:
     """Bytes of `model_proto(graph)` in its file."""
     entries = sum(_field(_value_info_size(value)) for value in (*graph.inputs, *graph.outputs))
     entries += sum(_field(_node_size(node)) for node in graph.nodes)
-    entries += sum(_field(_tensor_size(v)) + _field(_value_info_size(v)) for v in graph.initializers)
+    entries += sum(_field(_tensor_size(value)) for value in graph.initializers)
+    entries += sum(_field(_value_info_size(value)) for value in _described(graph))
     opsets = sum(_field(_field(len(domain)) + 2) for domain in _OPSETS)
     return 2 + _field(len(_PRODUCER)) + opsets + _field(_field(len(graph.name)) + entries)
 

@@ -67,7 +67,7 @@ def fingerprint(checkpoint: Checkpoint, profile: Profile, graphs: Graphs, text: 
     identity = {
         "qwen_edge": own_version(),
         "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],
-        "adapters": checkpoint.adapters,
+        "adapters": [checkpoint.adapters, [adapter.described for adapter in checkpoint.kept_apart]],
         "profile": profile.model_dump(),
         "layout": [repr(entry) for _, tensors in graphs.placed for entry in tensors],
         "text": None if text is None else text.tolist(),

@@ -1,0 +1,69 @@
+"""Adapters that an artifact keeps beside its weights, one of which may be active at a time.
+
+Their factors become inputs of the graph, so what can be kept apart is LoRA of projections; anything else
+changes the weights themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName
+from qwen_common.providers import CPU
+from qwen_profiles.schema import Profile
+
+from qwen_export.adapters.adapter import Adapter
+from qwen_export.adapters.places import place
+from qwen_export.adapters.updates import KeptApart, LowRank
+from qwen_export.architecture.tensors import layer_of
+from qwen_export.checkpoint.checkpoint import Checkpoint
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MERGE = "merge it with --adapter"
+
+
+def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile) -> Checkpoint:
+    """`checkpoint` with the adapters `FOLDER[=weight]`, to be switched on when its artifact runs.
+
+    Raises:
+        UserError: the profile is not for ONNX Runtime's CPU provider alone, where it was tried; as
+            `Adapter.open` and `place`; two of one name; or an adapter changes more than projections.
+    """
+    if not given:
+        return checkpoint
+    runs_on = {profile.provider, *profile.fallbacks}
+    if profile.backend != BackendName.ONNX or runs_on != {CPU.key}:
+        raise UserError(
+            f"--adapter-at-runtime was tried on ONNX Runtime's CPU provider only, and profile {profile.name} "
+            f"is for {', '.join(sorted(runs_on))}: take a CPU profile, or {_MERGE}"
+        )
+    kept: dict[str, KeptApart] = {}
+    for one in given:
+        adapter = Adapter.open(one)
+        name = adapter.name.rpartition("/")[2]
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"{adapter.root}: an adapter is called as its folder, whose name may have letters, digits, "
+                "'.', '_' and '-': rename it"
+            )
+        if name in kept:
+            raise UserError(f"two adapters are called {name}: rename the folder of one")
+        placed = place(adapter, checkpoint.tensors, tied=False)
+        updates: dict[str, LowRank] = {}
+        for tensor, update in placed.updates:
+            if not isinstance(update, LowRank) or update.magnitude or layer_of(tensor) is None:
+                raise UserError(
+                    f"adapter {name} changes {tensor} in a way that cannot be switched at run time (LoRA of "
+                    f"projections in the decoder's layers can): {_MERGE}"
+                )
+            updates[tensor] = update
+        kept[name] = KeptApart({**adapter.described(), "name": name}, updates)
+    return replace(checkpoint, kept_apart=tuple(kept.values()))
+
+
+def adapter_file(name: str) -> str:
+    """In an artifact."""
+    return f"{name}.onnx_adapter"

@@ -1,0 +1,157 @@
+"""Adapters beside the weights: logits of PEFT's model for each that is switched on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from qwen_common import manifest as manifests
+from qwen_common.errors import UserError
+from qwen_export.adapters.apart import keeping_apart
+from qwen_export.backends.onnx.graphs import build_graphs
+from qwen_export.backends.onnx.proto import model_proto, model_size
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.export import export
+from qwen_profiles.schema import load_profile
+from qwen_runtime import Model, Sampling
+from qwen_runtime.cli import main as run_main
+
+from benchmarks.support.artifacts import Quiet, float_profile
+from benchmarks.support.session import cosine
+from tests.support.adapters import LINEAR, train
+from tests.support.random_checkpoints import random_model, write_random_checkpoint
+
+SHAPES: dict[str, dict[str, Any]] = {"dense": {}, "mixture": {"num_experts": 4}}
+IDS = list(range(5, 45))
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Whose artifact it is; a folder with it and its two adapters."""
+    folder, shape = tmp_path_factory.mktemp("apart"), SHAPES[request.param]
+    base = write_random_checkpoint(folder / "base", **shape)
+    train(random_model(**shape), folder / "style", seed=1, target_modules=LINEAR, r=4)
+    train(random_model(**shape), folder / "tools", seed=2, target_modules="all-linear", r=2, use_rslora=True)
+    profile = float_profile("fused")
+    given = [f"{folder / 'style'}=0.5", str(folder / "tools")]
+    checkpoint = keeping_apart(Checkpoint.open(str(base)), given, profile)
+    export(checkpoint, profile, folder / "artifact", Quiet(), all_logits=True)
+    return request.param, folder
+
+
+def adapted(shape: str, adapter: Path | None, weight: float = 1) -> np.ndarray:
+    """Logits of PEFT's model, at every position."""
+    model: torch.nn.Module = random_model(**SHAPES[shape])
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("default", weight)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([IDS])).logits[0].numpy()
+
+
+def test_switched_in_onnx_runtime_genai(made: tuple[str, Path]) -> None:
+    shape, folder = made
+    model = og.Model(str(folder / "artifact"))
+    adapters = og.Adapters(model)
+    for name in ("style", "tools"):
+        adapters.load(str(folder / "artifact" / f"{name}.onnx_adapter"), name)
+    for name, weight in (("style", 0.5), (None, 1), ("tools", 1), ("style", 0.5)):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=64)
+        generator = og.Generator(model, parameters)
+        if name:
+            generator.set_active_adapter(adapters, name)
+        generator.append_tokens(np.asarray(IDS, np.int32))
+        found = generator.get_output("logits")[0]
+        assert cosine(found, adapted(shape, folder / name if name else None, weight)).min() > 0.99999
+
+
+def test_switched_in_the_runtime(made: tuple[str, Path]) -> None:
+    """States that were kept with one adapter are not gone on from with another."""
+    _, folder = made
+
+    with Model.load(folder / "artifact", keep=2) as model:
+        texts = {}
+        for name in (None, "style", "tools", None, "tools", "style"):
+            model.use_adapter(name)
+            answer = model.generate("the river and", max_tokens=8, sampling=Sampling(temperature=0))
+            answer.run()
+            assert texts.setdefault(name, answer.tokens) == answer.tokens
+        assert len(set(map(tuple, texts.values()))) == 3
+        with pytest.raises(UserError, match="has no adapter nobody, it has style, tools"):
+            model.use_adapter("nobody")
+
+
+def test_the_manifest_lists_them(made: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = made
+    manifest = manifests.read(folder / "artifact")
+    listed = manifest["switched_adapters"]
+    assert [(a["name"], a["weight"], a["file"]) for a in listed] == [
+        ("style", 0.5, "style.onnx_adapter"),
+        ("tools", 1.0, "tools.onnx_adapter"),
+    ]
+    assert "qwen-run . --adapter style" in (folder / "artifact" / "README.md").read_text()
+    other = Path(shutil.copytree(folder / "artifact", tmp_path / "other"))
+    listed[0]["file"] = "../elsewhere"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"does not list \.\./elsewhere"):
+        manifests.read(other)
+
+
+def test_the_planner_knows_the_graphs_size(made: tuple[str, Path]) -> None:
+    _, folder = made
+    checkpoint = Checkpoint.open(str(folder / "base"))
+    checkpoint = keeping_apart(checkpoint, [str(folder / "style")], load_profile("cpu"))
+    for graph in build_graphs(checkpoint, load_profile("cpu")).by_file.values():
+        assert model_size(graph) == len(model_proto(graph).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_modules": ["q_proj"], "use_dora": True}, "q_proj.weight in a way that cannot be switched"),
+        ({"target_modules": ["lm_head"]}, "model.embed_tokens.weight|lm_head.weight"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+            "input_layernorm.weight in a way",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_switched(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    base = Checkpoint.open(str(write_random_checkpoint(tmp_path / "base", tie_word_embeddings=False)))
+    train(random_model(tie_word_embeddings=False), tmp_path / "adapter", **config)
+    with pytest.raises(UserError, match=message) as caught:
+        keeping_apart(base, [str(tmp_path / "adapter")], load_profile("cpu"))
+    assert "merge it with --adapter" in str(caught.value)
+
+
+def test_names_and_profiles_that_are_refused(made: tuple[str, Path], tmp_path: Path) -> None:
+    _, folder = made
+    base = Checkpoint.open(str(folder / "base"))
+    with pytest.raises(UserError, match="on ONNX Runtime's CPU provider only, and profile webgpu is for"):
+        keeping_apart(base, [str(folder / "style")], load_profile("webgpu"))
+    with pytest.raises(UserError, match="two adapters are called style"):
+        keeping_apart(base, [str(folder / "style")] * 2, load_profile("cpu"))
+    odd = Path(shutil.copytree(folder / "style", tmp_path / "a b"))
+    with pytest.raises(UserError, match="rename it"):
+        keeping_apart(base, [str(odd)], load_profile("cpu"))
+
+
+def test_an_artifact_without_adapters(exported: Any, tmp_path: Path) -> None:
+    from benchmarks.support.checkpoints import TINY
+
+    artifact = exported(TINY, load_profile("cpu"))
+    found = CliRunner().invoke(run_main, [str(artifact), "Hello", "--adapter", "style"])
+    assert found.exit_code == 2
+    assert "has no adapter style, it has none: export it again with --adapter-at-runtime" in found.stderr
