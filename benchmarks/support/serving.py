@@ -62,7 +62,7 @@ def watch(
     while any(client.is_alive() for client in clients) and time.monotonic() < until:
         time.sleep(_SAMPLE * rng.uniform(0.9, 1.1))
         now = time.monotonic()
-        sizes = {child: size for child in server.children(recursive=True) if (size := _resident(child))}
+        sizes = {child: size for child in server.children() if (size := _model_size(child))}
         largest = max(sizes.values(), default=0)
         samples.append(Sample(now - begun, server.memory_info().rss, largest, server.num_fds()))
         if kill_every and largest and now - last > kill_every:
@@ -71,9 +71,10 @@ def watch(
     return samples, kills
 
 
-def _resident(process: psutil.Process) -> int:
+def _model_size(process: psutil.Process) -> int:
+    """Resident bytes of a model's process; 0 of any other, such as multiprocessing's own."""
     try:
-        return process.memory_info().rss
+        return process.memory_info().rss if "spawn_main" in " ".join(process.cmdline()) else 0
     except psutil.NoSuchProcess:
         return 0
 
@@ -88,7 +89,7 @@ def print_flatness(samples: list[Sample]) -> None:
         ("open files", lambda sample: sample.files),
     ]
     for name, column in columns:
-        values = [column(sample) for sample in warm]
+        values = [value for sample in warm if (value := column(sample))] or [0.0]  # none while it is asleep
         early, late = statistics.median(values[:third]), statistics.median(values[-third:])
         middle = statistics.median(values[third:-third] or values)
         print(

@@ -17,6 +17,7 @@ from qwen_common.errors import UserError, reported
 
 from qwen_runtime.cli.options import ARTIFACT, DEBUG, PREPACKED, PROVIDER, VERIFY
 from qwen_runtime.generation import Generation
+from qwen_runtime.load_progress import shown_load
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
@@ -147,7 +148,9 @@ def answer(
         text = sys.stdin.read() if prompt == "-" else prompt
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
-        with Model.load(artifact, provider, verify, prepacked=prepacked) as model:
+        with shown_load(artifact):
+            loaded = Model.load(artifact, provider, verify, prepacked=prepacked)
+        with loaded as model:
             click.echo(model.info.reason, err=True)
             if adapter is not None:
                 model.use_adapter(adapter)

@@ -20,6 +20,7 @@ from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.http import SEND_TIMEOUT
 from qwen_runtime.serve.metrics import Metrics
 from qwen_runtime.serve.models import Models
+from qwen_runtime.serve.while_loading import answering
 from qwen_runtime.serve.worker import ModelSettings
 
 _KEEP_ALIVE = 30  # seconds that an idle connection stays open
@@ -68,7 +69,8 @@ def serve(
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # It warns of every write to a client that has just left.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        engines[0].load()
+        with answering(listener, settings[0].path, engines[0].info.name):
+            engines[0].load()
         print(engines[0].info.reason, flush=True)
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(
