@@ -216,6 +216,12 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+def edit_config(folder: Path, **values: object) -> None:
+    """Set entries of config.json."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def store_head(folder: Path, equal: bool = False) -> torch.Tensor:
     """Put lm_head.weight into a checkpoint with a tied embedding: `equal` to it, or another."""
     tensors = load_tensors(folder)

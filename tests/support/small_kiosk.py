@@ -126,12 +126,12 @@ def ask(port: int, path: str = "/") -> str:
         return str(answer.read().decode())
 
 
-def wait_for(port: int, seconds: float = 60, text: str = "") -> str:
+def wait_for(port: int, seconds: float = 60, text: str = "", path: str = "/") -> str:
     """What it answers, once it answers with `text` in it."""
     end = time.monotonic() + seconds
     while True:
         with suppress(OSError):
-            if text in (answer := ask(port)):
+            if text in (answer := ask(port, path)):
                 return answer
         assert time.monotonic() < end, "the server did not come"
         time.sleep(0.05)

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from qwen_common.errors import UserError, one_line
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qwen_runtime.serve.errors import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _NAME = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]")
+_HOST = re.compile(r"(?P<name>\[[^\[\]]*\]|[^:\[\]/@\s]{1,253})(:[0-9]{0,5})?")
 _EVERY = "*"
 
 
@@ -41,8 +45,35 @@ class Access:
                 expose_headers=["Retry-After"],
             )
             found.append(cors)
-        hosts = [_EVERY] if self.hosts is None else list(self.hosts)
-        return [*found, Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
+        return found if self.hosts is None else [*found, Middleware(_Hosts, hosts=self.hosts)]
+
+
+class _Hosts:
+    """As Starlette's TrustedHostMiddleware, with an error as clients expect them."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = [host.lower() for host in hosts]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = _HOST.fullmatch(Headers(scope=scope).get("host", "")) if scope["type"] == "http" else None
+        if scope["type"] != "http" or (found and self._answers_to(found["name"].lower())):
+            await self._app(scope, receive, send)
+            return
+        known = found and _NAME.fullmatch(found["name"])
+        message = "the request has no Host header, or one that is none: send the server's name"
+        if found and known:
+            message = (
+                f"this server does not answer to the name {found['name']}: ask it by its address, or start "
+                f"it with --allowed-host {found['name']}"
+            )
+        error = ApiError(400, message, code="host_not_allowed")
+        await error.response(scope["path"])(scope, receive, send)
+
+    def _answers_to(self, name: str) -> bool:
+        return any(
+            name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in self._hosts
+        )
 
 
 def access(

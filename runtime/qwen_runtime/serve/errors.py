@@ -7,6 +7,7 @@ import math
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+_PLACES = "OpenAI's and Anthropic's APIs are at /v1, Ollama's at /api, the page is at /"
 TOO_LONG = "context_length_exceeded"
 
 
@@ -124,9 +125,14 @@ def on_api_error(http: HttpRequest, error: Exception) -> Response:
 def on_http_error(http: HttpRequest, error: Exception) -> Response:
     """Starlette's own: no such path, or not with this method."""
     status = getattr(error, "status_code", 500)
-    allowed = getattr(error, "headers", None) or {}
+    headers = dict(getattr(error, "headers", None) or {})
     message = f"{http.method} {http.url.path}: {getattr(error, 'detail', 'error')}"
-    return ApiError(status, message, headers=dict(allowed)).response(http.url.path)
+    if status == 404:
+        message = f"there is no {http.url.path[:100]}: {_PLACES}"
+    elif status == 405:
+        methods = " or ".join(sorted(set(headers.get("Allow", "GET").split(", ")) - {"HEAD"}))
+        message = f"{http.url.path[:100]} takes no {http.method}: send {methods}"
+    return ApiError(status, message, headers=headers).response(http.url.path)
 
 
 def on_crash(http: HttpRequest, error: Exception) -> Response:

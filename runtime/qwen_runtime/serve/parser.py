@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_runtime.tool_calls.qwen3_5 import CallReader, Opening, after_call, find_call
@@ -16,6 +17,18 @@ from qwen_runtime.tool_calls.qwen3_5 import CallReader, Opening, after_call, fin
 Delta = dict[str, Any]
 
 _THOUGHT_END = "</think>"
+
+
+@dataclass
+class _Call:
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)  # in pieces
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class AnswerParser:
@@ -31,8 +44,6 @@ class AnswerParser:
         check: says what is wrong with the text for the user; that becomes the message's refusal.
         call_checks: the same of the arguments of a function, by its name.
 
-    Attributes:
-        message: what the deltas add up to.
     """
 
     def __init__(
@@ -43,7 +54,9 @@ class AnswerParser:
         check: Callable[[str], str | None] | None = None,
         call_checks: Mapping[str, Callable[[str], str | None]] = {},
     ) -> None:
-        self.message: dict[str, Any] = {"role": "assistant", "content": None}
+        self._said: dict[str, list[str]] = {}
+        self._calls: list[_Call] = []
+        self._blanks: list[str] = []  # pieces of nothing but white space, which wait for what follows them
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._several = several
         self._check = check
@@ -58,7 +71,11 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Delta]:
         """The deltas that `text` adds."""
-        self._rest += text
+        if text.isspace() and not self._final:
+            self._blanks.append(text)  # else a long run of it would be looked at with each piece
+            return []
+        self._rest += "".join([*self._blanks, text])
+        self._blanks.clear()
         deltas: list[Delta] = []
         while self._state(deltas):
             pass
@@ -72,17 +89,24 @@ class AnswerParser:
         self._final = True
         deltas = self.feed("")
         if fault := next(self._faults(), None):
-            self.message["refusal"] = fault
+            self._said["refusal"] = [fault]
             deltas.append({"refusal": fault})
         return deltas
 
+    @property
+    def message(self) -> dict[str, Any]:
+        """What the deltas add up to."""
+        found: dict[str, Any] = {"role": "assistant", "content": None}
+        found |= {kind: "".join(pieces) for kind, pieces in self._said.items()}
+        return found | ({"tool_calls": [call.whole for call in self._calls]} if self._calls else {})
+
     def _faults(self) -> Iterator[str]:
-        content = self.message["content"]
+        content = "".join(self._said.get("content", ()))
         if self._check and content and (fault := self._check(content)):
             yield fault
-        for call in self.message.get("tool_calls", ()):
-            check = self._call_checks.get(call["function"]["name"])
-            if check and (fault := check(call["function"]["arguments"])):
+        for call in self._calls:
+            check = self._call_checks.get(call.name)
+            if check and (fault := check("".join(call.arguments))):
                 yield fault
 
     @property
@@ -124,9 +148,9 @@ class AnswerParser:
         fragment = self._reader.feed(self._rest, self._final)
         self._rest = self._reader.rest if self._reader.ended else ""
         if fragment:
-            calls = self.message["tool_calls"]
-            calls[-1]["function"]["arguments"] += fragment
-            deltas.append({"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": fragment}}]})
+            self._calls[-1].arguments.append(fragment)
+            index = len(self._calls) - 1
+            deltas.append({"tool_calls": [{"index": index, "function": {"arguments": fragment}}]})
         if self._reader.ended:
             self._state = self._after_call if self._several else self._nothing
         return self._reader.ended
@@ -148,17 +172,16 @@ class AnswerParser:
     def _begin_call(self, name: str) -> Delta:
         self._reader = CallReader(self._functions.get(name, {}).get("parameters"))
         self._state = self._arguments
-        calls = self.message.setdefault("tool_calls", [])
-        function = {"name": name, "arguments": ""}
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        return {"tool_calls": [{"index": len(calls) - 1, **calls[-1], "function": {**function}}]}
+        call = _Call(f"call_{uuid.uuid4().hex[:24]}", name)
+        self._calls.append(call)
+        return {"tool_calls": [{"index": len(self._calls) - 1, **call.whole}]}
 
     def _say(self, kind: str, text: str) -> Iterator[Delta]:
         if self._blank:
             text = text.lstrip()
         if text:
             self._blank = False
-            self.message[kind] = (self.message.get(kind) or "") + text
+            self._said.setdefault(kind, []).append(text)
             yield {kind: text}
 
 

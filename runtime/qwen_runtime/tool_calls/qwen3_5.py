@@ -35,16 +35,19 @@ CALL, CALL_END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
+LONGEST_NAME = 1000  # characters; one without an end would be looked at with each piece of an answer
+_ONE_NAME = rf"[^<>\n]{{1,{LONGEST_NAME}}}"
 _MARKS = (CALL, CALL_END, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END)
 # Some write `</parameter=NAME>`.
-_NAMED_END = r"(?:=[^<>\n]*)?"
+_NAMED_END = rf"(?:=[^<>\n]{{0,{LONGEST_NAME}}})?"
 _MARK = re.compile(
-    rf"{CALL}|{CALL_END}|{FUNCTION}(?P<function>[^<>\n]+)>|</function{_NAMED_END}>"
-    rf"|{PARAMETER}(?P<parameter>[^<>\n]+)>|</parameter{_NAMED_END}>"
+    rf"{CALL}|{CALL_END}|{FUNCTION}(?P<function>{_ONE_NAME})>|</function{_NAMED_END}>"
+    rf"|{PARAMETER}(?P<parameter>{_ONE_NAME})>|</parameter{_NAMED_END}>"
 )
-_UNFINISHED = re.compile(rf"(?:{FUNCTION}|{PARAMETER}|</function=|</parameter=)[^<>\n]*")
+_UNFINISHED = re.compile(rf"(?:{FUNCTION}|{PARAMETER}|</function=|</parameter=)[^<>\n]{{0,{LONGEST_NAME}}}")
+_LONGEST_MARK = LONGEST_NAME + len("</parameter=>")
 # Some write the first mark twice; more often is a model that has lost its way.
-_OPENING = re.compile(rf"(?:{CALL}\s*){{0,2}}{FUNCTION}(?P<function>[^<>\n]+)>|(?:{CALL}\s*){{1,2}}")
+_OPENING = re.compile(rf"(?:{CALL}\s*){{0,2}}{FUNCTION}(?P<function>{_ONE_NAME})>|(?:{CALL}\s*){{1,2}}")
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[^\s{}<>\"']+")
 # What comes after a mark that ends something, where that is no part of a value.
@@ -84,7 +87,8 @@ def find_call(text: str, functions: Collection[str], final: bool, strict: bool =
     for found in _OPENING.finditer(text):
         undecided = Opening(found.start(), found.end(), None)
         if found["function"] is None:
-            if not final and _may_become(text[found.end() :], (CALL, FUNCTION)):
+            rest = text[found.end() : found.end() + _LONGEST_MARK + 1]
+            if not final and _may_become(rest, (CALL, FUNCTION)):
                 return undecided
             continue
         name = _unquoted(found["function"])
@@ -109,7 +113,7 @@ def after_call(text: str, final: bool) -> tuple[int, str | None] | None:
             return found.end(), None
         if found["function"] and _NAME.fullmatch(name := _unquoted(found["function"])):
             return found.end(), name
-    elif not final and _may_become(text[start:], (CALL_END, FUNCTION)):
+    elif not final and _may_become(text[start : start + _LONGEST_MARK + 1], (CALL_END, FUNCTION)):
         return None
     return 0, None
 
@@ -200,41 +204,50 @@ class _Value:
         self._missing = missing
         self._text = ""
         self._at = 0  # where the search for marks goes on
-        self._last = 0  # end of the last mark that is one
+        self._last = 0  # end of the last mark that is one,
+        self._space = 0  # and of the white space after it
         self._open: list[str] = []  # marks inside the value that have no end yet
         self._doubt: int | None = None  # the first mark that is in the value, or ends it
         self._sent = 0  # characters of the value that were passed on
 
     def feed(self, text: str, final: bool) -> str:
         """The JSON that `text` adds."""
-        self._text += text
+        whole, self._text = self._text, ""  # so that Python need not copy it
+        whole += text
+        self._text = whole
         if end := self._find_end(final):
             self.ended = True
             self.rest = self._text[end[1] :]
-            return self._whole(self._value(end[0]))
-        value = self._value(self._at if self._doubt is None else self._doubt)
-        if not final:
-            value = value.removesuffix("\r")  # a line break's first half, perhaps
-        return self._part(value, final) if self._begin and value else ""
+            return self._whole(end[0])
+        if not self._begin or not (final or values.grows(self._allowed)):
+            return ""
+        return self._part(self._at if self._doubt is None else self._doubt, final)
 
-    def _value(self, end: int) -> str:
+    def _unsent(self, end: int) -> str:
+        """What was not passed on of the value, if it ends there."""
         begin = 2 if self._text.startswith("\r\n") else self._text.startswith("\n")
-        value = self._text[begin:end]
+        value = self._text[begin + self._sent : end]
         return value.removesuffix("\r\n") if value.endswith("\r\n") else value.removesuffix("\n")
 
-    def _whole(self, value: str) -> str:
+    def _whole(self, end: int) -> str:
         if not self._begin:
             return ""
+        value = self._unsent(end)
         if self._sent:
-            return values.escaped(value[self._sent :]) + '"'
+            return values.escaped(value) + '"'
         return self._begin + json.dumps(values.value_of(value, self._allowed), ensure_ascii=False)
 
-    def _part(self, value: str, final: bool) -> str:
+    def _part(self, end: int, final: bool) -> str:
         """What is certain of a value whose end has not come, or never comes."""
+        value = self._unsent(end)
+        if not final:
+            value = value.removesuffix("\r")  # a line break's first half, perhaps
+        if not value:
+            return ""
         if values.grows(self._allowed) and (self._sent or not values.undecided(value, self._allowed)):
-            added = values.escaped(value[self._sent :])
+            added = values.escaped(value)
             added = added if self._sent else f'{self._begin}"{added}'
-            self._sent = len(value)
+            self._sent += len(value)
             return added
         begun = values.begun(value, self._allowed) if final else ""
         return self._begin + begun if begun else ""
@@ -275,7 +288,13 @@ class _Value:
         return _goes_on(self._text, found.end(), follows, final) if follows else False
 
     def _on_a_line(self, start: int) -> bool:
-        return self._text[start - 1 : start] == "\n" or not self._text[self._last : start].strip()
+        if self._text[start - 1 : start] == "\n":
+            return True
+        if self._space < self._last:
+            self._space = self._last
+        if self._space < start:
+            self._space = _skip_space(self._text, self._space)
+        return self._space >= start
 
 
 def _kind(found: re.Match[str]) -> str:
@@ -317,7 +336,10 @@ def _may_become(text: str, marks: tuple[str, ...]) -> bool:
 def _complete(text: str) -> int:
     """Where a mark begins at the end of `text` that is not whole yet; its length where there is none."""
     at = text.rfind("<")
-    return at if at >= 0 and _may_become(text[at:], _MARKS) else len(text)
+    end = at + _LONGEST_MARK + 1
+    if at < 0 or text.find(">", at, end) >= 0:  # no mark, or a whole one
+        return len(text)
+    return at if _may_become(text[at:end], _MARKS) else len(text)
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -22,7 +23,13 @@ from transformers import Qwen3_5ForCausalLM
 
 from benchmarks import geometry
 from benchmarks.support.artifacts import Quiet
-from tests.support.random_checkpoints import GEOMETRY, load_tensors, save_shards, write_random_checkpoint
+from tests.support.random_checkpoints import (
+    GEOMETRY,
+    edit_config,
+    load_tensors,
+    save_shards,
+    write_random_checkpoint,
+)
 
 NORM = "model.layers.2.input_layernorm.weight"
 
@@ -43,12 +50,8 @@ def test_rows_are_those_that_were_saved(dtype: torch.dtype, shards: int, wrap: b
         np.testing.assert_array_equal(found, value[start:stop].float().numpy())
 
 
-def edit_config(**changes: object) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return damage
+def damaged_config(**changes: object) -> Callable[[Path], None]:
+    return partial(edit_config, **changes)
 
 
 def edit_index(change: Callable[[dict], None]) -> Callable[[Path], None]:
@@ -106,15 +109,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "config.json").write_text("{"),
         "config.json is not valid JSON",
     ),
-    "another model": (edit_config(model_type="llama"), "model type 'llama' is not Qwen3.5"),
+    "another model": (damaged_config(model_type="llama"), "model type 'llama' is not Qwen3.5"),
     "weights of a dense model": (
-        edit_config(model_type="qwen3_5_moe_text"),
+        damaged_config(model_type="qwen3_5_moe_text"),
         "has no tensor model.layers.0.mlp",
     ),
-    "bad head count": (edit_config(num_key_value_heads=3), "num_key_value_heads must divide"),
-    "negative size": (edit_config(hidden_size=-1), "config.json: hidden_size: "),
+    "bad head count": (damaged_config(num_key_value_heads=3), "num_key_value_heads must divide"),
+    "negative size": (damaged_config(hidden_size=-1), "config.json: hidden_size: "),
     "scaled rotary embedding": (
-        edit_config(rope_parameters={"rope_type": "longrope", "mrope_section": [2, 1, 1]}),
+        damaged_config(rope_parameters={"rope_type": "longrope", "mrope_section": [2, 1, 1]}),
         "rope_parameters.rope_type: Input should be 'default' or 'yarn'",
     ),
     "missing shard": (
@@ -141,7 +144,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "tensor in two shards": (duplicate, "is in both"),
     "tensor missing": (edit_tensors(lambda tensors: tensors.pop(NORM)), f"has no tensor {NORM}"),
     "another shape": (
-        edit_config(intermediate_size=100),
+        damaged_config(intermediate_size=100),
         "has shape (96, 64) where config.json says (100, 64)",
     ),
     "unsupported dtype": (

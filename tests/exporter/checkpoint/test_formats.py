@@ -13,14 +13,9 @@ from qwen_export.checkpoint import Checkpoint
 from qwen_export.planner.models import configured
 from safetensors.torch import save_file
 
-from tests.support.random_checkpoints import load_tensors, write_random_checkpoint
+from tests.support.random_checkpoints import edit_config, load_tensors, write_random_checkpoint
 
 MLX = {"group_size": 64, "bits": 4}
-
-
-def edit_config(folder: Path, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text()) | values
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qwen_profiles.schema import load_profile
 
 from benchmarks.support.artifacts import Quiet
 from tests.support.random_checkpoints import (
+    edit_config,
     load_tensors,
     save_shards,
     write_random_checkpoint,
@@ -33,11 +33,6 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
 def add(folder: Path, **tensors: torch.Tensor) -> None:
     named = {name.replace("__", "."): value for name, value in tensors.items()}
     save_shards(folder, {**load_tensors(folder), **named}, 1)
-
-
-def edit_config(folder: Path, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text()) | values
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 WRAPPINGS: dict[str, Callable[[str], str]] = {

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from qwen_export.bundle.keys import make_keys
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_runtime.kiosk.install import Installation
 
-from tests.support.small_kiosk import resealed
+from tests.support.small_kiosk import free_port, resealed, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,15 +88,14 @@ def update(target: Path, source: Path) -> subprocess.Popen[str]:
 @contextmanager
 def serving(target: Path) -> Iterator[int]:
     """start.sh on a free port; it is ready when this yields."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         ["sh", str(target / "start.sh"), "--port", str(port)],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        wait_for(port)
+        wait_for(port, path="/health")
         yield port
     finally:
         process.send_signal(signal.SIGTERM)
@@ -111,17 +109,6 @@ def kill(process: subprocess.Popen[str]) -> None:
     """The process and all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for(port: int, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-            return
-        except OSError:
-            assert time.monotonic() < end, "the server did not come"
-            time.sleep(0.2)
 
 
 def ask(port: int) -> str:
@@ -203,7 +190,7 @@ def test_killed_servers_are_started_again(installed: Path) -> None:
             time.sleep(generator.uniform(0, 1))
             subprocess.run(["pkill", "-KILL", "-f", f"serve .* --port {port}"], check=False)
             time.sleep(0.3)
-            wait_for(port)
+            wait_for(port, path="/health")
             assert ask(port) == expected
     assert verified(installed) == "1.0"
 

@@ -13,6 +13,7 @@ from qwen_runtime.serve.access import access
 from tests.support.servers import Server, request, serving
 
 PAGE = "https://app.example.org"
+KEY = {"Authorization": "Bearer sesame"}
 PREFLIGHT = {"Access-Control-Request-Method": "POST"}
 
 
@@ -33,6 +34,32 @@ def test_names_that_are_allowed(behind_a_proxy: Server) -> None:
         "example.org": 400,
     }.items():
         assert request(behind_a_proxy, "GET", "/health", Host=name)[0] == status, name
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat", "/", "/nothing"])
+def test_errors_are_those_of_the_api(behind_a_proxy: Server, path: str) -> None:
+    """In its shape, with what to do."""
+    cases: list[tuple[str, str, dict[str, str], int, str]] = [
+        ("POST", path, {"Host": "evil.example:80"}, 400, "start it with --allowed-host evil.example"),
+        ("POST", path, {"Host": "a b"}, 400, "send the server's name"),
+    ]
+    below = path.rsplit("/", 1)[0] + "/nothing"
+    cases.append(("POST", below, KEY, 405 if below == "/nothing" else 404, ": "))
+    if path.startswith(("/v1", "/api")):
+        cases += [
+            ("POST", path, {}, 401, "Authorization: Bearer KEY"),
+            ("DELETE", path, KEY, 405, f"{path} takes no DELETE: send POST"),
+            ("POST", path, {**KEY, "Content-Type": "text/plain", "Origin": PAGE}, 415, "Content-Type: appl"),
+            ("POST", path, KEY, 400, ""),
+        ]
+    for method, where, headers, status, says in cases:
+        found, answered, body = request(behind_a_proxy, method, where, b"{", **headers)
+        assert found == status and answered["content-type"] == "application/json", (method, where, found)
+        error = json.loads(body)["error"]
+        if where.startswith("/v1/messages"):
+            assert json.loads(body)["type"] == "error" and error["type"]
+        message = error if path.startswith("/api") else error["message"]
+        assert says in message and message and "\n" not in message
 
 
 def test_pages_of_other_sites(behind_a_proxy: Server) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from qwen_runtime.template import render
+from qwen_runtime.tool_calls import qwen3_5
 
 from benchmarks.support.checkpoints import TINY
 from tests.support.answers import argument, call, calls_of, pieces, read_answer
@@ -147,3 +150,67 @@ def test_back_through_the_template() -> None:
     user = {"role": "user", "content": uuid.uuid4().hex}
     rendered = render({"default": template}, [user, message, {"role": "tool", "content": "42"}], tools=TOOLS)
     assert f"<|im_start|>assistant\n{text}<|im_end|>\n<|im_start|>user\n<tool_response>\n42" in rendered
+
+
+class Counting:
+    """A regular expression that counts the characters it is given."""
+
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        self._pattern = pattern
+        self.characters = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def look(text: str, at: int = 0) -> Any:
+            # A match of white space looks no further than that.
+            near = name == "match" and self._pattern.pattern == r"\s*"
+            found = getattr(self._pattern, name)(text, at)
+            self.characters += found.end() - at + 1 if near else len(text) - at
+            return found
+
+        return look
+
+
+CALLED = "<tool_call>\n<function=look>\n<parameter="
+
+
+@pytest.mark.parametrize(
+    "begin,unit",
+    [
+        ("", "word "),
+        ("", " "),
+        ("", "<"),
+        ("", "<tool_call>"),
+        ("", "<tool_call>x"),
+        ("<tool_call>", "\n"),
+        ("<tool_call>\n<function=", "a"),
+        ("<function=look>", " "),
+        (f"{CALLED}word>\n", "a b"),
+        (f"{CALLED}word>\n", "\n"),
+        (f"{CALLED}word>\nx", "<tool_call> "),
+        (f"{CALLED}word>\n   x", "</tool_call> y"),
+        (f"{CALLED}word>\nx\n</parameter>", " "),
+        (f"{CALLED}", "a"),
+        (f"{CALLED}tags>\n", '"a", '),
+        (f"{CALLED}limit>\n5\n</parameter>\n", "rubbish "),
+        (f"{CALLED}limit>\n5\n</parameter>\n</function>", "\n"),
+    ],
+)
+@pytest.mark.parametrize("thinking", [False, True])
+def test_work_grows_with_the_answer(
+    monkeypatch: pytest.MonkeyPatch, begin: str, unit: str, thinking: bool
+) -> None:
+    """Not with its square: counted in characters that regular expressions look at."""
+
+    def work(times: int) -> int:
+        counting = {}
+        for name in ("_MARK", "_OPENING", "_SPACE", "_UNFINISHED"):
+            counting[name] = Counting(getattr(plain, name))
+            monkeypatch.setattr(qwen3_5, name, counting[name])
+        message = parse(begin + unit * times, 1, thinking)
+        assert len(json.dumps(message)) < 20 * len(begin + unit * times) + 1000
+        return sum(pattern.characters for pattern in counting.values())
+
+    plain = SimpleNamespace(**vars(qwen3_5))
+    times = 2 * qwen3_5.LONGEST_NAME if unit == "a" else 200
+    once = work(times)
+    assert work(2 * times) < 2.3 * once + 1000

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 
 from qwen_runtime.serve.schema.base import Part
 from qwen_runtime.tool_calls.json_schema import forms
+from qwen_runtime.tool_calls.qwen3_5 import LONGEST_NAME
 
 
 class TextPart(Part):
@@ -57,6 +58,8 @@ def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     names = {name for form in forms(parameters, parameters) for name, _ in form.named()}
     if any(re.search("[<>\n]", name) for name in names):
         raise ValueError("names of properties must have no line breaks, no '<' and no '>'")
+    if any(not 1 <= len(name) <= LONGEST_NAME for name in names):
+        raise ValueError(f"names of properties must have 1 to {LONGEST_NAME} characters")
     if not isinstance(required, list):
         raise ValueError("required is not a list")
     return parameters
