@@ -5,11 +5,11 @@
     python -m benchmarks.decode --size "35B-A3B, 4 layers" --profiles cpu-int4 --llama llama-env/bin/python
                                 --llama-forms Q4_0 Q4_K_M Q2_K
 
-Random weights of a published geometry, one prompt, tokens decoded greedily. Each peer is a process of its own
-that stays loaded; the peers take turns, round by round, so that what else the machine does meets them all. A
-ratio is taken within a round, and the median of the rounds counts. The bandwidth is that of reading memory
-with every core, in the same rounds; a peer's ceiling is that bandwidth by the bytes of the weights that
-a token reads.
+Random weights of a published geometry, made as they are read (OpenVINO and the builder want them on the
+disk), one prompt, tokens decoded greedily. Each peer is a process of its own that stays loaded; the peers
+take turns, round by round, so that what else the machine does meets them all. A ratio is taken within a
+round, and the median of the rounds counts. The bandwidth is that of reading memory with every core, in the
+same rounds; a peer's ceiling is that bandwidth by the bytes of the weights that a token reads.
 
 llama.cpp is another environment, built for this machine:
 
@@ -47,7 +47,6 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.config import load_config
 from qwen_export.export import export
 from qwen_profiles.schema import Profile, load_profile
 from rich.console import Console
@@ -55,7 +54,7 @@ from rich.table import Table
 
 from benchmarks.builder import build, wrap
 from benchmarks.export import peak_bytes
-from benchmarks.geometry import GEOMETRIES, write_checkpoint
+from benchmarks.geometry import GEOMETRIES, generated_checkpoint, write_checkpoint
 from benchmarks.support.artifacts import Quiet
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
@@ -132,10 +131,10 @@ def resident(pid: int) -> dict[str, int]:
     return {kind: 1024 * int(lines[key].split()[0]) for kind, key in MEMORY.items()}
 
 
-def bytes_read(checkpoint: Path, profile: Profile) -> int:
+def bytes_read(checkpoint: Checkpoint, profile: Profile) -> int:
     """Bytes of the weights that a token needs: of routed experts the chosen ones, no untied embedding."""
-    config = load_config(checkpoint)
-    sizes = build_graphs(Checkpoint.open(str(checkpoint)), profile).bytes_by_role()
+    config = checkpoint.config
+    sizes = build_graphs(checkpoint, profile).bytes_by_role()
     if not config.tie_word_embeddings:
         sizes.pop("embedding")
     if isinstance(config, MoeTextConfig):
@@ -196,23 +195,25 @@ def profiles(names: list[str]) -> Iterator[tuple[str, Profile]]:
 
 def prepare(asked: argparse.Namespace, folder: Path) -> list[Peer]:
     """Make what each peer reads and is not there yet. The bandwidth comes first."""
-    checkpoint = folder / "checkpoint"
-    if not checkpoint.exists():
-        copy_tokenizer(TINY, write_checkpoint(checkpoint, GEOMETRIES[asked.size]))
+    root = folder / "checkpoint"
+    checkpoint = generated_checkpoint(root, GEOMETRIES[asked.size])
+    copy_tokenizer(TINY, root)
+    if (asked.openvino or asked.builder) and not list(root.glob("*.safetensors")):
+        write_checkpoint(root, GEOMETRIES[asked.size])
     peers = [Peer(BANDWIDTH, [sys.executable, "-m", "benchmarks.peers.bandwidth"])]
     for name, profile in profiles(asked.profiles):
         output = folder / name
         if not output.exists():
-            export(Checkpoint.open(str(checkpoint)), profile, output, Quiet())
+            export(checkpoint, profile, output, Quiet())
         peers.append(onnx_peer(name, output, asked, bytes_read(checkpoint, profile)))
     if asked.llama:
-        peers.extend(llama_peers(folder, load_config(checkpoint), asked))
+        peers.extend(llama_peers(folder, checkpoint.config, asked))
     if asked.openvino:
-        peers.append(openvino_peer(checkpoint, folder / "openvino", asked))
+        peers.append(openvino_peer(root, folder / "openvino", asked))
     if asked.builder:
         built = folder / "built"
         if not built.exists():
-            build(wrap(checkpoint, folder / "wrapped"), built)
+            build(wrap(root, folder / "wrapped"), built)
         peers.append(onnx_peer("builder, default", built, asked, file_bytes(built)))
     for text in asked.peer:
         name, _, command = text.partition("=")

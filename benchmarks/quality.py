@@ -60,9 +60,11 @@ BUILDER = {
     "builder, block 128": ["block_size=128"],
 }
 
-# Of llama.cpp's, with an importance matrix and without; IQ2 and IQ3_XXS want one.
-LLAMA = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "MXFP4_MOE", "Q3_K_M", "Q2_K")
-LLAMA_IMPORTANCE = ("Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_XS", "IQ2_XXS")
+# Forms of llama.cpp. Rows are joined for those whose superblocks a tiny model's rows do not fill, with an
+# importance matrix and without; IQ2 and IQ3_XXS want one.
+LLAMA = ("Q8_0", "Q4_K_M", "Q4_0", "MXFP4_MOE", "Q2_K")
+LLAMA_JOINED = ("Q4_K_M", "Q3_K_M", "Q2_K")
+LLAMA_IMPORTANCE = ("Q4_K_M", "Q3_K_M", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XS", "IQ2_XXS")
 
 
 def uniform(precision: str, block: int, symmetric: bool) -> Profile:
@@ -139,20 +141,15 @@ def llama(
     assert isinstance(config, MoeTextConfig)
     original = {name: value.clone() for name, value in model.state_dict().items()}
     matrix = importance(model, calibration_samples(checkpoint, None, SAMPLES))
-    cases = [(form, joined, False) for joined in (False, True) for form in LLAMA]
+    cases = [(form, False, False) for form in LLAMA]
+    cases += [(form, True, False) for form in LLAMA_JOINED]
     cases += [(form, True, True) for form in LLAMA_IMPORTANCE]
-    seen: set[tuple[str, ...]] = set()
     for form, joined, important in cases:
         name = f"llama.cpp {form}{', importance matrix' * important}{', rows joined' * joined}"
         with tempfile.TemporaryDirectory() as work:
             found = quantized(python, form, model, config, Path(work), joined, matrix if important else None)
-        types = ", ".join(
-            f"{kind} {count / found.types.total():.0%}" for kind, count in found.types.most_common()
-        )
-        print(f"{name}: {types}")
-        if joined and not important and (form, types) in seen:
-            continue  # its blocks fit as they were
-        seen.add((form, types))
+        parts = (f"{count / found.types.total():.0%} {kind}" for kind, count in found.types.most_common())
+        print(f"{name}: {', '.join(parts)}", flush=True)
         model.load_state_dict(found.weights, strict=False)
         yield name, {"bytes": found.bytes, **divergence(logits(model, texts), texts, reference)}
         model.load_state_dict(original)

@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_MOE_128, TINY_VL
 from tests.checkpoints.corpus import HELD_OUT
 from tests.support.random_checkpoints import load_tensors
 
 CLASSES = {
     TINY: "Qwen3_5ForCausalLM",
     TINY_MOE: "Qwen3_5MoeForCausalLM",
+    TINY_MOE_128: "Qwen3_5MoeForCausalLM",
     TINY_VL: "Qwen3_5ForConditionalGeneration",
 }
 every = pytest.mark.parametrize("folder", CLASSES, ids=lambda folder: folder.name)
@@ -27,13 +28,13 @@ every = pytest.mark.parametrize("folder", CLASSES, ids=lambda folder: folder.nam
 
 @every
 def test_size_and_layout(folder: Path) -> None:
-    assert (folder / "model.safetensors").stat().st_size <= 8_000_000
+    most = 30_000_000 if folder == TINY_MOE_128 else 8_000_000
+    assert (folder / "model.safetensors").stat().st_size <= most
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == [CLASSES[folder]]
     text = config.get("text_config", config)
-    assert text["layer_types"] == [*["linear_attention"] * 3, "full_attention"] * (
-        text["num_hidden_layers"] // 4
-    )
+    group = [*["linear_attention"] * (1 if folder == TINY_MOE_128 else 3), "full_attention"]
+    assert text["layer_types"] == group * (text["num_hidden_layers"] // len(group))
     assert config["tie_word_embeddings"]
     assert text["linear_num_value_heads"] == 2 * text["linear_num_key_heads"]
     dtypes = {name: tensor.dtype for name, tensor in load_tensors(folder).items()}
@@ -62,7 +63,7 @@ def test_held_out_text_is_in_no_other_topic() -> None:
     assert [part for part in paragraphs if part.strip() in trained] == []
 
 
-@pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [TINY, TINY_MOE, TINY_MOE_128], ids=lambda folder: folder.name)
 def test_it_learned_the_text(folder: Path) -> None:
     """Perplexity on held-out text; token frequencies alone give 620, an untrained model 2100."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -103,19 +104,21 @@ def answer(folder: Path, question: str) -> str:
     return str(tokenizer.decode(found, skip_special_tokens=True))
 
 
-def test_every_expert_is_used() -> None:
-    """On held-out text each layer's experts together, and each expert in some layer."""
-    model = AutoModelForCausalLM.from_pretrained(TINY_MOE, dtype=torch.float32).eval()
+@pytest.mark.parametrize(("folder", "least"), [(TINY_MOE, 1), (TINY_MOE_128, 0.9)], ids=["8", "128"])
+def test_experts_are_used(folder: Path, least: float) -> None:
+    """On 1024 tokens of held-out text, of the experts of each layer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     counts: list[torch.Tensor] = []
 
     def count(_gate, _inputs, outputs) -> None:
-        counts.append(torch.bincount(outputs[2].flatten(), minlength=8))
+        counts.append(torch.bincount(outputs[2].flatten(), minlength=model.config.num_experts))
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(count)
     text = (TINY.parent / "eval.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(TINY_MOE)(text)["input_ids"][:1024]
+    ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:1024]
     with torch.no_grad():
         model(torch.tensor(ids).reshape(4, 256))
-    assert all((layer > 0).all() for layer in counts)
-    assert torch.stack(counts).float().mean(0).min() > 0.02 * 2 * 1024
+    assert min((layer > 0).float().mean() for layer in counts) >= least
+    if least == 1:  # and each expert in some layer
+        assert torch.stack(counts).float().mean(0).min() > 0.02 * 2 * 1024
