@@ -59,6 +59,11 @@ def export(
             )
         checkpoint = replace(checkpoint, config=config)
         profile = profile.model_copy(update={"context_length": max_context})
+    elif profile.context_length > (limit := checkpoint.config.positions):
+        progress.note(
+            f"the context is {limit} tokens, the checkpoint's own limit, and not {profile.context_length}: "
+            "--max-context reaches further, by YaRN"
+        )
     check_output(output, checkpoint.root, force)
     check_text_files(checkpoint)
     for note in checkpoint.notes:

@@ -105,6 +105,7 @@ def test_max_context(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path / "checkpoint", **LONG)
     code, plain, said = export_with(folder, tmp_path / "plain")
     assert (code, plain["model"]["context_length"]) == (0, 32768)  # the profile's
+    assert "the context is" not in said
     code, native, said = export_with(folder, tmp_path / "native", "--max-context", "262144")
     assert code == 0 and "YaRN" not in said
     assert native["model"]["context_length"] == native["search"]["max_length"] == 262144
@@ -118,6 +119,13 @@ def test_max_context(tmp_path: Path) -> None:
     plain_graph = (tmp_path / "plain" / "model.onnx").read_bytes()
     assert plain_graph == (tmp_path / "native" / "model.onnx").read_bytes()
     assert plain_graph != (tmp_path / "yarn" / "model.onnx").read_bytes()
+
+
+def test_context_of_a_profile_that_is_too_long(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint", **LONG)
+    code, config, said = export_with(folder, tmp_path / "artifact", "--set", "context_length=300000")
+    assert code == 0 and config["model"]["context_length"] == 262144
+    assert "the context is 262144 tokens, the checkpoint's own limit, and not 300000" in said
 
 
 def test_max_context_means_the_yarn_that_a_config_would_ask_for(tmp_path: Path) -> None:
