@@ -134,12 +134,12 @@ class States:
             common: tokens with which another text begins too.
         """
         step = self._model.alignment
-        shared = {beginning, *_landmarks(beginning, self._model.chunk_size or step)}
-        near = max((stop for stop in (start, turn, *shared) if stop <= common), default=common)
+        landmarks = _landmarks(beginning, self._model.chunk_size or step)
+        turn, *others = (stop - stop % step for stop in (turn, beginning, *landmarks))
+        near = max((stop for stop in (start, turn, *others) if stop <= common), default=common)
         if common - near >= _FORK:
-            shared.add(common)  # where one other text goes on otherwise, more may
-        wanted = {stop - stop % step: stop in shared for stop in sorted({turn, *shared})}
-        stops = {stop: shared for stop, shared in wanted.items() if start < stop <= length}
+            others.append(common - common % step)  # where one other text goes on otherwise, more may
+        stops = {stop: stop in others for stop in (turn, *others) if start < stop <= length}
         if not start and stops:
             stops[min(stops)] = True
         return stops

@@ -70,8 +70,8 @@ def test_a_conversation_goes_on_after_a_restart(artifact: Path, fresh: Model, tm
     assert first[0] == 0 < first[1] <= first[2]
     with keeping(artifact, tmp_path) as model:
         again = conversation(model, fresh, 3)
-    # The first question is not the last thing on disk, but what all conversations begin with is.
-    assert 0 < again[0] <= first[1]
+    # The last three questions are on disk.
+    assert again[0] == first[1]
     assert again[1:] >= first[1:]
 
 
@@ -125,6 +125,18 @@ def test_instructions_that_differ_near_their_end(artifact: Path, fresh: Model, t
     with keeping(artifact, keep=3) as model:  # in memory alone
         again = [answer(model, in_folder(name)).cached_tokens for name in names]
     assert again == cached
+
+
+@pytest.mark.parametrize("rest", [0, 1, 7])
+def test_where_points_are_made(rest: int, cpu_artifact: Path) -> None:
+    """A question that begins just after the instructions takes nothing from their point."""
+    with keeping(cpu_artifact) as model:
+        states = model._reader._kept  # type: ignore[attr-defined]
+    assert states._stops(5000, 0, 4096, 4096 + rest, 0) == {2048: True, 3072: True, 3584: True, 4096: True}
+    assert states._stops(5000, 3584, 4096, 4120, 3584) == {4096: True, 4120: False}
+    assert states._stops(5000, 3072, 4096, 4120, 3400) == {3400: True, 3584: True, 4096: True, 4120: False}
+    assert states._stops(5000, 3072, 4096, 4120, 3300) == {3584: True, 4096: True, 4120: False}
+    assert states._stops(300, 0, 0, 299, 0) == {296: True}
 
 
 def test_texts_that_agree_little(cpu_artifact: Path, tmp_path: Path) -> None:
