@@ -98,9 +98,8 @@ CPU = Provider(
     package="onnxruntime-genai",
     speculative=True,
     casts_float16=True,
-    weight_bits=frozenset(
-        {2, 4, 8}
-    ),  # tests/exporter/graph/test_experts_kernel.py, quantize/test_blockwise.py
+    # tests/exporter/graph/test_experts_kernel.py, tests/exporter/quantize/test_blockwise.py
+    weight_bits=frozenset({2, 4, 8}),
     # Its kernels apply SiLU value by value, several times slower than QuickGelu, which is vectorised.
     silu_inside=False,
 )

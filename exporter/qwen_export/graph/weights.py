@@ -73,6 +73,11 @@ class Weight:
         return sum(part.stop - part.start for part in self.rows)
 
     @property
+    def of_experts(self) -> bool:
+        """Each row is an expert's quantised matrix."""
+        return isinstance(self.storage, Quantization) and len(self.row_shape) == 2
+
+    @property
     def prequantized(self) -> bool:
         """Stored with the checkpoint's own codes and scales."""
         return isinstance(self.storage, Quantization) and self.storage.prequantized

@@ -17,8 +17,12 @@ import numpy as np
 _TILE_ELEMENTS = 256 * 1024
 # Candidate scales, as divisors of the block's extreme value (symmetric) and factors of its range
 # (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.
-_SYMMETRIC_DIVISORS = {2: (-2.0, 1.0), 4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
+_SYMMETRIC_DIVISORS = {4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
 _ASYMMETRIC_FACTORS = {2: (1.0,), 4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
+# Of 2 bits, as factors of the block's root mean square: its extreme value says little about the best of four
+# levels. They lose 1 to 2% to the best scale of all. The sign says on which side of 0 two of the levels lie,
+# so that a stored zero point adds nothing but for blocks that lie on one side (docs/quality.md).
+_TWO_BIT_FACTORS = (1.0, -1.0, 1.25, -1.25)
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,28 @@ class Quantized:
     zero_points: np.ndarray | None
 
 
-def quantize(weight: np.ndarray, form: Quantization, feedback: np.ndarray | None = None) -> Quantized:
+@dataclass(frozen=True)
+class Compensation:
+    """How features' errors count on real inputs, and how later ones make up for earlier ones (`gptq`).
+
+    Attributes:
+        feedback: float32 [K, K], strictly lower triangular. Row k says what feature k makes up for of the
+            errors of those before it.
+        importance: float32 [K]: what a squared error of feature k costs that no later one makes up for.
+    """
+
+    feedback: np.ndarray
+    importance: np.ndarray
+
+
+def quantize(weight: np.ndarray, form: Quantization, compensation: Compensation | None = None) -> Quantized:
     """Quantise `weight` [N, K] in bfloat16, float16 or float32, all finite. Rows are independent.
 
     Args:
-        feedback: float32 [K, K], strictly lower triangular. Row k says what feature k makes up for of the
-            errors of those before it (`gptq`). None: every code is the nearest.
+        compensation: None: every code is the nearest.
     """
-    if feedback is not None:
-        return _quantize_in_order(weight, form, feedback)
+    if compensation is not None:
+        return _quantize_in_order(weight, form, compensation)
     n, k = weight.shape
     blocks = form.blocks(k)
     packed = np.empty(form.packed_shape(n, k), np.uint8)
@@ -86,12 +103,16 @@ def quantize(weight: np.ndarray, form: Quantization, feedback: np.ndarray | None
     return Quantized(packed, scales, None if form.symmetric else pack_codes(zeros, form.bits))
 
 
-def _quantize_in_order(weight: np.ndarray, form: Quantization, feedback: np.ndarray) -> Quantized:
+def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Compensation) -> Quantized:
     """Feature by feature: each is rounded with what the errors before it leave to it.
 
-    A block's scale is fitted to what its features would be, could they make up exactly for all before.
+    A block's scale is fitted to what its features would be, could they make up exactly for all before; each
+    counts as much as it is important.
     """
     n, k = weight.shape
+    feedback = compensation.feedback
+    importance = np.zeros(form.blocks(k) * form.block_size, np.float32)
+    importance[:k] = compensation.importance
     blocks, levels = form.blocks(k), (1 << form.bits) - 1
     exact = np.ascontiguousarray(weight.T, np.float32)
     errors = np.empty_like(exact)
@@ -106,7 +127,7 @@ def _quantize_in_order(weight: np.ndarray, form: Quantization, feedback: np.ndar
         wanted[: stop - start] = exact[start:stop] + np.linalg.solve(
             np.eye(stop - start, dtype=np.float32) + within, left
         )
-        _, scales[block], zeros[block] = _fit(wanted, form)
+        _, scales[block], zeros[block] = _fit(wanted, form, importance[start : start + form.block_size])
         scale, zero = scales[block].astype(np.float32), zeros[block].astype(np.float32)
         codes[start : start + form.block_size] = zeros[block]  # what K is padded with means 0
         left += exact[start:stop]
@@ -145,22 +166,29 @@ def _blocks_as_columns(weight: np.ndarray, form: Quantization) -> np.ndarray:
     return np.ascontiguousarray(columns, np.float32)
 
 
-def _fit(tile: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fit(
+    tile: np.ndarray, form: Quantization, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes uint8 [block_size, blocks], scales and zero points [blocks].
 
     For codes q (zero point subtracted) the best scale is s = <w, q> / <q, q>, with the squared error
-    |w|^2 - <w, q>^2 / <q, q>, so candidates are compared without dequantising.
+    |w|^2 - <w, q>^2 / <q, q>, so candidates are compared without dequantising. Of features that differ in
+    `importance` [block_size] the products are weighted sums.
     """
     levels = (1 << form.bits) - 1
+
+    def summed(products: np.ndarray) -> np.ndarray:
+        return products.sum(axis=0) if importance is None else importance @ products
+
     codes, product = np.empty_like(tile), np.empty_like(tile)
     best_gain = np.full(tile.shape[1], -1.0, np.float32)
     best_scale = np.ones(tile.shape[1], np.float32)
     best_zero = np.full(tile.shape[1], 1 << (form.bits - 1), np.float32)
     for scale, zero in _candidates(tile, form):
         _round(tile, scale, zero, levels, codes)
-        overlap = np.multiply(tile, codes, out=product).sum(axis=0)
-        length = np.multiply(codes, codes, out=product).sum(axis=0)
-        fitted = overlap / np.maximum(length, 1)
+        overlap = summed(np.multiply(tile, codes, out=product))
+        length = summed(np.multiply(codes, codes, out=product))
+        fitted = overlap / np.where(length > 0, length, 1)
         gain = overlap * fitted
         better = (gain > best_gain) & (length > 0)
         np.copyto(best_gain, gain, where=better)
@@ -175,6 +203,13 @@ def _fit(tile: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, 
 
 def _candidates(tile: np.ndarray, form: Quantization) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Scales and zero points [blocks] worth trying."""
+    if form.bits == 2:
+        spread = np.sqrt(np.square(tile).mean(axis=0))
+        zero = np.full_like(spread, 2)
+        for factor in _TWO_BIT_FACTORS:
+            yield _nonzero(spread * np.float32(factor)), zero
+        if form.symmetric:
+            return
     high, low = tile.max(axis=0), tile.min(axis=0)
     if form.symmetric:
         # One more code lies below the zero point than above: the extreme value goes there, whatever its

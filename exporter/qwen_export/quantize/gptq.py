@@ -5,6 +5,9 @@ features go together, one feature's error can be made up for by the next: featur
 earlier errors leave to it, E[:, :k] F[k, :k]^T. The F that leaves the least comes from the factor of
 H = X^T X = (F^T + I) D (F^T + I)^T.
 
+An expert's inputs are the tokens that the router sends to it. Where they are few, chance decides what goes
+together, so that the mean product of all experts' inputs counts as some tokens more.
+
 The model runs in float32, layer by layer, on calibration text; memory holds one layer's activations and H's.
 Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is the same codes by this factor.
 """
@@ -22,44 +25,49 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.tensor import CheckpointTensor
 from qwen_export.graph.weights import PlacedWeight, Weight
-from qwen_export.quantize.blockwise import Quantization
+from qwen_export.quantize.blockwise import Compensation, Quantization
 from qwen_export.reference import Weights
 
-# Finds the feedback that the codes of a checkpoint's tensor are made with (`quantize`). It may take long, so
-# it is asked for only where a weight is still to be written.
-Feedback = Callable[[str], np.ndarray | None]
+# Finds what the codes of a checkpoint's tensor are made with (`quantize`); of stacked experts, of one.
+# It may take long, so it is asked for only where a weight is still to be written.
+Compensations = Callable[[str, int | None], Compensation | None]
 
 SAMPLES = 64  # of calibration text, at most
 # What a text says about how K features go together is partly chance, the more the shorter it is: this times
 # K / tokens is added to H's diagonal, as a share of its mean. Measured in docs/quality.md.
 _DAMPING = 3.0
+# As so many tokens of an expert's own counts what all experts of its layer are given. Measured there too.
+_SHARED_TOKENS = 128
 
 
-def nearest(tensor: str) -> None:
-    """No feedback: every code is the nearest."""
+def nearest(tensor: str, expert: int | None) -> None:
+    """Every code is the nearest."""
 
 
-def feedback(gram: np.ndarray, tokens: int) -> np.ndarray:
-    """F, float32 [K, K], strictly lower triangular, for inputs X [tokens, K] with `gram` = X^T X [K, K]."""
+def compensation(gram: np.ndarray, tokens: int) -> Compensation:
+    """F and D for inputs X [tokens, K] with `gram` = X^T X, float32 [K, K]."""
     damped = gram.astype(np.float64)
     size = len(damped)
     mean = np.trace(damped) / size
     if mean == 0:  # nothing ever comes in
-        return np.zeros_like(gram, np.float32)
+        return Compensation(np.zeros_like(gram, np.float32), np.ones(size, np.float32))
     damped[np.diag_indices_from(damped)] += mean * _DAMPING * size / tokens
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     del damped  # K may be 17408, and this 2.4 GB
-    upper /= np.diag(upper).copy()
-    return np.tril(upper.T.astype(np.float32), -1)
+    roots = np.diag(upper).copy()
+    upper /= roots
+    return Compensation(
+        np.tril(upper.T.astype(np.float32), -1), np.square(roots / roots.max()).astype(np.float32)
+    )
 
 
-def with_feedbacks(
+def with_compensations(
     config: TextConfig,
     tensors: Mapping[str, CheckpointTensor],
     weights: Sequence[PlacedWeight],
     samples: np.ndarray,
-) -> Iterator[tuple[PlacedWeight, Feedback]]:
-    """All of `weights`, in the order in which the model runs, with what finds the feedbacks of its tensors.
+) -> Iterator[tuple[PlacedWeight, Compensations]]:
+    """All of `weights`, in the order in which the model runs, with what finds their tensors' compensations.
 
     The vision tower and the MTP head have none: calibration text does not go through them.
 
@@ -80,13 +88,13 @@ def with_feedbacks(
     hidden = reference.embed(config, Weights(tensors), samples)
     for index in range(max(by_layer, default=-1) + 1):
         watched = _Watched(tensors)
-        with np.errstate(over="ignore", invalid="ignore"):  # reported when feedback is asked for
+        with np.errstate(over="ignore", invalid="ignore"):  # reported when one is asked for
             if index < config.num_hidden_layers:
                 hidden = reference.layer(config, watched, index, hidden)
             else:
                 watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
         for placed in by_layer.get(index, []):
-            yield placed, watched.feedback
+            yield placed, watched.compensation
 
 
 def _layer(config: TextConfig, weight: Weight) -> int | None:
@@ -101,17 +109,21 @@ def _layer(config: TextConfig, weight: Weight) -> int | None:
 
 
 class _Watched(Weights):
-    """Weights that sum up X^T X of what comes in; of experts, what comes in to any of them."""
+    """Weights that sum up X^T X of what comes in; of experts, what comes in to any of them, and keep what
+    comes in to each."""
 
     def __init__(self, tensors: Mapping[str, CheckpointTensor]) -> None:
         super().__init__(tensors)
         self._grams: dict[str, np.ndarray] = {}
         self._tokens: Counter[str] = Counter()
-        self._feedbacks: dict[int, np.ndarray] = {}  # by the gram's id
+        self._inputs: dict[tuple[str, int], np.ndarray] = {}  # by tensor and expert
+        self._compensations: dict[int, Compensation] = {}  # by the gram's id
         self._last: tuple[np.ndarray, np.ndarray] | None = None
 
     def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
         self.watch(name, x)
+        if expert is not None:
+            self._inputs[name, expert] = x
         return super().linear(name, x, expert)
 
     def watch(self, name: str, x: np.ndarray) -> None:
@@ -122,13 +134,17 @@ class _Watched(Weights):
         self._grams[name] = self._grams[name] + gram if name in self._grams else gram
         self._tokens[name] += x.size // x.shape[-1]
 
-    def feedback(self, name: str) -> np.ndarray:
-        gram = self._grams[name]
-        if id(gram) not in self._feedbacks:
-            if not np.isfinite(gram).all():
-                raise UserError(
-                    f"the inputs of {name} overflow on the calibration text: "
-                    "export with --set compression=data-free"
-                )
-            self._feedbacks[id(gram)] = feedback(gram, self._tokens[name])
-        return self._feedbacks[id(gram)]
+    def compensation(self, name: str, expert: int | None = None) -> Compensation:
+        gram, tokens = self._grams[name], self._tokens[name]
+        if not np.isfinite(gram).all():
+            raise UserError(
+                f"the inputs of {name} overflow on the calibration text: "
+                "export with --set compression=data-free"
+            )
+        if expert is not None:
+            own = self._inputs.get((name, expert), gram[:0])
+            gram = own.T @ own + gram * np.float32(_SHARED_TOKENS / tokens)
+            return compensation(gram, len(own) + _SHARED_TOKENS)
+        if id(gram) not in self._compensations:
+            self._compensations[id(gram)] = compensation(gram, tokens)
+        return self._compensations[id(gram)]

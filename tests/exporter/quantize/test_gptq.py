@@ -15,9 +15,9 @@ from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_export.quantize import gptq
-from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
+from qwen_export.quantize.blockwise import Compensation, Quantization, dequantize, quantize
 from qwen_export.quantize.calibration import calibration_samples
-from qwen_export.quantize.gptq import SAMPLES, feedback, with_feedbacks
+from qwen_export.quantize.gptq import SAMPLES, compensation, with_compensations
 from qwen_profiles.schema import load_profile
 from transformers import AutoModelForCausalLM
 
@@ -30,8 +30,8 @@ from tests.support.quantized_checkpoints import write_quantized_checkpoint
 from tests.support.random_checkpoints import load_tensors, save_shards
 
 FORMS = [
-    Quantization(4, block, symmetric, np.dtype(np.float32))
-    for block, symmetric in product((16, 32, 64, 128), (True, False))
+    Quantization(bits, block, symmetric, np.dtype(np.float32))
+    for bits, block, symmetric in product((2, 4), (16, 32, 64, 128), (True, False))
 ]
 
 
@@ -44,18 +44,25 @@ def correlated(tokens: int, k: int, seed: int = 0) -> np.ndarray:
 
 
 def published(weight: np.ndarray, form: Quantization, gram: np.ndarray) -> np.ndarray:
-    """Frantar et al.'s loop, in float64: every error is spread over all features that are still to come."""
+    """Frantar et al.'s loop, in float64: every error is spread over all features that are still to come. A
+    block's scale is fitted as ours is, by what an error costs that is not made up for: 1 / inverse^2."""
     inverse = np.linalg.cholesky(np.linalg.inv(gram)).T
     weight, result = weight.astype(np.float64), np.empty(weight.shape)
-    k = weight.shape[1]
+    k, levels = weight.shape[1], 2**form.bits - 1
+    costs = np.diag(inverse) ** -2.0
     for start in range(0, k, form.block_size):
         stop = min(start + form.block_size, k)
         block = np.pad(weight[:, start:stop], ((0, 0), (0, form.block_size - (stop - start))))
-        fitted = quantize(block.astype(np.float32), form)
+        alone = np.pad(costs[start:stop], (0, form.block_size - (stop - start)))
+        nothing = np.zeros((form.block_size, form.block_size), np.float32)
+        fitted = quantize(block.astype(np.float32), form, Compensation(nothing, np.float32(alone)))
         scale = fitted.scales[:, 0].astype(np.float64)
-        zero = 8.0 if fitted.zero_points is None else (fitted.zero_points[:, 0] & 15).astype(np.float64)
+        middle = 2.0 ** (form.bits - 1)
+        zero = (
+            middle if fitted.zero_points is None else (fitted.zero_points[:, 0] & levels).astype(np.float64)
+        )
         for feature in range(start, stop):
-            code = np.clip(np.rint(weight[:, feature] / scale) + zero, 0, 15)
+            code = np.clip(np.rint(weight[:, feature] / scale) + zero, 0, levels)
             result[:, feature] = (code - zero) * scale
             error = (weight[:, feature] - result[:, feature]) / inverse[feature, feature]
             weight[:, feature:] -= np.outer(error, inverse[feature, feature:])
@@ -69,7 +76,7 @@ def test_the_codes_are_the_published_algorithms(form: Quantization, k: int) -> N
     x = correlated(600, k)
     gram = x.T @ x
     damped = gram + np.eye(k) * np.trace(gram) / k * gptq._DAMPING * k / len(x)
-    ours = dequantize(quantize(weight, form, feedback(gram, len(x))), k, form)
+    ours = dequantize(quantize(weight, form, compensation(gram, len(x))), k, form)
     theirs = published(weight, form, damped)
     # A value halfway between two codes may be rounded either way, and what follows in its row differs.
     same = np.isclose(ours, theirs, atol=1e-4).all(axis=1)
@@ -82,7 +89,7 @@ def test_the_codes_are_the_published_algorithms(form: Quantization, k: int) -> N
 def test_the_error_of_the_output_falls(form: Quantization) -> None:
     weight = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
     seen, unseen = correlated(2048, 256), correlated(2048, 256)[::-1] * np.float32(1.5)
-    codes = quantize(weight, form, feedback(seen.T @ seen, len(seen)))
+    codes = quantize(weight, form, compensation(seen.T @ seen, len(seen)))
     nearest, ours = (
         np.square((dequantize(found, 256, form) - weight) @ unseen.T).sum()
         for found in (quantize(weight, form), codes)
@@ -93,12 +100,34 @@ def test_the_error_of_the_output_falls(form: Quantization) -> None:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_without_anything_to_make_up_for_the_codes_are_the_nearest(form: Quantization) -> None:
     weight = np.random.default_rng(3).standard_normal((24, 200)).astype(np.float32)
-    for nothing in (np.zeros((200, 200), np.float32), np.diag(np.arange(200)).astype(np.float32)):
-        found, nearest = quantize(weight, form, feedback(nothing, 10)), quantize(weight, form)
-        np.testing.assert_array_equal(found.packed, nearest.packed)
-        np.testing.assert_array_equal(found.scales, nearest.scales)
-        if not form.symmetric:
-            np.testing.assert_array_equal(found.zero_points, nearest.zero_points)
+    found, nearest = (
+        quantize(weight, form, compensation(np.zeros((200, 200), np.float32), 10)),
+        quantize(weight, form),
+    )
+    np.testing.assert_array_equal(found.packed, nearest.packed)
+    np.testing.assert_allclose(found.scales, nearest.scales, rtol=1e-6)
+    if not form.symmetric:
+        np.testing.assert_array_equal(found.zero_points, nearest.zero_points)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_scale_is_fitted_to_the_features_that_matter(form: Quantization) -> None:
+    """Inputs that do not go together, a few of them a hundred times as large as the others."""
+    weight = np.random.default_rng(3).standard_normal((24, 256)).astype(np.float32)
+    sizes = np.where(np.random.default_rng(4).random(256) < 0.05, 100, 1).astype(np.float32)
+    found, nearest = quantize(weight, form, compensation(np.diag(sizes**2), 10**9)), quantize(weight, form)
+    errors = [np.square((dequantize(q, 256, form) - weight) * sizes).sum() for q in (found, nearest)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_an_expert_that_no_token_chose_has_the_layers_product() -> None:
+    inputs = correlated(4000, 64)
+    watched = gptq._Watched({})
+    watched.watch("experts", inputs)
+    found = watched.compensation("experts", 5)
+    expected = compensation(inputs.T @ inputs * np.float32(gptq._SHARED_TOKENS / 4000), gptq._SHARED_TOKENS)
+    np.testing.assert_allclose(found.feedback, expected.feedback, atol=1e-6)
+    np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-5)
 
 
 @pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=["dense", "experts"])
@@ -125,19 +154,25 @@ def test_inputs_are_what_transformers_projections_are_given(
     grams["model.embed_tokens.weight"] = grams.pop("lm_head.weight")
 
     # What is handed on as the feedback is then the products themselves.
-    monkeypatch.setattr(gptq, "feedback", lambda gram, tokens: (gram, tokens))
+    monkeypatch.setattr(gptq, "compensation", lambda gram, tokens: (gram, tokens))
     profile = load_profile("cpu-int4")
     placed = build_graphs(checkpoint, profile, mtp=False).placed
-    found = list(with_feedbacks(checkpoint.config, checkpoint.tensors, placed, text))
+    found = list(with_compensations(checkpoint.config, checkpoint.tensors, placed, text))
     assert {weight.name for (weight, _), _ in found} == {weight.name for weight, _ in placed}
     compared = 0
     for (weight, _), products in found:
         for name in {rows.tensor for rows in weight.rows}:
-            if (product := products(name)) is None:
+            if (product := products(name, None)) is None:
                 continue
             gram, tokens = product
             if "experts." in name and "shared" not in name:
                 assert tokens == text.size * checkpoint.config.num_experts_per_tok
+                own = [products(name, expert) for expert in range(checkpoint.config.num_experts)]
+                prior = gptq._SHARED_TOKENS
+                assert sum(count - prior for _, count in own) == tokens
+                mean = gram * (prior * len(own) / tokens)
+                total = sum(one for one, _ in own)
+                np.testing.assert_allclose(total - mean, gram, atol=1e-4 * np.abs(gram).max())
                 continue
             expected, count = grams[name]
             assert tokens == count

@@ -24,7 +24,7 @@ from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
-from qwen_export.backends.onnx.stream import WithFeedback, source_bytes, write_weights
+from qwen_export.backends.onnx.stream import Compensated, source_bytes, write_weights
 from qwen_export.backends.onnx.switched import check_switched, write_switched
 from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -33,7 +33,7 @@ from qwen_export.graph.builder import DATA_FILE
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import calibration_samples
-from qwen_export.quantize.gptq import SAMPLES, nearest, with_feedbacks
+from qwen_export.quantize.gptq import SAMPLES, nearest, with_compensations
 
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
@@ -65,10 +65,10 @@ def _write(
     _check_space(data, graphs.data_bytes)
 
     progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in graphs.placed))
-    weights: Iterable[WithFeedback] = ((placed, nearest) for placed in graphs.placed)
+    weights: Iterable[Compensated] = ((placed, nearest) for placed in graphs.placed)
     if text is not None:
         progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
-        weights = with_feedbacks(checkpoint.config, checkpoint.tensors, graphs.placed, text)
+        weights = with_compensations(checkpoint.config, checkpoint.tensors, graphs.placed, text)
     write_weights(checkpoint, weights, data, graphs.data_bytes, journal, progress.advance)
 
     copy_files(checkpoint.root, staged)

@@ -22,11 +22,11 @@ from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensor import PrequantizedTensor
 from qwen_export.graph.weights import ExternalTensor, PlacedWeight, Rows, Weight
-from qwen_export.quantize.blockwise import Quantization, quantize
-from qwen_export.quantize.gptq import Feedback
+from qwen_export.quantize.blockwise import Compensation, Quantization, quantize
+from qwen_export.quantize.gptq import Compensations
 
-# A weight, its place, and what finds the feedbacks of its codes.
-WithFeedback = tuple[PlacedWeight, Feedback]
+# A weight, its place, and what finds how its codes make up for each other.
+Compensated = tuple[PlacedWeight, Compensations]
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
 _SYNC_BYTES = 32 * 1024 * 1024
@@ -35,13 +35,16 @@ _WORKERS = os.cpu_count() or 1
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of one checkpoint tensor, and the row of the stored weight where they begin."""
+    """Rows of one checkpoint tensor, and the row of the stored weight where they begin; of experts, one."""
 
     weight: Weight
     tensors: Sequence[ExternalTensor]
     rows: Rows
     first_row: int
-    feedback: np.ndarray | None
+
+    @property
+    def expert(self) -> int | None:
+        return self.rows.start if self.weight.of_experts else None
 
 
 def source_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
@@ -56,7 +59,7 @@ def _bytes(checkpoint: Checkpoint, rows: Rows) -> int:
 
 def write_weights(
     checkpoint: Checkpoint,
-    weights: Iterable[WithFeedback],
+    weights: Iterable[Compensated],
     path: Path,
     size: int,
     journal: Journal,
@@ -93,20 +96,20 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _remaining(
-    weights: Iterable[WithFeedback],
+    weights: Iterable[Compensated],
     journal: Journal,
     checkpoint: Checkpoint,
     advance: Callable[[int], None],
-) -> Iterator[WithFeedback]:
-    for placed, feedback in weights:
+) -> Iterator[Compensated]:
+    for placed, compensations in weights:
         if placed.weight.name in journal.done:
             advance(source_bytes(checkpoint, placed.weight))
         else:
-            yield placed, feedback
+            yield placed, compensations
 
 
 def _finished(
-    checkpoint: Checkpoint, weights: Iterator[WithFeedback], file: BinaryIO, advance: Callable[[int], None]
+    checkpoint: Checkpoint, weights: Iterator[Compensated], file: BinaryIO, advance: Callable[[int], None]
 ) -> Iterator[Weight]:
     """Convert pieces in worker threads, a bounded number at a time; yield each weight once it is whole."""
     lock = threading.Lock()
@@ -125,33 +128,39 @@ def _finished(
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for (weight, tensors), feedback in weights:
-                pieces = list(_pieces(weight, tensors, feedback))
+            for (weight, tensors), compensations in weights:
+                pieces = list(_pieces(weight, tensors))
                 open_pieces[weight.name] = len(pieces)
                 for piece in pieces:
-                    running[pool.submit(_convert, checkpoint, piece, file, lock)] = weight
+                    found = compensations(piece.rows.tensor, piece.expert)
+                    running[pool.submit(_convert, checkpoint, piece, found, file, lock)] = weight
                     yield from collect(limit=2 * _WORKERS)
             yield from collect(limit=0)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(weight: Weight, tensors: Sequence[ExternalTensor], feedback: Feedback) -> Iterator[_Piece]:
+def _pieces(weight: Weight, tensors: Sequence[ExternalTensor]) -> Iterator[_Piece]:
     row = int(np.prod(weight.row_shape, dtype=np.int64))
-    step = max(1, _PIECE_ELEMENTS // row)
+    step = 1 if weight.of_experts else max(1, _PIECE_ELEMENTS // row)
     first_row = 0
     for part in weight.rows:
-        found = feedback(part.tensor)
         for start in range(part.start, part.stop, step):
             stop = min(start + step, part.stop)
-            yield _Piece(weight, tensors, Rows(part.tensor, start, stop), first_row, found)
+            yield _Piece(weight, tensors, Rows(part.tensor, start, stop), first_row)
             first_row += stop - start
 
 
-def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: threading.Lock) -> int:
+def _convert(
+    checkpoint: Checkpoint,
+    piece: _Piece,
+    compensation: Compensation | None,
+    file: BinaryIO,
+    lock: threading.Lock,
+) -> int:
     """Take one piece to its place; returns the checkpoint bytes read."""
     count = piece.rows.stop - piece.rows.start
-    for tensor, part in zip(piece.tensors, _stored_form(checkpoint, piece), strict=True):
+    for tensor, part in zip(piece.tensors, _stored_form(checkpoint, piece, compensation), strict=True):
         row_bytes = tensor.nbytes // piece.weight.row_count
         assert part.nbytes == count * row_bytes
         stripes = part.reshape(1, -1)
@@ -166,7 +175,9 @@ def _convert(checkpoint: Checkpoint, piece: _Piece, file: BinaryIO, lock: thread
     return _bytes(checkpoint, piece.rows)
 
 
-def _stored_form(checkpoint: Checkpoint, piece: _Piece) -> list[np.ndarray]:
+def _stored_form(
+    checkpoint: Checkpoint, piece: _Piece, compensation: Compensation | None
+) -> list[np.ndarray]:
     """The piece as the arrays that its weight's `layout()` names, contiguous."""
     weight, (tensor, start, stop) = piece.weight, astuple(piece.rows)
     if isinstance(weight.storage, Quantization) and weight.prequantized:
@@ -180,7 +191,7 @@ def _stored_form(checkpoint: Checkpoint, piece: _Piece) -> list[np.ndarray]:
     if weight.transform is not None:
         rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):
-        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage, piece.feedback)
+        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage, compensation)
         arrays = [quantized.packed, quantized.scales, quantized.zero_points]
         return [np.ascontiguousarray(array) for array in arrays if array is not None]
     with np.errstate(over="ignore"):  # reported below
