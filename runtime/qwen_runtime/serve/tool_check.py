@@ -7,9 +7,14 @@ is there, as with forms of answers. A tool that is `strict` promises that argume
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
+
+import regex
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from qwen_runtime.grammar_schema import inside, left_out
 from qwen_runtime.serve.errors import ApiError
@@ -50,10 +55,33 @@ def _prepared(text: str, strict: bool, field: str) -> tuple[Mapping[str, Any], A
     given = json.loads(text)
     schema = given if strict else _proper(given)
     draft = check_schema(schema, field)
+    resolver = Registry().resolver_with_root(DRAFT202012.create_resource(schema))
+    if broken := next(_broken(schema, resolver.lookup), None):
+        raise ApiError(400, f"{field}: {broken}", code="invalid_json_schema", parameter=field)
     if strict and (keyword := next(left_out(schema), None)):
         message = f"strict: no grammar carries all of '{keyword}': leave it out, or leave strict off"
         raise ApiError(400, f"{field}: {message}", code="invalid_json_schema", parameter=field)
     return schema, draft, narrowed(schema, draft, field)
+
+
+def _broken(schema: Any, lookup: Callable[[str], Any]) -> Iterator[str]:
+    """References that lead nowhere, and patterns that are no regular expressions."""
+    if not isinstance(schema, Mapping):
+        return
+    if isinstance(reference := schema.get("$ref"), str):
+        try:
+            lookup(reference)
+        except Unresolvable:
+            yield f"$ref to '{reference[:100]}', which is not there"
+    if isinstance(pattern := schema.get("pattern"), str):
+        try:
+            regex.compile(pattern)
+        except regex.error as error:
+            yield f"'{pattern[:100]}' is no regular expression: {error.msg}"
+    found: list[Any] = []
+    inside(schema, found.append)
+    for each in found:
+        yield from _broken(each, lookup)
 
 
 def _proper(schema: Any) -> Any:

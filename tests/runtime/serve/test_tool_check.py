@@ -125,6 +125,8 @@ def test_strict_function_beside_others() -> None:
         (object_of(a={"type": "int"}), "'int' is not valid"),
         (object_of(a={"enum": ["a", "b"], "minLength": 2}), r'no value of \["a", "b"\] fits'),
         (object_of(a={"$ref": "https://x.org/b"}), "nothing is fetched"),
+        (object_of(a={"$ref": "#/$defs/x"}), r"\$ref to '#/\$defs/x', which is not there"),
+        (object_of(a={**S, "pattern": "("}), r"'\(' is no regular expression: missing \)"),
     ],
 )
 def test_what_cannot_be_promised(schema: Any, message: str) -> None:
