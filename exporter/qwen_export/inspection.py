@@ -13,7 +13,17 @@ from qwen_common.manifest import Manifest, StoredAs
 from qwen_export.backends.registry import export_backend
 
 _FACTS = (
-    *("model", "source", "profile", "backend", "provider", "device", "lowering"),
+    *(
+        "model",
+        "source",
+        "adapters",
+        "switched_adapters",
+        "profile",
+        "backend",
+        "provider",
+        "device",
+        "lowering",
+    ),
     *("onnxruntime", "openvino", "nncf", "activation_dtype", "context_length"),
 )
 

@@ -121,10 +121,9 @@ def _part(stored_name: str, tensor: PlainTensor) -> Part:
         )
     name = _SAVED.sub("", stored_name)
     trained = name.removeprefix("base_model.model.")
-    if not (match := _PART.fullmatch(name)):
-        return Part(model_name(name), "", trained, stored_name, tensor)
-    _, kind, suffix = match.groups()
     ours = _PART.fullmatch(model_name(name))
-    assert ours  # only what stands before the module is another
+    if not ours:
+        return Part(model_name(name), "", trained, stored_name, tensor)
+    _, kind, suffix = ours.groups()
     key = trained[: trained.rindex(f".{kind}")].replace(_BASE_LAYER, "")
     return Part(ours[1], f"{kind}.bias" if suffix == ".bias" else kind, key, stored_name, tensor)

@@ -18,6 +18,7 @@ from qwen_profiles.schema import Profile
 from qwen_export.adapters.adapter import Adapter
 from qwen_export.adapters.places import place
 from qwen_export.adapters.updates import KeptApart, LowRank
+from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.checkpoint import Checkpoint
 
@@ -41,6 +42,9 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
             f"is for {', '.join(sorted(runs_on))}: take a CPU profile, or {_MERGE}"
         )
     kept: dict[str, KeptApart] = {}
+    tensors, tied = checkpoint.tensors, checkpoint.config.tie_word_embeddings
+    if tied:
+        tensors = {LM_HEAD: tensors[EMBEDDING], **tensors}
     for one in given:
         adapter = Adapter.open(one)
         name = adapter.name.rpartition("/")[2]
@@ -51,7 +55,7 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
             )
         if name in kept:
             raise UserError(f"two adapters are called {name}: rename the folder of one")
-        placed = place(adapter, checkpoint.tensors, tied=False)
+        placed = place(adapter, tensors, tied)
         updates: dict[str, LowRank] = {}
         for tensor, update in placed.updates:
             if not isinstance(update, LowRank) or update.magnitude or layer_of(tensor) is None:

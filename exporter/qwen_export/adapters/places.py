@@ -114,6 +114,8 @@ class _Placing:
         first = next(iter(factors.values()))
         if "token_adapter" in factors:
             self._tokens(f"{module}.weight", factors["token_adapter"])
+            for kind in factors.keys() - {"token_adapter"}:
+                raise self._fits_none(factors[kind])
             return
         if f"{module}.weight" in self._tensors:
             self._whole_module(module, factors, first)

@@ -98,16 +98,18 @@ class LowRank:
     def delta(self, start: int, stop: int) -> np.ndarray:
         """Rows of scaling B A: float32 [stop - start, the product of the tensor's other axes]."""
         a = float32(self.a.read(0, self.a.shape[0])).reshape(self.a.shape[0], -1)
-        return float32(self.b.read(start, stop)).reshape(stop - start, -1) @ a * np.float32(self.scaling)
+        product = float32(self.b.read(start, stop)).reshape(stop - start, -1) @ a
+        product *= np.float32(self.scaling)
+        return product
 
     def apply(self, merged: np.ndarray, base: np.ndarray, start: int, stop: int) -> np.ndarray:
         delta = self.delta(start, stop).reshape(merged.shape)
-        changed = merged + delta
-        if self.magnitude is not None:
-            norm = np.linalg.norm((base + delta).reshape(len(base), -1), axis=1)
-            factor = _all(self.magnitude)[start:stop] / norm
-            changed *= factor.reshape(-1, *[1] * (changed.ndim - 1))
-        return changed
+        if self.magnitude is None:
+            delta += merged
+            return delta
+        norm = np.linalg.norm((base + delta).reshape(len(base), -1), axis=1)
+        factor = _all(self.magnitude)[start:stop] / norm
+        return (merged + delta) * factor.reshape(-1, *[1] * (merged.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def refuse_adapter(root: Path) -> None:
     base = base if isinstance(base, str) and base else None
     raise UserError(
         f"{root} is an adapter{f' for {base}' if base else ''} and no model: merge it into "
-        f"its model with qwen-export {base or 'CHECKPOINT'} --adapter {root}"
+        f"its model with qwen-export --profile NAME {base or 'CHECKPOINT'} --adapter {root}"
     )
 
 

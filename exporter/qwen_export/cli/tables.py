@@ -103,7 +103,10 @@ def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     """Sizes by role, and which providers have kernels for the graphs, or which devices are here."""
     made = found.get("lowering", export_backend(found["backend"]).title)
     title = f"{found['model']['name']} for {found['profile']}: {made}, context {found['context_length']}"
-    roles = Table("role", "precision", "size", title=title)
+    ways = {"adapters": "merged", "switched_adapters": "kept apart"}
+    adapters = [f"{one['name']} ({way})" for field, way in ways.items() for one in found.get(field, [])]
+    caption = f"adapters: {', '.join(adapters)}" if adapters else None
+    roles = Table("role", "precision", "size", title=title, caption=caption)
     for role, entry in sorted(found["roles"].items(), key=lambda item: -item[1]["bytes"]):
         stored = ", ".join(f"{count} {kind}" for kind, count in found.get("stored", {}).get(role, {}).items())
         roles.add_row(role, entry["precision"] + (f" ({stored})" if stored else ""), _gb(entry["bytes"]))

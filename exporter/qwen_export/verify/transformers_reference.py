@@ -58,8 +58,14 @@ class Agreement:
 
 def require_transformers(checkpoint: Checkpoint) -> None:
     """Raises:
-    UserError: PyTorch or transformers is missing, or the whole model in float32 does not fit the memory.
+    UserError: PyTorch or transformers is missing, the whole model in float32 does not fit the memory, or
+        the checkpoint has adapters merged into it.
     """
+    if checkpoint.adapters:
+        raise UserError(
+            "transformers reads the checkpoint's files, which are without the adapters: verify without "
+            "--reference transformers"
+        )
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401

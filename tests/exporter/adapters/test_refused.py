@@ -136,6 +136,18 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
         lambda tensors: tensors.update({f"{Q_PROJ}.lora_magnitude_vector": torch.ones(256)}),
         "has a lora_magnitude_vector for",
     ),
+    "names without a module": (
+        lambda tensors: tensors.update({"base_model.model..lora_A.weight": torch.ones(8, 64)}),
+        "base_model.model..lora_A.weight fits no module",
+    ),
+    "a wrapper's name alone": (
+        lambda tensors: tensors.update({"module.lora_A.weight": torch.ones(8, 64)}),
+        "module.lora_A.weight fits no module",
+    ),
+    "tokens and factors": (
+        lambda tensors: tensors.update({f"{Q_PROJ}.token_adapter.trainable_tokens_delta": torch.ones(1, 64)}),
+        "and model.layers.3.self_attn.q_proj.weight of this model asks for (0, 64)",
+    ),
     "a kind of tomorrow": (
         lambda tensors: tensors.update({f"{Q_PROJ}.lora_C.weight": torch.ones(8, 8)}),
         "q_proj.lora_C.weight fits no module",

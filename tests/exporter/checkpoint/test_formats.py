@@ -96,7 +96,9 @@ def test_an_adapter_alone(tmp_path: Path) -> None:
     for open_it in (Checkpoint.open, configured):
         with pytest.raises(UserError, match=r"is an adapter for Qwen/Qwen3\.5-0\.8B and no model") as caught:
             open_it(str(tmp_path / "adapter"))
-        assert f"qwen-export Qwen/Qwen3.5-0.8B --adapter {tmp_path / 'adapter'}" in str(caught.value)
+        assert f"qwen-export --profile NAME Qwen/Qwen3.5-0.8B --adapter {tmp_path / 'adapter'}" in str(
+            caught.value
+        )
     (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="is an adapter and no model"):
         Checkpoint.open(str(tmp_path / "adapter"))
