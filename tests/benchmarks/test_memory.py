@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qwen_export.backends.onnx.estimate import FLOATS_PER_BLOCK
+from qwen_export.backends.onnx.estimate import FLOATS_PER_BLOCK, FLOATS_PER_TWO_BIT_BLOCK
 
 from benchmarks.memory import Case, measure
 
@@ -16,10 +16,19 @@ _CPUINFO = Path("/proc/cpuinfo")
     not _CPUINFO.exists() or "avx512_vnni" not in _CPUINFO.read_text(),
     reason="other CPUs have other layouts, which were not measured",
 )
-@pytest.mark.parametrize("operator", ["QMoE", "MatMulNBits"])
-def test_a_node_holds_its_codes_and_floats_for_each_block(operator: str) -> None:
-    held = measure(Case(operator, 4, 32, 4), {})
-    codes_and_scale, floats = 32 // 2 + 4, 4 * (FLOATS_PER_BLOCK - 1)
+@pytest.mark.parametrize(
+    ("operator", "bits", "block", "held_floats"),
+    [
+        ("QMoE", 4, 32, FLOATS_PER_BLOCK),
+        ("QMoE", 2, 64, FLOATS_PER_TWO_BIT_BLOCK),
+        ("MatMulNBits", 4, 32, FLOATS_PER_BLOCK),
+    ],
+)
+def test_a_node_holds_its_codes_and_floats_for_each_block(
+    operator: str, bits: int, block: int, held_floats: float
+) -> None:
+    held = measure(Case(operator, bits, block, 4), {})
+    codes_and_scale, floats = block * bits // 8 + 4, 4 * (held_floats - 1)
     assert held.private == pytest.approx(held.data * (codes_and_scale + floats) / codes_and_scale, rel=0.05)
     assert held.mapped < 0.1 * held.data  # scales and codes of the file are not read again
 

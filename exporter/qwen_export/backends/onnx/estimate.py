@@ -38,6 +38,7 @@ _LIVE_TENSORS = 6
 # accuracy_level 4 on a CPU with AVX-512 (measured, benchmarks/memory.py; docs/profiles.md).
 _REPACKING = {"MatMulNBits", "QMoE"}
 FLOATS_PER_BLOCK = 2
+FLOATS_PER_TWO_BIT_BLOCK = 1.25  # of QMoE, whose kernel for 2 bits holds less (measured at 64 and 128)
 # Graphs that a runtime loads only for speculative decoding.
 _ON_DEMAND = {SPECULATIVE_FILE, MTP_FILE}
 # Fields of a profile that no graph depends on; of `provider` it depends on the target.
@@ -183,7 +184,8 @@ def _cpu_bytes(graphs: Graphs) -> tuple[int, int]:
         if scales and node.op_type == "Cast":  # for a MatMulNBits
             copied += (FLOATS_PER_BLOCK + 1) * floats
         elif scales and node.op_type in _REPACKING:
-            copied += FLOATS_PER_BLOCK * floats
+            two_bits = node.attributes.get("expert_weight_bits") == 2
+            copied += int((FLOATS_PER_TWO_BIT_BLOCK if two_bits else FLOATS_PER_BLOCK) * floats)
             let_go[tensor.name] = size
         elif node.op_type in _REPACKING:
             copied += size
