@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import click
 from qwen_common.errors import UserError
 
+from qwen_export.cli.auto_precision import as_json as choice_as_json
+from qwen_export.cli.auto_precision import choose_precision, limits
 from qwen_export.cli.report import end_with, show_report, verified
 from qwen_export.cli.shared import (
     adapters_option,
@@ -21,9 +23,7 @@ from qwen_export.cli.shared import (
 
 if TYPE_CHECKING:
     from qwen_common.manifest import Manifest
-    from qwen_profiles.schema import Profile
 
-    from qwen_export.checkpoint.checkpoint import Checkpoint
     from qwen_export.planner.predictions import Prediction
 
 EPILOG = """\b
@@ -36,6 +36,7 @@ Examples:
   qwen-export --profile cpu Qwen/Qwen3.5-4B --adapter ~/lora
   qwen-export --profile cpu Qwen/Qwen3.5-4B --adapter ~/style=0.5 --adapter ~/tools
   qwen-export --profile cpu Qwen/Qwen3.5-4B --auto-precision --size 3GB
+  qwen-export --profile laptop-32gb Qwen/Qwen3.5-35B-A3B --auto-precision --memory 22GB
   qwen-export plan --profile cpu Qwen/Qwen3.5-4B
   qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --set weights.body=int8 --set context_length=65536
@@ -79,9 +80,18 @@ Examples:
 @click.option(
     "--auto-precision",
     is_flag=True,
-    help="Choose INT4 or INT8 for each layer and role by what INT4 costs there; give --size or --bits.",
+    help="Choose the bits of each layer and role by their error; give --size, --memory or --bits.",
 )
-@click.option("--size", metavar="SIZE", help="With --auto-precision: size of the artifact, such as 18GB.")
+@click.option(
+    "--size",
+    metavar="SIZE",
+    help="With --auto-precision: the most that the artifact's files may take, such as 18GB, 17GiB or 900MB.",
+)
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    help="With --auto-precision: the most memory that it may take once loaded, as `plan` predicts it.",
+)
 @click.option("--bits", type=float, help="With --auto-precision: bits per weight, all included, such as 4.8.")
 @click.option(
     "--calibration",
@@ -113,6 +123,7 @@ def export(
     text_only: bool,
     auto_precision: bool,
     size: str | None,
+    memory: str | None,
     bits: float | None,
     calibration: Path | None,
     ignore_memory: bool,
@@ -146,10 +157,13 @@ def export(
         check_output(folder, source.root, force)
         if verify:
             require_tokenizer(source)
+        choice = None
         if auto_precision:
-            profile = _chosen(source, profile, size, bits, calibration, progress and not as_json)
-        elif size or bits:
-            raise UserError("--size and --bits are for --auto-precision: add it")
+            asked = limits(size, memory, bits, fit=not ignore_memory)
+            choice = choose_precision(source, profile, asked, calibration, progress and not as_json)
+            profile = choice.profile
+        elif size is not None or memory is not None or bits is not None:
+            raise UserError("--size, --memory and --bits are for --auto-precision: add it")
         elif calibration and profile.compression == "data-free":
             raise UserError(
                 "--calibration is for --auto-precision and --set compression=gptq (for OpenVINO "
@@ -170,40 +184,16 @@ def export(
             )
         report = verified(folder, source, progress and not as_json) if verify else None
         if as_json:
-            click.echo(json.dumps({"output": str(folder), **manifest, "verification": report}, indent=2))
+            made = {"output": str(folder), **manifest, "verification": report}
+            click.echo(
+                json.dumps(made | ({"auto_precision": choice_as_json(choice)} if choice else {}), indent=2)
+            )
         else:
             _summary(folder, manifest)
             if report:
                 show_report(folder, report)
             click.echo(f'next: qwen-run {folder} "Hello"')
         end_with(report)
-
-
-def _chosen(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    size: str | None,
-    bits: float | None,
-    calibration: Path | None,
-    progress: bool,
-) -> Profile:
-    from pydantic import ByteSize, TypeAdapter, ValidationError
-
-    from qwen_export.backends.registry import export_backend
-    from qwen_export.cli.progress import STEPS, progress_bar
-    from qwen_export.quantize.auto_precision import auto_precision
-
-    if not export_backend(profile.backend).formats_by_layer:
-        raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")
-    if (size is None) == (bits is None):
-        raise UserError("--auto-precision needs a size to spend: give --size 18GB or --bits 4.8")
-    try:
-        limit = None if size is None else int(TypeAdapter(ByteSize).validate_python(size))
-    except ValidationError as error:
-        raise UserError(f"'{size}' is no size: write 18GB, or 900MB") from error
-    checkpoint.check(checkpoint.config.tensors())
-    with progress_bar(progress, "sensitivity", STEPS) as shown:
-        return auto_precision(checkpoint, profile, calibration, shown, size=limit, bits=bits)
 
 
 def _note_short_context(found: Prediction, max_context: int | None) -> None:

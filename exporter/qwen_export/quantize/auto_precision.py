@@ -1,83 +1,217 @@
-"""`--auto-precision`: a size is spent on the layers and roles where INT4 costs most.
+"""`--auto-precision`: the format of each role in each layer, so that the artifact keeps to a size or memory.
 
-What a part costs in INT4 is measured (`sensitivity`); in another form it costs in proportion to the squared
-error of its weights, and parts' costs add up, as is true of small errors. Under these two assumptions a size
-is spent by taking, again and again, the step that spares most for its bytes.
+What a part costs is measured (`sensitivity`): the KL divergence that it alone causes in one form of each
+precision, and how its outputs' errors in other forms compare with those in that one. What it takes is what
+`plan` predicts. `allocation` makes the choice, and `plan`'s figures of the whole have the last word.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
-import numpy as np
 from qwen_common.errors import UserError
 from qwen_profiles.schema import Profile, Role, WeightFormat
 
-from qwen_export.architecture.mtp import MTP
+from qwen_export.architecture.mtp import MTP, declares_mtp
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.backends.onnx.estimate import estimate
 from qwen_export.backends.onnx.graphs import Graphs, build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.weights import Weight
+from qwen_export.planner.estimate import Estimate
 from qwen_export.progress import Progress
+from qwen_export.quantize.allocation import Choice, allocate, smallest
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.calibration import calibration_samples
-from qwen_export.quantize.sensitivity import LayerRole, divergences, steps, weight_errors
+from qwen_export.quantize.sensitivity import LayerRole, divergence_steps, divergences, output_errors
 
-# Sensitivity is measured with the first.
-_FORMS = (("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32))
+_Form = tuple[str, int]  # precision and block size
+_FORMS: tuple[_Form, ...] = (("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32))
+# By precision the form in which the KL divergence is measured. INT8 causes so little that the mean over few
+# positions would not tell it: it is found from the last of these.
+_MEASURED: dict[str, _Form] = {"int4": ("int4", 128)}
 _CHOSEN_FOR: tuple[Role, ...] = tuple(role for role in get_args(Role) if role not in ("gate", "vision"))
+_LEAST_COST = 1e-12  # nats: what was measured to cost nothing may still have a finer form
+
+_Formats = Mapping[LayerRole, WeightFormat]
+
+
+class Bounds(NamedTuple):
+    """Bytes of an artifact, as `plan` predicts them, or the most of them; infinity: as much as it will.
+
+    Attributes:
+        disk: all files.
+        resident: memory once loaded.
+    """
+
+    disk: float = math.inf
+    resident: float = math.inf
+
+    @staticmethod
+    def of(found: Estimate) -> Bounds:
+        return Bounds(found.disk, found.resident)
+
+    def minus(self, other: Bounds) -> Bounds:
+        return Bounds(*(a - b for a, b in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One form of one part: bytes in the data file, and the KL divergence that is expected of it."""
+class Limits:
+    """What is asked for.
 
-    form: WeightFormat
-    size: int
-    cost: float
+    Attributes:
+        size: bytes of the whole artifact, without the report of its verification.
+        memory: bytes once it is loaded, before the first prompt.
+        bits: bits per weight in the data file, scales and unquantised weights included.
+        fit: it must keep to the profile's memory too, with a context of 1024 tokens.
+    """
+
+    size: int | None = None
+    memory: int | None = None
+    bits: float | None = None
+    fit: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A profile with the format of every layer's roles chosen.
+
+    Attributes:
+        estimate: what it will take.
+        divergence: the KL divergence that is expected of its weights, in nats.
+        largest: all is in the best form that there is.
+        formats: as they were chosen.
+    """
+
+    profile: Profile
+    estimate: Estimate
+    divergence: float
+    largest: bool
+    formats: _Formats
+
+    def layers(self) -> dict[str, dict[str, int]]:
+        """By role, the number of layers in each format, such as `{"int4/128": 12, "int8/32": 4}`."""
+        found: dict[str, Counter[str]] = {}
+        for part, form in sorted(self.formats.items()):
+            found.setdefault(part.role, Counter())[f"{form.precision}/{form.block_size}"] += 1
+        return {role: dict(sorted(counts.items())) for role, counts in found.items()}
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What there is to choose from; measured once, any size can be spent on it.
+    """What there is to choose from; measured once, any bounds can be spent on it.
 
     Attributes:
-        profile: what is chosen for.
-        choices: the forms of each part, with what each costs.
-        weights: number of the checkpoint's weights.
-        data_bytes, artifact_bytes: of what is not chosen for: in the data file, and in all files.
+        checkpoint, profile: what is chosen for.
+        choices: the forms of each part, with what they take, in the order of `Bounds`, and cost.
+        beside: what all else takes.
     """
 
+    checkpoint: Checkpoint
     profile: Profile
     choices: Mapping[LayerRole, Sequence[Choice]]
-    weights: int
-    data_bytes: int
-    artifact_bytes: int
+    beside: Bounds
 
-    def spend(self, *, size: int | None = None, bits: float | None = None) -> Profile:
-        """The profile with the format of every layer's roles chosen; as `auto_precision`."""
-        return _with_formats(self.profile, allocate(self.choices, self.budget(size=size, bits=bits)))
-
-    def budget(self, *, size: int | None = None, bits: float | None = None) -> int:
-        """Bytes that there are for the choices.
+    def bounds(self, asked: Limits) -> Bounds:
+        """What is asked for, in bytes.
 
         Raises:
-            UserError: fewer than all parts take in their smallest form.
+            UserError: there is no choice within them; says the least that can be reached.
         """
-        fixed = self.data_bytes if size is None else self.artifact_bytes
-        asked = int((bits or 0) * self.weights / 8) if size is None else size
-        whole = fixed + sum(min(choice.size for choice in options) for options in self.choices.values())
-        if asked < whole:
+        if not self.choices:
+            raise UserError("--auto-precision has nothing to choose: no weight is quantised by this export")
+        disk = math.inf if asked.size is None else asked.size
+        if asked.bits is not None:
+            disk = min(disk, self._beside_the_data() + asked.bits * self._weights() / 8)
+        resident = math.inf if asked.memory is None else asked.memory
+        least_disk, least_memory = self.estimate(self.smallest), self.estimate(self.leanest)
+        name = f"{Path(self.checkpoint.source).name} for {self.profile.name}"
+        if disk < least_disk.disk:
+            bits = 8 * (least_disk.disk - self._beside_the_data()) / self._weights()
             raise UserError(
-                f"all in INT4 this is {whole / 1e9:.4g} GB, {whole * 8 / self.weights:.3g} bits per weight: "
-                "give at least that, or choose a smaller model"
+                f"the smallest artifact of {name} has {amount(least_disk.disk)}, "
+                f"{math.ceil(100 * bits) / 100:g} bits per weight: give at least that, or choose a smaller model"
             )
-        return asked - fixed
+        if resident < least_memory.resident:
+            raise UserError(
+                f"{name} takes at least {amount(least_memory.resident)} of memory once it is loaded: give at "
+                "least that, or choose a smaller model"
+            )
+        if asked.fit:
+            room = least_memory.budget - (least_memory.needed - least_memory.resident)
+            resident = min(resident, max(room, least_memory.resident))
+        return Bounds(disk, resident)
+
+    def spend(self, asked: Limits) -> Chosen:
+        """The best choice within what is asked for.
+
+        Raises:
+            UserError: as `bounds`, or size and memory cannot be kept to at once.
+        """
+        bounds = self.bounds(asked)
+        budget = bounds.minus(self.beside)
+        before: Mapping[LayerRole, Choice] = {}
+        while True:
+            taken = allocate(self.choices, budget)
+            formats = {part: choice.form for part, choice in taken.items()}
+            profile = _with_formats(self.profile, formats)
+            found = self.estimate(profile)
+            over = Bounds(*(max(0, excess) for excess in Bounds.of(found).minus(bounds)))
+            if not any(over):
+                break
+            if taken == before:
+                raise UserError("no choice keeps to the size and to the memory: give more of one")
+            # The parts' figures are those of their role, shared out, and without the gaps between tensors.
+            before, budget = taken, budget.minus(over)
+        return Chosen(
+            profile,
+            found,
+            sum(choice.cost for choice in taken.values()),
+            all(choice.cost == min(other.cost for other in self.choices[p]) for p, choice in taken.items()),
+            formats,
+        )
+
+    @cached_property
+    def smallest(self) -> Profile:
+        """With all parts in the forms that take least on disk."""
+        return self._least((1, 1e-6))
+
+    @cached_property
+    def leanest(self) -> Profile:
+        """With all parts in the forms that take least memory."""
+        return self._least((1e-6, 1))
+
+    @cached_property
+    def largest(self) -> Profile:
+        """With all parts in the last form, which is the best."""
+        return _with_formats(self.profile, {part: options[-1].form for part, options in self.choices.items()})
+
+    def _least(self, prices: tuple[float, float]) -> Profile:
+        taken = smallest(self.choices, prices)
+        return _with_formats(self.profile, {part: choice.form for part, choice in taken.items()})
+
+    def estimate(self, profile: Profile) -> Estimate:
+        """What the whole artifact takes with a profile of these formats."""
+        return _estimate(self.checkpoint, profile)
+
+    def _beside_the_data(self) -> int:
+        """Bytes of all files but the data file."""
+        usual = build_graphs(self.checkpoint, self.profile, mtp=_mtp(self.checkpoint, self.profile))
+        return _estimate(self.checkpoint, self.profile).disk - usual.data_bytes
+
+    def _weights(self) -> int:
+        config, vision = self.checkpoint.config, self.checkpoint.vision
+        shapes = [tensor.shape for tensor in self.checkpoint.tensors.values()]
+        if not shapes:
+            specs = {**config.tensors(), **(vision.tensors() if vision else {})}
+            shapes = [spec.shape for spec in specs.values()]
+        return sum(math.prod(shape) for shape in shapes)
 
 
 def auto_precision(
@@ -85,111 +219,121 @@ def auto_precision(
     profile: Profile,
     text: Path | None,
     progress: Progress,
-    *,
-    size: int | None = None,
-    bits: float | None = None,
-) -> Profile:
-    """`profile` with the format of every layer's roles chosen; give one of `size` and `bits`.
+    asked: Limits,
+) -> Chosen:
+    """`profile` with the format of every layer's roles chosen.
 
     Args:
         text: UTF-8 calibration text; None takes the shipped one.
-        size: bytes of the whole artifact.
-        bits: bits per weight, scales and unquantised weights included.
 
     Raises:
-        UserError: the size is less than the least possible, or the text is too short.
+        UserError: less than the least possible, or the text is too short.
     """
-    _candidates(checkpoint, profile, None).budget(size=size, bits=bits)  # before the work, not after it
-    return measured(checkpoint, profile, text, progress).spend(size=size, bits=bits)
+    candidates(checkpoint, profile).bounds(asked)  # before the work, not after it
+    return measured(checkpoint, profile, text, progress).spend(asked)
 
 
 def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
-    """What each form of each part costs; arguments and errors as `auto_precision`'s."""
-    graphs = build_graphs(checkpoint, _uniform(profile, *_FORMS[0]))
-    parts: dict[LayerRole, dict[str, Quantization]] = {}
-    for name, (part, form) in _quantised(graphs).items():
-        parts.setdefault(part, {})[name] = form
+    """What each form of each part takes and costs; arguments and errors as `auto_precision`'s."""
+    quantised = {form: _quantised(build_graphs(checkpoint, _uniform(profile, form))) for form in _FORMS}
     (ids,) = calibration_samples(checkpoint, text, most=1)
-    progress.start(steps(checkpoint.config, list(parts)))
-    found = divergences(checkpoint.config, checkpoint.tensors, parts, ids, lambda: progress.advance(1))
-    return _candidates(checkpoint, profile, found)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    trials: dict[_Form, dict[LayerRole, dict[str, Quantization]]] = {}
+    for form in _MEASURED.values():
+        trials[form] = {}
+        for name, (part, stored) in quantised[form].items():
+            trials[form].setdefault(part, {})[name] = stored
+    progress.start(config.num_hidden_layers + sum(divergence_steps(config, list(t)) for t in trials.values()))
+
+    def advance() -> None:
+        progress.advance(1)
+
+    names = dict.fromkeys(name for found in quantised.values() for name in found)
+    stored_as = {
+        name: [quantised[f][name][1] if name in quantised[f] else None for f in _FORMS] for name in names
+    }
+    errors = output_errors(config, tensors, stored_as, ids, advance)
+    alone = {form: divergences(config, tensors, trial, ids, advance) for form, trial in trials.items()}
+    belongs = {name: part for found in quantised.values() for name, (part, _) in found.items()}
+
+    def cost(part: LayerRole, form: _Form) -> float:
+        reference = _MEASURED.get(form[0], list(_MEASURED.values())[-1])
+        wanted, known = (
+            sum(errors[name][_FORMS.index(which)] for name in names if belongs[name] == part)
+            for which in (form, reference)
+        )
+        divergence = max(alone[reference].get(part, 0.0), _LEAST_COST)
+        return divergence * wanted / known if known else 0.0
+
+    return candidates(checkpoint, profile, cost)
 
 
-def _candidates(
-    checkpoint: Checkpoint, profile: Profile, divergence: Mapping[LayerRole, float] | None
+def candidates(
+    checkpoint: Checkpoint, profile: Profile, cost: Callable[[LayerRole, _Form], float] | None = None
 ) -> Candidates:
-    """`divergence` is what each part costs in the first form; without it, the sizes alone are right."""
-    uniform = [_uniform(profile, *form) for form in _FORMS]
-    uniform_graphs = [build_graphs(checkpoint, form) for form in uniform]
-    tensors = [_quantised(graphs) for graphs in uniform_graphs]
-    parts: dict[LayerRole, list[str]] = {}
-    for name, (part, _) in tensors[0].items():
-        parts.setdefault(part, []).append(name)
-    errors: dict[str, list[float]] = {}
-    if divergence is not None:
-        forms = {
-            name: [found[name][1] if name in found else None for found in tensors] for name in tensors[0]
-        }
-        errors = dict(weight_errors(checkpoint.tensors, forms))
-
-    def cost(part: LayerRole, at: int) -> float:
-        if divergence is None:
-            return 0.0
-        names = parts[part]
-        return divergence[part] * _error(errors, names, at) / max(_error(errors, names, 0), 1e-30)
-
-    sizes = [_sizes(graphs) for graphs in uniform_graphs]
+    """What each form of each part takes; reads no weight. Without `cost` all cost the same."""
+    sizes: Counter[LayerRole] = Counter()
+    chosen_for: dict[LayerRole, None] = {}
+    for form in _FORMS:
+        graphs = build_graphs(checkpoint, _uniform(profile, form))
+        chosen_for |= {part: None for part, _ in _quantised(graphs).values()}
+        if form == _FORMS[0]:
+            sizes = _sizes(graphs)
+    forms = {form: {part: _format(profile, part, form) for part in chosen_for} for form in _FORMS}
+    first = forms[_FORMS[0]]
+    start = Bounds.of(_estimate(checkpoint, _with_formats(profile, first)))
+    of_role: Counter[str] = Counter()
+    for part in chosen_for:
+        of_role[part.role] += sizes[part]
+    more: dict[tuple[str, _Form], Bounds] = {}  # that a role takes in a form than in the first
+    for role in of_role:
+        for form in _FORMS:
+            changed = {part: forms[form if part.role == role else _FORMS[0]][part] for part in chosen_for}
+            more[role, form] = Bounds.of(_estimate(checkpoint, _with_formats(profile, changed))).minus(start)
     choices = {
         part: [
-            Choice(form.weights[cast(Role, part.role)], sizes[at][part], cost(part, at))
-            for at, form in enumerate(uniform)
+            Choice(
+                forms[form][part],
+                tuple(
+                    sizes[part] + each * sizes[part] / of_role[part.role] for each in more[part.role, form]
+                ),
+                cost(part, form) if cost else 0.0,
+            )
+            for form in _FORMS
         ]
-        for part in parts
+        for part in chosen_for
     }
-    mtp = profile.mtp and any(name.startswith(MTP) for name in checkpoint.tensors)
-    usual = build_graphs(checkpoint, profile, mtp=mtp)
-    usual_sizes = _sizes(usual)
-    chosen_for = sum(usual_sizes[part] for part in parts)
-    return Candidates(
-        profile,
-        choices,
-        weights=sum(int(np.prod(source.shape)) for source in checkpoint.tensors.values()),
-        data_bytes=usual.data_bytes - chosen_for,
-        artifact_bytes=estimate(checkpoint, profile, mtp).disk - chosen_for,
-    )
+    data = sum(sizes[part] for part in chosen_for)
+    return Candidates(checkpoint, profile, choices, start.minus(Bounds(data, data)))
 
 
-def allocate(choices: Mapping[LayerRole, Sequence[Choice]], budget: int) -> dict[LayerRole, Choice]:
-    """For each part one of its choices; together at most `budget` bytes.
-
-    From the smallest on, each step goes from one part's choice to the larger one that spares most for its
-    bytes, until none fits.
-    """
-    chosen = {
-        part: min(options, key=lambda choice: (choice.size, choice.cost)) for part, options in choices.items()
-    }
-    left = budget - sum(choice.size for choice in chosen.values())
-    while True:
-        ways = [
-            ((chosen[part].cost - option.cost) / (option.size - chosen[part].size), part, option)
-            for part, options in choices.items()
-            for option in options
-            if option.cost < chosen[part].cost and chosen[part].size < option.size <= chosen[part].size + left
-        ]
-        if not ways:
-            return chosen
-        _, part, option = max(ways, key=lambda way: way[0])
-        left -= option.size - chosen[part].size
-        chosen[part] = option
+def amount(size: float) -> str:
+    """Bytes for a message, rounded up to what can be given."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    digits = 10 ** max(0, 3 - len(str(int(size / unit))))
+    return f"{math.ceil(digits * size / unit) / digits:g}{name}"
 
 
-def _uniform(profile: Profile, precision: str, block_size: int) -> Profile:
-    """Every matrix that can be chosen for in one format; symmetric or not as the profile has its role."""
-    forms = {
-        role: form.model_copy(update={"precision": precision, "block_size": block_size})
-        for role, form in profile.weights.items()
-        if role in _CHOSEN_FOR
-    }
+def _estimate(checkpoint: Checkpoint, profile: Profile) -> Estimate:
+    return estimate(checkpoint, profile, _mtp(checkpoint, profile))
+
+
+def _mtp(checkpoint: Checkpoint, profile: Profile) -> bool:
+    """Whether the head is exported: as far as the configuration tells where there are no weights."""
+    there = any(name.startswith(MTP) for name in checkpoint.tensors)
+    return profile.mtp and (there if checkpoint.tensors else declares_mtp(checkpoint.config))
+
+
+def _format(profile: Profile, part: LayerRole, form: _Form) -> WeightFormat:
+    """Symmetric or not as the profile has the role."""
+    precision, block_size = form
+    usual = profile.weights[cast(Role, part.role)]
+    return usual.model_copy(update={"precision": precision, "block_size": block_size})
+
+
+def _uniform(profile: Profile, form: _Form) -> Profile:
+    """Every matrix that can be chosen for in one format."""
+    forms = {role: _format(profile, LayerRole(-1, role), form) for role in _CHOSEN_FOR}
     return profile.model_copy(update={"weights": {**profile.weights, **forms}, "layer_weights": {}})
 
 
@@ -204,7 +348,7 @@ def _quantised(graphs: Graphs) -> dict[str, tuple[LayerRole, Quantization]]:
     }
 
 
-def _sizes(graphs: Graphs) -> dict[LayerRole, int]:
+def _sizes(graphs: Graphs) -> Counter[LayerRole]:
     """Bytes in the data file."""
     sizes: Counter[LayerRole] = Counter()
     for weight, tensors in graphs.placed:
@@ -217,16 +361,13 @@ def _layer_role(weight: Weight) -> LayerRole:
     return LayerRole(-1 if layer is None else layer, weight.role)
 
 
-def _error(errors: Mapping[str, Sequence[float]], names: Iterable[str], at: int) -> float:
-    return sum(errors[name][at] for name in names)
-
-
-def _with_formats(profile: Profile, chosen: Mapping[LayerRole, Choice]) -> Profile:
-    weights, layers = dict(profile.weights), dict[int, dict[Role, WeightFormat]]()
-    for part, choice in chosen.items():
+def _with_formats(profile: Profile, chosen: _Formats) -> Profile:
+    weights = dict(profile.weights)
+    layers = {layer: dict(forms) for layer, forms in profile.layer_weights.items()}
+    for part, form in chosen.items():
         role = cast(Role, part.role)
         if part.layer < 0:
-            weights[role] = choice.form
+            weights[role] = form
         else:
-            layers.setdefault(part.layer, {})[role] = choice.form
+            layers.setdefault(part.layer, {})[role] = form
     return profile.model_copy(update={"weights": weights, "layer_weights": layers})

@@ -1,8 +1,11 @@
-"""How much each part of a model suffers from INT4: the KL divergence that its weights alone cause.
+"""How much each part of a model suffers from fewer bits, measured on calibration text.
 
 Every part, one role in one layer, is quantised alone, and the hidden states that come out of its layer are
 taken through all later layers beside the exact ones. So every weight is read a few times, and memory holds
 the hidden states of one short text for each part.
+
+Forms of the same bits are told apart by the error of the part's own outputs: on the inputs that its matrices
+are given there, so that an error counts as much as what it is multiplied by.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import numpy as np
 
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
+from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.tensor import CheckpointTensor, float32
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
 from qwen_export.reference import Weights, log_softmax
 
 _TOGETHER = 16  # parts that go through a layer at once
-_SAMPLED_ROWS = 256  # of each tensor, to compare precisions
+_SAMPLED_ROWS = 256  # of each tensor, to compare forms
+_RUNS = 4  # that those rows are read in, from everywhere in the tensor
+_SAMPLED_EXPERTS = 4  # of each layer
 
 
 @dataclass(frozen=True, order=True)
@@ -56,7 +62,7 @@ class _Requantised:
         return dequantize(quantize(matrix, self.form), matrix.shape[1], self.form).reshape(rows.shape)
 
 
-def steps(config: TextConfig, parts: Sequence[LayerRole]) -> int:
+def divergence_steps(config: TextConfig, parts: Sequence[LayerRole]) -> int:
     """How often `divergences` will call `advance`."""
     return config.num_hidden_layers + len(parts)
 
@@ -72,7 +78,7 @@ def divergences(
 
     Args:
         parts: the form of each of a part's tensors.
-        advance: called after each of `steps`.
+        advance: called after each of `divergence_steps`.
     """
     exact = Weights(tensors)
     sets = {
@@ -105,17 +111,87 @@ def divergences(
     return found
 
 
-def weight_errors(
-    tensors: Mapping[str, CheckpointTensor], forms: Mapping[str, Sequence[Quantization | None]]
-) -> Iterator[tuple[str, list[float]]]:
-    """(tensor, squared error over squared norm in each of its forms), on some rows; None stores exactly."""
-    for name, choices in forms.items():
-        source = tensors[name]
-        rows = float32(source.read(0, min(_SAMPLED_ROWS if len(source.shape) == 2 else 1, source.shape[0])))
-        matrix = rows.reshape(-1, rows.shape[-1])[:_SAMPLED_ROWS]
-        norm = float(np.square(matrix).sum()) or 1.0
-        yield name, [_squared_error(matrix, form) / norm if form else 0.0 for form in choices]
+class _Inputs(Weights):
+    """Weights that keep what their matrices are multiplied with: float32 [tokens, K] by tensor and expert."""
+
+    def __init__(self, tensors: Mapping[str, CheckpointTensor]) -> None:
+        super().__init__(tensors)
+        self.found: dict[str, dict[int | None, np.ndarray]] = {}
+
+    def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
+        self.found.setdefault(name, {})[expert] = x.reshape(-1, x.shape[-1])
+        return super().linear(name, x, expert)
 
 
-def _squared_error(matrix: np.ndarray, form: Quantization) -> float:
-    return float(np.square(dequantize(quantize(matrix, form), matrix.shape[1], form) - matrix).sum())
+def output_errors(
+    config: TextConfig,
+    tensors: Mapping[str, CheckpointTensor],
+    forms: Mapping[str, Sequence[Quantization | None]],
+    ids: np.ndarray,
+    advance: Callable[[], None],
+) -> dict[str, list[float]]:
+    """By tensor, the squared error of its outputs over their squared norm in each of its forms.
+
+    On the inputs that it has with the text `ids` int64 [tokens], for some of its rows and, of a mixture, for
+    the experts that are chosen most; of a table that is looked up, the error of its rows.
+
+    Args:
+        forms: None stores exactly.
+        advance: called after each layer.
+    """
+    by_layer: dict[int | None, list[str]] = {}
+    for name in forms:
+        by_layer.setdefault(layer_of(name), []).append(name)
+    found: dict[str, list[float]] = {}
+    hidden = reference.embed(config, Weights(tensors), ids[None])
+    for index in range(config.num_hidden_layers):
+        weights = _Inputs(tensors)
+        hidden = reference.layer(config, weights, index, hidden)
+        for name in by_layer.get(index, []):
+            found[name] = _errors(tensors[name], forms[name], weights.found.get(name, {}))
+        advance()
+    head = reference.last_norm(config, Weights(tensors), hidden)[0]
+    for name in by_layer.get(None, []):
+        inputs: dict[int | None, np.ndarray] = {None: head} if name == reference.head_name(config) else {}
+        found[name] = _errors(tensors[name], forms[name], inputs)
+    return found
+
+
+def _errors(
+    source: CheckpointTensor,
+    forms: Sequence[Quantization | None],
+    inputs: Mapping[int | None, np.ndarray],
+) -> list[float]:
+    """`inputs` is empty for a table."""
+    errors, norm = np.zeros(len(forms)), 0.0
+    for matrix, x in _sampled(source, inputs):
+        norm += _energy(matrix, x)
+        for at, form in enumerate(forms):
+            if form is not None:
+                stored = dequantize(quantize(matrix, form), matrix.shape[1], form)
+                errors[at] += _energy(stored - matrix, x)
+    return [float(error / (norm or 1.0)) for error in errors]
+
+
+def _sampled(
+    source: CheckpointTensor, inputs: Mapping[int | None, np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Some rows [n, K] of a tensor, and their inputs [tokens, K]."""
+    if len(source.shape) == 3:
+        most = sorted(inputs, key=lambda expert: (-len(inputs[expert]), expert))[:_SAMPLED_EXPERTS]
+        for expert in most:
+            assert expert is not None
+            matrix = float32(source.read(expert, expert + 1))[0]
+            step = max(1, len(matrix) * len(most) // _SAMPLED_ROWS)
+            yield np.ascontiguousarray(matrix[::step]), inputs[expert]
+        return
+    rows, run = source.shape[0], _SAMPLED_ROWS // _RUNS
+    starts = range(0, rows, max(run, -(-rows // _RUNS)))
+    parts = [source.read(start, min(start + run, rows)) for start in starts]
+    yield float32(np.concatenate(parts)), inputs.get(None)
+
+
+def _energy(matrix: np.ndarray, x: np.ndarray | None) -> float:
+    """Of the outputs for `x`, or of `matrix` itself."""
+    outputs = matrix if x is None else x @ matrix.T
+    return float(np.square(outputs, dtype=np.float64).sum())

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from qwen_common.errors import USER_ERROR, UserError
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
-from qwen_export.quantize.auto_precision import Choice, allocate, auto_precision
+from qwen_export.quantize.auto_precision import Limits, auto_precision
+from qwen_export.quantize.allocation import Choice, allocate
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.sensitivity import LayerRole, _Requantised, divergences
 from qwen_export.reference import Weights, forward, log_softmax, logits
@@ -42,7 +43,7 @@ def test_better_than_the_profiles_own_recipe_at_its_size(
     usual = make_artifact(checkpoint, profile, tmp_path / "usual", all_logits=False)
     size = sum(path.stat().st_size for path in usual.iterdir())
     source = Checkpoint.open(str(checkpoint))
-    chosen = auto_precision(source, profile, None, Quiet(), size=size)
+    chosen = auto_precision(source, profile, None, Quiet(), Limits(size=size)).profile
     artifact = make_artifact(checkpoint, chosen, tmp_path / "auto", all_logits=False)
     assert 0.97 * data_size(usual) < data_size(artifact) <= data_size(usual)
     assert divergence(artifact, checkpoint) < divergence(usual, checkpoint)
@@ -82,12 +83,12 @@ def test_a_part_costs_what_it_costs_alone() -> None:
 def test_bytes_go_where_they_spare_most() -> None:
     parts = [LayerRole(layer, "mlp") for layer in range(3)]
     choices = {
-        part: [Choice(INT4, 100, cost), Choice(INT8, 200, cost / 256)]
+        part: [Choice(INT4, (100,), cost), Choice(INT8, (200,), cost / 256)]
         for part, cost in zip(parts, (0.1, 0.5, 0.2), strict=True)
     }
 
     def in_int8(budget: int) -> list[int]:
-        return [part.layer for part, choice in allocate(choices, budget).items() if choice.form == INT8]
+        return [part.layer for part, choice in allocate(choices, [budget]).items() if choice.form == INT8]
 
     assert in_int8(300) == []
     assert in_int8(450) == [1]
@@ -135,7 +136,7 @@ def test_mistakes(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     cases = {
-        "give --size 18GB or --bits 4.8": ["--auto-precision"],
+        "give --size 18GB, --memory 20GB or --bits 4.8": ["--auto-precision"],
         "is no size": ["--auto-precision", "--size", "large"],
         "give at least that": ["--auto-precision", "--bits", "2"],
         "are for --auto-precision": ["--bits", "5"],
@@ -148,5 +149,5 @@ def test_mistakes(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, [*start, *options])
         assert result.exit_code == USER_ERROR and message in result.output, (message, result.output)
     with pytest.raises(UserError, match="give at least"):
-        auto_precision(Checkpoint.open(str(TINY)), load_profile("cpu"), None, Quiet(), size=1000)
+        auto_precision(Checkpoint.open(str(TINY)), load_profile("cpu"), None, Quiet(), Limits(size=1000))
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ a model; `python -m benchmarks.plan` compares it with what a process really take
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
     working += config.vocab_size * np.dtype(np.float32).itemsize
     room = max(0, budget - resident - working) // per_token if per_token else config.positions
     return Estimate(
-        disk=sizes.files + _DESCRIPTION_BYTES + _tokenizer_bytes(checkpoint.root),
+        disk=sizes.files + _description_bytes(profile) + _tokenizer_bytes(checkpoint.root),
         load=load,
         resident=resident,
         working=working,
@@ -237,6 +238,12 @@ def _state_bytes(checkpoint: Checkpoint, dtype: np.dtype) -> Iterator[int]:
             for state in states(config, layer, dtype):
                 sizes = [size for size in state.past_shape if isinstance(size, int)]
                 yield 2 * math.prod(sizes) * state.dtype.itemsize
+
+
+def _description_bytes(profile: Profile) -> int:
+    """The manifest has each layer's formats, where a profile tells them apart."""
+    layers = profile.model_dump(mode="json", include={"layer_weights"})["layer_weights"]
+    return _DESCRIPTION_BYTES + len(json.dumps({"settings": {"layer_weights": layers}}, indent=2))
 
 
 def _tokenizer_bytes(root: Path) -> int:
