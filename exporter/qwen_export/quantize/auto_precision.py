@@ -31,11 +31,33 @@ from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.calibration import calibration_samples
 from qwen_export.quantize.sensitivity import LayerRole, divergence_steps, divergences, output_errors
 
-_Form = tuple[str, int]  # precision and block size
-_FORMS: tuple[_Form, ...] = (("int4", 128), ("int4", 64), ("int4", 32), ("int8", 128), ("int8", 32))
+
+class _Form(NamedTuple):
+    """`zero_points`: stored also where the profile's role has none."""
+
+    precision: str
+    block_size: int
+    zero_points: bool = False
+
+
+# In the order of their bits; the last is the best. Codes of 2 bits without a zero point have one value above
+# 0 and two below, so there a zero point may give more than a smaller block.
+_FORMS = (
+    _Form("int2", 128),
+    _Form("int2", 64),
+    _Form("int2", 32),
+    _Form("int2", 128, zero_points=True),
+    _Form("int2", 64, zero_points=True),
+    _Form("int2", 32, zero_points=True),
+    _Form("int4", 128),
+    _Form("int4", 64),
+    _Form("int4", 32),
+    _Form("int8", 128),
+    _Form("int8", 32),
+)
 # By precision the form in which the KL divergence is measured. INT8 causes so little that the mean over few
 # positions would not tell it: it is found from the last of these.
-_MEASURED: dict[str, _Form] = {"int4": ("int4", 128)}
+_MEASURED = {"int2": _Form("int2", 64), "int4": _Form("int4", 128)}
 _CHOSEN_FOR: tuple[Role, ...] = tuple(role for role in get_args(Role) if role not in ("gate", "vision"))
 _LEAST_COST = 1e-12  # nats: what was measured to cost nothing may still have a finer form
 
@@ -133,10 +155,10 @@ class Candidates:
         least_disk, least_memory = self.estimate(self.smallest), self.estimate(self.leanest)
         name = f"{Path(self.checkpoint.source).name} for {self.profile.name}"
         if disk < least_disk.disk:
-            bits = 8 * (least_disk.disk - self._beside_the_data()) / self._weights()
+            bits = math.ceil(800 * (least_disk.disk - self._beside_the_data()) / self._weights()) / 100
             raise UserError(
-                f"the smallest artifact of {name} has {amount(least_disk.disk)}, "
-                f"{math.ceil(100 * bits) / 100:g} bits per weight: give at least that, or choose a smaller model"
+                f"the smallest artifact of {name} has {amount(least_disk.disk)}, {bits:g} bits per weight: "
+                "give at least that, or choose a smaller model"
             )
         if resident < least_memory.resident:
             raise UserError(
@@ -163,6 +185,9 @@ class Candidates:
             profile = _with_formats(self.profile, formats)
             found = self.estimate(profile)
             over = Bounds(*(max(0, excess) for excess in Bounds.of(found).minus(bounds)))
+            if asked.bits is not None:  # of the data file, which an estimate does not tell from the graphs
+                data = self._data_bytes(profile) - asked.bits * self._weights() / 8
+                over = Bounds(max(over.disk, data), over.resident)
             if not any(over):
                 break
             if taken == before:
@@ -200,10 +225,12 @@ class Candidates:
         """What the whole artifact takes with a profile of these formats."""
         return _estimate(self.checkpoint, profile)
 
+    def _data_bytes(self, profile: Profile) -> int:
+        return build_graphs(self.checkpoint, profile, mtp=_mtp(self.checkpoint, profile)).data_bytes
+
     def _beside_the_data(self) -> int:
-        """Bytes of all files but the data file."""
-        usual = build_graphs(self.checkpoint, self.profile, mtp=_mtp(self.checkpoint, self.profile))
-        return _estimate(self.checkpoint, self.profile).disk - usual.data_bytes
+        """Bytes of all files but the data file, with formats for each layer in the manifest."""
+        return self.estimate(self.smallest).disk - self._data_bytes(self.smallest)
 
     def _weights(self) -> int:
         config, vision = self.checkpoint.config, self.checkpoint.vision
@@ -235,11 +262,12 @@ def auto_precision(
 
 def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
     """What each form of each part takes and costs; arguments and errors as `auto_precision`'s."""
-    quantised = {form: _quantised(build_graphs(checkpoint, _uniform(profile, form))) for form in _FORMS}
-    (ids,) = calibration_samples(checkpoint, text, most=1)
+    forms = _forms(profile)
+    quantised = {form: _quantised(build_graphs(checkpoint, _uniform(profile, form))) for form in forms}
+    ids = calibration_samples(checkpoint, text, most=1)
     config, tensors = checkpoint.config, checkpoint.tensors
     trials: dict[_Form, dict[LayerRole, dict[str, Quantization]]] = {}
-    for form in _MEASURED.values():
+    for form in [form for form in _MEASURED.values() if form in forms]:
         trials[form] = {}
         for name, (part, stored) in quantised[form].items():
             trials[form].setdefault(part, {})[name] = stored
@@ -250,16 +278,17 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
 
     names = dict.fromkeys(name for found in quantised.values() for name in found)
     stored_as = {
-        name: [quantised[f][name][1] if name in quantised[f] else None for f in _FORMS] for name in names
+        name: [quantised[form][name][1] if name in quantised[form] else None for form in forms]
+        for name in names
     }
     errors = output_errors(config, tensors, stored_as, ids, advance)
     alone = {form: divergences(config, tensors, trial, ids, advance) for form, trial in trials.items()}
     belongs = {name: part for found in quantised.values() for name, (part, _) in found.items()}
 
     def cost(part: LayerRole, form: _Form) -> float:
-        reference = _MEASURED.get(form[0], list(_MEASURED.values())[-1])
+        reference = _MEASURED.get(form.precision, list(_MEASURED.values())[-1])
         wanted, known = (
-            sum(errors[name][_FORMS.index(which)] for name in names if belongs[name] == part)
+            sum(errors[name][forms.index(which)] for name in names if belongs[name] == part)
             for which in (form, reference)
         )
         divergence = max(alone[reference].get(part, 0.0), _LEAST_COST)
@@ -272,38 +301,34 @@ def candidates(
     checkpoint: Checkpoint, profile: Profile, cost: Callable[[LayerRole, _Form], float] | None = None
 ) -> Candidates:
     """What each form of each part takes; reads no weight. Without `cost` all cost the same."""
-    sizes: Counter[LayerRole] = Counter()
-    chosen_for: dict[LayerRole, None] = {}
-    for form in _FORMS:
-        graphs = build_graphs(checkpoint, _uniform(profile, form))
-        chosen_for |= {part: None for part, _ in _quantised(graphs).values()}
-        if form == _FORMS[0]:
-            sizes = _sizes(graphs)
-    forms = {form: {part: _format(profile, part, form) for part in chosen_for} for form in _FORMS}
-    first = forms[_FORMS[0]]
-    start = Bounds.of(_estimate(checkpoint, _with_formats(profile, first)))
+    kinds = _forms(profile)
+    every = [build_graphs(checkpoint, _uniform(profile, form)) for form in kinds]
+    sizes = _sizes(every[0])
+    parts = list(dict.fromkeys(part for graphs in every for part, _ in _quantised(graphs).values()))
+    formats = {form: {part: _format(profile, part.role, form) for part in parts} for form in kinds}
+    start = Bounds.of(_estimate(checkpoint, _with_formats(profile, formats[kinds[0]])))
     of_role: Counter[str] = Counter()
-    for part in chosen_for:
+    for part in parts:
         of_role[part.role] += sizes[part]
     more: dict[tuple[str, _Form], Bounds] = {}  # that a role takes in a form than in the first
     for role in of_role:
-        for form in _FORMS:
-            changed = {part: forms[form if part.role == role else _FORMS[0]][part] for part in chosen_for}
+        for form in kinds:
+            changed = {part: formats[form if part.role == role else kinds[0]][part] for part in parts}
             more[role, form] = Bounds.of(_estimate(checkpoint, _with_formats(profile, changed))).minus(start)
     choices = {
         part: [
             Choice(
-                forms[form][part],
+                formats[form][part],
                 tuple(
                     sizes[part] + each * sizes[part] / of_role[part.role] for each in more[part.role, form]
                 ),
                 cost(part, form) if cost else 0.0,
             )
-            for form in _FORMS
+            for form in kinds
         ]
-        for part in chosen_for
+        for part in parts
     }
-    data = sum(sizes[part] for part in chosen_for)
+    data = sum(sizes[part] for part in parts)
     return Candidates(checkpoint, profile, choices, start.minus(Bounds(data, data)))
 
 
@@ -324,16 +349,21 @@ def _mtp(checkpoint: Checkpoint, profile: Profile) -> bool:
     return profile.mtp and (there if checkpoint.tensors else declares_mtp(checkpoint.config))
 
 
-def _format(profile: Profile, part: LayerRole, form: _Form) -> WeightFormat:
-    """Symmetric or not as the profile has the role."""
-    precision, block_size = form
-    usual = profile.weights[cast(Role, part.role)]
-    return usual.model_copy(update={"precision": precision, "block_size": block_size})
+def _forms(profile: Profile) -> list[_Form]:
+    """Those that each of the profile's providers has kernels for."""
+    return [form for form in _FORMS if int(form.precision.removeprefix("int")) in profile.weight_bits]
+
+
+def _format(profile: Profile, role: str, form: _Form) -> WeightFormat:
+    symmetric = profile.weights[cast(Role, role)].symmetric and not form.zero_points
+    return WeightFormat.model_validate(
+        {"precision": form.precision, "block_size": form.block_size, "symmetric": symmetric}
+    )
 
 
 def _uniform(profile: Profile, form: _Form) -> Profile:
     """Every matrix that can be chosen for in one format."""
-    forms = {role: _format(profile, LayerRole(-1, role), form) for role in _CHOSEN_FOR}
+    forms = {role: _format(profile, role, form) for role in _CHOSEN_FOR}
     return profile.model_copy(update={"weights": {**profile.weights, **forms}, "layer_weights": {}})
 
 

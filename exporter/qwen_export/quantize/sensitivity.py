@@ -74,7 +74,8 @@ def divergences(
     ids: np.ndarray,
     advance: Callable[[], None],
 ) -> dict[LayerRole, float]:
-    """KL divergence in nats, mean over the positions of `ids` int64 [tokens], that each part causes alone.
+    """KL divergence in nats, mean over the positions of `ids` int64 [samples, tokens], that each part causes
+    alone.
 
     Args:
         parts: the form of each of a part's tensors.
@@ -87,25 +88,25 @@ def divergences(
         )
         for part, forms in parts.items()
     }
-    hidden = reference.embed(config, exact, ids[None])
-    streams = {part: reference.embed(config, sets[part], ids[None]) for part in parts if part.layer < 0}
+    hidden = reference.embed(config, exact, ids)
+    streams = {part: reference.embed(config, sets[part], ids) for part in parts if part.layer < 0}
     for index in range(config.num_hidden_layers):
         for start in range(0, len(streams), _TOGETHER):
             together = list(streams)[start : start + _TOGETHER]
             moved = reference.layer(
                 config, exact, index, np.concatenate([streams[part] for part in together])
             )
-            streams |= {part: moved[place : place + 1] for place, part in enumerate(together)}
+            streams |= dict(zip(together, np.split(moved, len(together)), strict=True))
         for part in parts:
             if part.layer == index:
                 streams[part] = reference.layer(config, sets[part], index, hidden)
         hidden = reference.layer(config, exact, index, hidden)
         advance()
-    expected = log_softmax(reference.logits(config, exact, hidden[0]))
+    expected = log_softmax(reference.logits(config, exact, hidden))
     found = {}
     for part, stream in streams.items():
         weights = sets[part] if part.layer < 0 else exact
-        logits = log_softmax(reference.logits(config, weights, stream[0]))
+        logits = log_softmax(reference.logits(config, weights, stream))
         found[part] = float((np.exp(expected) * (expected - logits)).sum(-1).mean())
         advance()
     return found
@@ -132,8 +133,8 @@ def output_errors(
 ) -> dict[str, list[float]]:
     """By tensor, the squared error of its outputs over their squared norm in each of its forms.
 
-    On the inputs that it has with the text `ids` int64 [tokens], for some of its rows and, of a mixture, for
-    the experts that are chosen most; of a table that is looked up, the error of its rows.
+    On the inputs that it has with the texts `ids` int64 [samples, tokens], for some of its rows and, of a
+    mixture, for the experts that are chosen most; of a table that is looked up, the error of its rows.
 
     Args:
         forms: None stores exactly.
@@ -143,14 +144,14 @@ def output_errors(
     for name in forms:
         by_layer.setdefault(layer_of(name), []).append(name)
     found: dict[str, list[float]] = {}
-    hidden = reference.embed(config, Weights(tensors), ids[None])
+    hidden = reference.embed(config, Weights(tensors), ids)
     for index in range(config.num_hidden_layers):
         weights = _Inputs(tensors)
         hidden = reference.layer(config, weights, index, hidden)
         for name in by_layer.get(index, []):
             found[name] = _errors(tensors[name], forms[name], weights.found.get(name, {}))
         advance()
-    head = reference.last_norm(config, Weights(tensors), hidden)[0]
+    head = reference.last_norm(config, Weights(tensors), hidden).reshape(-1, hidden.shape[-1])
     for name in by_layer.get(None, []):
         inputs: dict[int | None, np.ndarray] = {None: head} if name == reference.head_name(config) else {}
         found[name] = _errors(tensors[name], forms[name], inputs)
