@@ -193,7 +193,14 @@ class Candidates:
             if taken == before:
                 raise UserError("no choice keeps to the size and to the memory: give more of one")
             # The parts' figures are those of their role, shared out, and without the gaps between tensors.
-            before, budget = taken, budget.minus(over)
+            sums = (sum(choice.takes[at] for choice in taken.values()) for at in range(len(over)))
+            before = taken
+            budget = Bounds(
+                *(
+                    total - more if more else most
+                    for most, total, more in zip(budget, sums, over, strict=True)
+                )
+            )
         return Chosen(
             profile,
             found,
