@@ -13,55 +13,36 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast, get_args
+from typing import NamedTuple
 
 from qwen_common.errors import UserError
-from qwen_profiles.schema import Profile, Role, WeightFormat
+from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.mtp import MTP, declares_mtp
-from qwen_export.architecture.tensors import layer_of
 from qwen_export.backends.onnx.estimate import estimate
-from qwen_export.backends.onnx.graphs import Graphs, build_graphs
+from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.graph.weights import Weight
 from qwen_export.planner.estimate import Estimate
 from qwen_export.progress import Progress
 from qwen_export.quantize.allocation import Choice, allocate, smallest
 from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.calibration import calibration_samples
+from qwen_export.quantize.choosable import (
+    Form,
+    Formats,
+    data_sizes,
+    format_of,
+    forms_for,
+    quantised_tensors,
+    uniform,
+    with_formats,
+)
 from qwen_export.quantize.sensitivity import LayerRole, divergence_steps, divergences, output_errors
 
-
-class _Form(NamedTuple):
-    """`zero_points`: stored also where the profile's role has none."""
-
-    precision: str
-    block_size: int
-    zero_points: bool = False
-
-
-# In the order of their bits; the last is the best. Codes of 2 bits without a zero point have one value above
-# 0 and two below, so there a zero point may give more than a smaller block.
-_FORMS = (
-    _Form("int2", 128),
-    _Form("int2", 64),
-    _Form("int2", 32),
-    _Form("int2", 128, zero_points=True),
-    _Form("int2", 64, zero_points=True),
-    _Form("int2", 32, zero_points=True),
-    _Form("int4", 128),
-    _Form("int4", 64),
-    _Form("int4", 32),
-    _Form("int8", 128),
-    _Form("int8", 32),
-)
 # By precision the form in which the KL divergence is measured. INT8 causes so little that the mean over few
 # positions would not tell it: it is found from the last of these.
-_MEASURED = {"int2": _Form("int2", 64), "int4": _Form("int4", 128)}
-_CHOSEN_FOR: tuple[Role, ...] = tuple(role for role in get_args(Role) if role not in ("gate", "vision"))
+_MEASURED = {"int2": Form("int2", 64), "int4": Form("int4", 128)}
 _LEAST_COST = 1e-12  # nats: what was measured to cost nothing may still have a finer form
-
-_Formats = Mapping[LayerRole, WeightFormat]
 
 
 class Bounds(NamedTuple):
@@ -115,7 +96,7 @@ class Chosen:
     estimate: Estimate
     divergence: float
     largest: bool
-    formats: _Formats
+    formats: Formats
 
     def layers(self) -> dict[str, dict[str, int]]:
         """By role, the number of layers in each format, such as `{"int4/128": 12, "int8/32": 4}`."""
@@ -182,7 +163,7 @@ class Candidates:
         while True:
             taken = allocate(self.choices, budget)
             formats = {part: choice.form for part, choice in taken.items()}
-            profile = _with_formats(self.profile, formats)
+            profile = with_formats(self.profile, formats)
             found = self.estimate(profile)
             over = Bounds(*(max(0, excess) for excess in Bounds.of(found).minus(bounds)))
             if asked.bits is not None:  # of the data file, which an estimate does not tell from the graphs
@@ -222,11 +203,11 @@ class Candidates:
     @cached_property
     def largest(self) -> Profile:
         """With all parts in the last form, which is the best."""
-        return _with_formats(self.profile, {part: options[-1].form for part, options in self.choices.items()})
+        return with_formats(self.profile, {part: options[-1].form for part, options in self.choices.items()})
 
     def _least(self, prices: tuple[float, float]) -> Profile:
         taken = smallest(self.choices, prices)
-        return _with_formats(self.profile, {part: choice.form for part, choice in taken.items()})
+        return with_formats(self.profile, {part: choice.form for part, choice in taken.items()})
 
     def estimate(self, profile: Profile) -> Estimate:
         """What the whole artifact takes with a profile of these formats."""
@@ -269,11 +250,11 @@ def auto_precision(
 
 def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
     """What each form of each part takes and costs; arguments and errors as `auto_precision`'s."""
-    forms = _forms(profile)
-    quantised = {form: _quantised(build_graphs(checkpoint, _uniform(profile, form))) for form in forms}
+    forms = forms_for(profile)
+    quantised = {form: quantised_tensors(build_graphs(checkpoint, uniform(profile, form))) for form in forms}
     ids = calibration_samples(checkpoint, text, most=1)
     config, tensors = checkpoint.config, checkpoint.tensors
-    trials: dict[_Form, dict[LayerRole, dict[str, Quantization]]] = {}
+    trials: dict[Form, dict[LayerRole, dict[str, Quantization]]] = {}
     for form in [form for form in _MEASURED.values() if form in forms]:
         trials[form] = {}
         for name, (part, stored) in quantised[form].items():
@@ -292,7 +273,7 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
     alone = {form: divergences(config, tensors, trial, ids, advance) for form, trial in trials.items()}
     belongs = {name: part for found in quantised.values() for name, (part, _) in found.items()}
 
-    def cost(part: LayerRole, form: _Form) -> float:
+    def cost(part: LayerRole, form: Form) -> float:
         reference = _MEASURED.get(form.precision, list(_MEASURED.values())[-1])
         wanted, known = (
             sum(errors[name][forms.index(which)] for name in names if belongs[name] == part)
@@ -305,23 +286,23 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
 
 
 def candidates(
-    checkpoint: Checkpoint, profile: Profile, cost: Callable[[LayerRole, _Form], float] | None = None
+    checkpoint: Checkpoint, profile: Profile, cost: Callable[[LayerRole, Form], float] | None = None
 ) -> Candidates:
     """What each form of each part takes; reads no weight. Without `cost` all cost the same."""
-    kinds = _forms(profile)
-    every = [build_graphs(checkpoint, _uniform(profile, form)) for form in kinds]
-    sizes = _sizes(every[0])
-    parts = list(dict.fromkeys(part for graphs in every for part, _ in _quantised(graphs).values()))
-    formats = {form: {part: _format(profile, part.role, form) for part in parts} for form in kinds}
-    start = Bounds.of(_estimate(checkpoint, _with_formats(profile, formats[kinds[0]])))
+    kinds = forms_for(profile)
+    every = [build_graphs(checkpoint, uniform(profile, form)) for form in kinds]
+    sizes = data_sizes(every[0])
+    parts = list(dict.fromkeys(part for graphs in every for part, _ in quantised_tensors(graphs).values()))
+    formats = {form: {part: format_of(profile, part.role, form) for part in parts} for form in kinds}
+    start = Bounds.of(_estimate(checkpoint, with_formats(profile, formats[kinds[0]])))
     of_role: Counter[str] = Counter()
     for part in parts:
         of_role[part.role] += sizes[part]
-    more: dict[tuple[str, _Form], Bounds] = {}  # that a role takes in a form than in the first
+    more: dict[tuple[str, Form], Bounds] = {}  # that a role takes in a form than in the first
     for role in of_role:
         for form in kinds:
             changed = {part: formats[form if part.role == role else kinds[0]][part] for part in parts}
-            more[role, form] = Bounds.of(_estimate(checkpoint, _with_formats(profile, changed))).minus(start)
+            more[role, form] = Bounds.of(_estimate(checkpoint, with_formats(profile, changed))).minus(start)
     choices = {
         part: [
             Choice(
@@ -354,57 +335,3 @@ def _mtp(checkpoint: Checkpoint, profile: Profile) -> bool:
     """Whether the head is exported: as far as the configuration tells where there are no weights."""
     there = any(name.startswith(MTP) for name in checkpoint.tensors)
     return profile.mtp and (there if checkpoint.tensors else declares_mtp(checkpoint.config))
-
-
-def _forms(profile: Profile) -> list[_Form]:
-    """Those that each of the profile's providers has kernels for."""
-    return [form for form in _FORMS if int(form.precision.removeprefix("int")) in profile.weight_bits]
-
-
-def _format(profile: Profile, role: str, form: _Form) -> WeightFormat:
-    symmetric = profile.weights[cast(Role, role)].symmetric and not form.zero_points
-    return WeightFormat.model_validate(
-        {"precision": form.precision, "block_size": form.block_size, "symmetric": symmetric}
-    )
-
-
-def _uniform(profile: Profile, form: _Form) -> Profile:
-    """Every matrix that can be chosen for in one format."""
-    forms = {role: _format(profile, role, form) for role in _CHOSEN_FOR}
-    return profile.model_copy(update={"weights": {**profile.weights, **forms}, "layer_weights": {}})
-
-
-def _quantised(graphs: Graphs) -> dict[str, tuple[LayerRole, Quantization]]:
-    """The checkpoint's tensors that are quantised here, not already: the part and the form of each."""
-    return {
-        rows.tensor: (_layer_role(weight), weight.storage)
-        for weight, _ in graphs.placed
-        if isinstance(weight.storage, Quantization) and not weight.prequantized and weight.role in _CHOSEN_FOR
-        for rows in weight.rows
-        if not rows.tensor.startswith(MTP)
-    }
-
-
-def _sizes(graphs: Graphs) -> Counter[LayerRole]:
-    """Bytes in the data file."""
-    sizes: Counter[LayerRole] = Counter()
-    for weight, tensors in graphs.placed:
-        sizes[_layer_role(weight)] += sum(tensor.nbytes for tensor in tensors)
-    return sizes
-
-
-def _layer_role(weight: Weight) -> LayerRole:
-    layer = layer_of(weight.rows[0].tensor)
-    return LayerRole(-1 if layer is None else layer, weight.role)
-
-
-def _with_formats(profile: Profile, chosen: _Formats) -> Profile:
-    weights = dict(profile.weights)
-    layers = {layer: dict(forms) for layer, forms in profile.layer_weights.items()}
-    for part, form in chosen.items():
-        role = cast(Role, part.role)
-        if part.layer < 0:
-            weights[role] = form
-        else:
-            layers.setdefault(part.layer, {})[role] = form
-    return profile.model_copy(update={"weights": weights, "layer_weights": layers})
