@@ -40,7 +40,9 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder, shape = tmp_path_factory.mktemp("apart"), SHAPES[request.param]
     base = write_random_checkpoint(folder / "base", **shape)
     train(random_model(**shape), folder / "style", seed=1, target_modules=LINEAR, r=4)
-    train(random_model(**shape), folder / "tools", seed=2, target_modules="all-linear", r=2, use_rslora=True)
+    router = {"target_parameters": ["mlp.gate.weight"]} if shape else {}
+    tools = {"target_modules": "all-linear", "r": 2, "use_rslora": True, **router}
+    train(random_model(**shape), folder / "tools", seed=2, **tools)
     profile = float_profile("fused")
     given = [f"{folder / 'style'}=0.5", str(folder / "tools")]
     checkpoint = keeping_apart(Checkpoint.open(str(base)), given, profile)
@@ -56,6 +58,7 @@ def adapted(shape: str, adapter: Path | None, weight: float = 1) -> np.ndarray:
         for module in model.modules():
             if hasattr(module, "set_scale"):
                 module.set_scale("default", weight)
+        model = model.merge_and_unload()
     with torch.no_grad():
         return model(input_ids=torch.tensor([IDS])).logits[0].numpy()
 
