@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from qwen_common.errors import UserError
-from qwen_common.manifest import further_graphs
+from qwen_common.manifest import ADVICE, further_graphs
 from qwen_common.providers import CPU, PROVIDERS
 
 from qwen_runtime.artifact import Artifact
@@ -101,7 +101,12 @@ class GenAI:
         if file is not None and self._adapters is None:
             self._adapters = self._og.Adapters(self._model)
         if file is not None and file not in self._loaded:
-            self._adapters.load(str(self._root / file), file)
+            try:
+                self._adapters.load(str(self._root / file), file)
+            except Exception as error:
+                raise UserError(
+                    f"{self._root / file} is no adapter that ONNX Runtime reads: {ADVICE}"
+                ) from error
             self._loaded.add(file)
         self._active = file
 

@@ -115,6 +115,21 @@ def test_the_manifest_lists_them(made: tuple[str, Path], tmp_path: Path) -> None
         manifests.read(other)
 
 
+def test_a_damaged_file(made: tuple[str, Path], tmp_path: Path) -> None:
+    """One that is too large to be hashed whenever the artifact is opened would come so far."""
+    _, folder = made
+    other = Path(shutil.copytree(folder / "artifact", tmp_path / "other"))
+    file = other / "style.onnx_adapter"
+    with pytest.raises(UserError, match=r"style\.onnx_adapter changed since the export"):
+        file.write_bytes(file.read_bytes()[:100])
+        Model.load(other)
+    manifest = manifests.read(other)
+    manifest["files"][file.name] = manifests.file_entry(file)
+    manifests.write(other, manifest)
+    with Model.load(other) as model, pytest.raises(UserError, match="is no adapter that ONNX Runtime reads"):
+        model.use_adapter("style")
+
+
 def test_the_planner_knows_the_graphs_size(made: tuple[str, Path]) -> None:
     _, folder = made
     checkpoint = Checkpoint.open(str(folder / "base"))
