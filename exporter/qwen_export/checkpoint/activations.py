@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.plain import PlainTensor
 
 _NAMES = re.compile(
     r".*\.(?:input|output|query|[qkv]|kv|kv_cache|[kv]_cache|[qkv]_proj\.output)(?:_global)?_(?:scale|zero_point)"
 )
+
+
+def refuse_scaled_activations(stored: Iterable[str]) -> None:
+    """Raises:
+    UserError: inputs would have to be multiplied by something before the weights (AWQ's and SVDQuant's).
+    """
+    for name in stored:
+        if name.endswith((".pre_quant_scale", ".weight_quantizer.svdquant_lora_a")):
+            raise UserError(
+                f"tensor {name} scales a projection's inputs, which is not supported yet: give the "
+                "checkpoint in bf16"
+            )
 
 
 def drop_activation_scales(stored: dict[str, PlainTensor]) -> list[str]:

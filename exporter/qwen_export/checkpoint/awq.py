@@ -30,17 +30,24 @@ class AwqConfig(BaseModel):
 
     def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
         """See `Form`."""
-        return {module + "weight": self.tensor(stored, module) for module in pieces(stored, "qweight")}
+        return {
+            module + "weight": awq_tensor(stored, module, self.sym) for module in pieces(stored, "qweight")
+        }
 
-    def tensor(self, stored: dict[str, PlainTensor], module: str) -> IntegerTensor:
-        """The weight of one module (its name with the dot), its parts taken out of `stored`."""
-        qweight, qzeros, scales = (
-            take(stored, module + part, module + "qweight") for part in ("qweight", "qzeros", "scales")
-        )
-        n = 8 * qweight.shape[-1]
-        shape, groups = (n, qweight.shape[0]), scales.shape[0]
-        codes = Codes(qweight, shape, 4, along_inputs=False, outputs_last=True, places=_PLACES)
-        zeros = Codes(qzeros, (n, groups), 4, along_inputs=False, outputs_last=True, places=_PLACES)
-        tensor = IntegerTensor(codes, 4, Scales(scales, outputs_last=True), zeros, self.sym)
-        check_integers(tensor)
-        return tensor
+
+def awq_tensor(stored: dict[str, PlainTensor], module: str, symmetric: bool) -> IntegerTensor:
+    """The weight of one module (its name with the dot), its parts taken out of `stored`.
+
+    Raises:
+        UserError: parts miss, or do not belong together.
+    """
+    qweight, qzeros, scales = (
+        take(stored, module + part, module + "qweight") for part in ("qweight", "qzeros", "scales")
+    )
+    n = 8 * qweight.shape[-1]
+    shape, groups = (n, qweight.shape[0]), scales.shape[0]
+    codes = Codes(qweight, shape, 4, along_inputs=False, outputs_last=True, places=_PLACES)
+    zeros = Codes(qzeros, (n, groups), 4, along_inputs=False, outputs_last=True, places=_PLACES)
+    tensor = IntegerTensor(codes, 4, Scales(scales, outputs_last=True), zeros, symmetric)
+    check_integers(tensor)
+    return tensor

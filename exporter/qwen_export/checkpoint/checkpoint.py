@@ -32,7 +32,7 @@ from qwen_export.checkpoint.head import settle_head
 from qwen_export.checkpoint.hub import download, refuse_links_out
 from qwen_export.checkpoint.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.quantization import assemble, method_name
-from qwen_export.checkpoint.shards import shard_tensors
+from qwen_export.checkpoint.shards import shard_tensors, written_by_mlx
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
 _NAMED = 10  # of the tensors or files that are not read
@@ -95,6 +95,8 @@ class Checkpoint:
         config = load_config(root)
         quantization = quantization_config(root)
         stored = shard_tensors(root)
+        if quantization is None and written_by_mlx(root):
+            quantization = {"quant_method": "mlx"}
         unlisted = {path.name for path in root.glob("*.safetensors")}
         unlisted -= {tensor.file.name for tensor in stored.values()}
         head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}

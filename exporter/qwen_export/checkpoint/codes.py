@@ -16,7 +16,7 @@ class Codes:
     Attributes:
         words: integers that hold the codes, the first at the lowest bits.
         shape: N and K.
-        width: bits that a code takes: 1, 2, 4 or 8.
+        width: bits that a code takes, 1 to 8. Where they do not divide a word, codes go on in the next one.
         along_inputs: a word holds codes of consecutive input features; else of output features.
         outputs_last: output features lie along the words' last axis.
         places: where in a word each of its consecutive features stands; None: in their order.
@@ -34,9 +34,9 @@ class Codes:
     @property
     def stored_shape(self) -> tuple[int, int]:
         """What `words` must have for `shape`."""
-        in_word = self.words.dtype.itemsize * 8 // self.width
+        bits = self.words.dtype.itemsize * 8
         n, k = self.shape
-        n, k = (n, -(-k // in_word)) if self.along_inputs else (-(-n // in_word), k)
+        n, k = (n, -(-k * self.width // bits)) if self.along_inputs else (-(-n * self.width // bits), k)
         return (k, n) if self.outputs_last else (n, k)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -56,10 +56,14 @@ class Codes:
 
 
 def _split(words: np.ndarray, width: int) -> np.ndarray:
-    """Integers [a, b] -> uint8 [a, b, codes in one], from the lowest bits."""
+    """Integers [a, b] -> uint8 [a, b, codes in one], from the lowest bits; [a, codes, 1] of odd widths."""
     octets = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, words.dtype.itemsize)
     if width == 8:
         return octets
+    if 8 % width:
+        bits = np.unpackbits(octets.reshape(len(words), -1), axis=1, bitorder="little")
+        codes = bits[:, : bits.shape[1] // width * width].reshape(len(words), -1, width)
+        return np.packbits(codes, axis=-1, bitorder="little")
     mask = np.uint8((1 << width) - 1)
     parts = [octets >> np.uint8(shift) & mask for shift in range(0, 8, width)]
     return np.stack(parts, axis=-1).reshape(*words.shape, -1)

@@ -1,4 +1,4 @@
-"""Forms of a checkpoint that the export does not read: each by its name, with the way out."""
+"""Which form a checkpoint declares; those that the export does not read, each by name, with the way out."""
 
 from __future__ import annotations
 
@@ -8,24 +8,19 @@ from typing import Any
 
 from qwen_common.errors import UserError
 
+from qwen_export.checkpoint.mlx import is_mlx
+
 _ADAPTER_CONFIG = "adapter_config.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
 _UNQUANTISED = "give the checkpoint in bf16 that it was made from, or its FP8, GPTQ or AWQ edition"
-_GPTQ_OR_AWQ = "save it again with --format auto_gptq or auto_awq, or give the checkpoint in bf16"
-_DEQUANTIZE = "load it with transformers, call dequantize(), save that, and give its folder"
 # By `quant_method`: whose it is, and what to do.
 _METHODS = {
     "aqlm": ("AQLM", _UNQUANTISED),
-    "auto-round": ("AutoRound", _GPTQ_OR_AWQ),
-    "bitsandbytes": ("bitsandbytes", _DEQUANTIZE),
     "eetq": ("EETQ", _UNQUANTISED),
     "exl2": ("EXL2 (ExLlamaV2)", _UNQUANTISED),
     "exl3": ("EXL3 (ExLlamaV3)", _UNQUANTISED),
     "higgs": ("HIGGS", _UNQUANTISED),
     "hqq": ("HQQ", _UNQUANTISED),
-    "intel/auto-round": ("AutoRound", _GPTQ_OR_AWQ),
-    "modelopt": ("NVIDIA ModelOpt", _UNQUANTISED),
-    "modelopt_fp4": ("NVIDIA ModelOpt's NVFP4", _UNQUANTISED),
     "mxfp4": ("MXFP4", _UNQUANTISED),
     "nvfp4": ("NVFP4", _UNQUANTISED),
     "quanto": ("Quanto", _UNQUANTISED),
@@ -68,37 +63,43 @@ def refuse_adapter(root: Path) -> None:
     )
 
 
-def refuse_other_quantization(root: Path, declared: Any, content: Any) -> None:
-    """Weights in a form that is named here.
+def declared_quantization(root: Path, declared: Any, content: Any) -> Any:
+    """`quantization_config` with a `quant_method`, also of those libraries that write none.
 
     Args:
         declared: `quantization_config` of config.json, which is `content`.
+    """
+    if _get(declared, "quant_method") is not None:
+        return declared
+    of_mlx = _get(content, "quantization") or declared
+    if is_mlx(of_mlx):
+        return {**of_mlx, "quant_method": "mlx"}
+    if _get(declared, "load_in_4bit") or _get(declared, "load_in_8bit"):
+        return {**declared, "quant_method": "bitsandbytes"}
+    if declared is None and (root / _MODELOPT_CONFIG).is_file():
+        found = _field(root / _MODELOPT_CONFIG, "quantization")
+        return {**(found if isinstance(found, dict) else {}), "quant_method": "modelopt"}
+    return declared
+
+
+def refuse_other_quantization(declared: Any) -> None:
+    """Weights in a form that is named here.
+
+    Args:
+        declared: `declared_quantization`.
 
     Raises:
         UserError: they are.
     """
-    file, method = "config.json", _get(declared, "quant_method")
-    if method is None and declared is None and (root / _MODELOPT_CONFIG).is_file():
-        file, method = _MODELOPT_CONFIG, "modelopt"
-        declared = _field(root / file, "quantization")
-    if method is None and (_get(declared, "load_in_4bit") or _get(declared, "load_in_8bit")):
-        method = "bitsandbytes"
-    if method is None and _is_mlx(_get(content, "quantization") or declared):
-        raise UserError(
-            "config.json, quantization: the weights are MLX's, which no other runtime reads: " + _UNQUANTISED
-        )
+    method = _get(declared, "quant_method")
     if not isinstance(method, str) or method.lower() not in _METHODS:
         return
     whose, way = _METHODS[method.lower()]
     detail = next(filter(None, (_get(declared, key) for key in ("quant_algo", "format", "quant_type"))), None)
     detail = f", {detail}"[:_MOST_SHOWN] if isinstance(detail, str) else ""
     raise UserError(
-        f"{file}: the weights are quantised by {whose}{detail}, which is not supported yet: {way}"
+        f"config.json: the weights are quantised by {whose}{detail}, which is not supported yet: {way}"
     )
-
-
-def _is_mlx(quantization: Any) -> bool:
-    return isinstance(quantization, dict) and {"group_size", "bits"} <= quantization.keys()
 
 
 def _get(content: Any, key: str) -> Any:

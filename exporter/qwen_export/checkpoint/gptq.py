@@ -6,7 +6,7 @@ pack(), vLLM's gptq kernels.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +16,10 @@ from qwen_export.checkpoint.codes import Codes
 from qwen_export.checkpoint.integers import IntegerTensor, check_integers
 from qwen_export.checkpoint.plain import PlainTensor, pieces, take
 from qwen_export.checkpoint.scales import Scales
+from qwen_export.checkpoint.targets import matches
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
+_BITS = (2, 4, 8)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}
 
 
@@ -29,21 +31,35 @@ class GptqConfig(BaseModel):
     quant_method: Literal["gptq"]
     bits: Literal[2, 4, 8]
     sym: bool = True
+    # GPTQModel's: expressions of modules that differ. Those with "-:" are not quantised.
+    dynamic: dict[str, dict[str, Any]] = Field(default_factory=dict)
     version: Literal["gptq", "gptq_v2"] = Field("gptq", validation_alias="checkpoint_format")
 
     def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
         """See `Form`."""
         offset = _ZERO_OFFSETS[self.version]
         return {
-            module + "weight": gptq_tensor(stored, module, self.bits, self.sym, offset)
+            module + "weight": gptq_tensor(stored, module, self._symmetric(module.removesuffix(".")), offset)
             for module in pieces(stored, "qweight")
         }
 
+    def _symmetric(self, module: str) -> bool:
+        """Of the first expression that fits the module, or of the whole checkpoint."""
+        for expression, options in self.dynamic.items():
+            if matches(expression.removeprefix("+:"), module):
+                return bool(options.get("sym", self.sym))
+        return self.sym
+
 
 def gptq_tensor(
-    stored: dict[str, PlainTensor], module: str, bits: int, symmetric: bool, zero_offset: int
+    stored: dict[str, PlainTensor], module: str, symmetric: bool, zero_offset: int
 ) -> IntegerTensor:
     """The weight of one module (its name with the dot), its parts taken out of `stored`.
+
+    Its bits are what its zero points take: those of config.json may be of most modules only.
+
+    Args:
+        zero_offset: what is added to a stored zero point.
 
     Raises:
         UserError: parts miss, or do not belong together.
@@ -51,7 +67,15 @@ def gptq_tensor(
     qweight, qzeros, scales = (
         take(stored, module + part, module + "qweight") for part in ("qweight", "qzeros", "scales")
     )
-    n, k = qweight.shape[-1], qweight.shape[0] * 32 // bits
+    n = qweight.shape[-1] if len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2 else 0
+    bits = 32 * qzeros.shape[1] // n if n else 0
+    if bits not in _BITS:
+        raise UserError(
+            f"{qweight.name} has codes, zero points and scales of the shapes "
+            f"{(qweight.shape, qzeros.shape, scales.shape)}, which do not belong together for codes of "
+            f"{', '.join(map(str, _BITS))} bits: download the checkpoint again, or give it in bf16"
+        )
+    k = qweight.shape[0] * 32 // bits
     codes = Codes(qweight, (n, k), bits, along_inputs=True, outputs_last=True)
     zeros = Codes(
         qzeros, (n, scales.shape[0]), bits, along_inputs=False, outputs_last=True, offset=zero_offset

@@ -29,6 +29,7 @@ _PREFIXES = (
     ("language_model.mtp.", "mtp."),
     ("language_model.", "model."),  # the vision-language model without its head
     ("visual.", "model.visual."),
+    ("vision_tower.", "model.visual."),  # MLX-VLM
     ("embed_tokens.", "model.embed_tokens."),  # the text model without its head
     ("layers.", "model.layers."),
     ("norm.", "model.norm."),

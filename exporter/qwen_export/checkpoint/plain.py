@@ -37,6 +37,11 @@ class PlainTensor:
         here, there = ([size for size in sizes if size != 1] for sizes in (self.shape, shape))
         return replace(self, shape=shape) if here == there else None
 
+    def entry(self, index: int) -> PlainTensor:
+        """Entry `index` of axis 0."""
+        size = self.nbytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], offset=self.offset + index * size)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows in the stored dtype."""
         return self.columns(0, self.shape[1] if len(self.shape) > 1 else 1, start, stop)

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import ValidationError
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.activations import drop_activation_scales
+from qwen_export.checkpoint.activations import drop_activation_scales, refuse_scaled_activations
+from qwen_export.checkpoint.auto_round import AutoRoundConfig
 from qwen_export.checkpoint.awq import AwqConfig
+from qwen_export.checkpoint.bitsandbytes import BitsAndBytesConfig
 from qwen_export.checkpoint.compressed_tensors import CompressedTensorsConfig
 from qwen_export.checkpoint.experts import stack_experts
 from qwen_export.checkpoint.fp8 import Fp8Config
 from qwen_export.checkpoint.gptq import GptqConfig
-from qwen_export.checkpoint.integers import IntegerTensor
+from qwen_export.checkpoint.mlx import MlxConfig
+from qwen_export.checkpoint.modelopt import ModelOptConfig
 from qwen_export.checkpoint.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.scaled import ScaledTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor, PrequantizedTensor
+from qwen_export.checkpoint.tensor import CheckpointTensor, CodedTensor, PrequantizedTensor
 
 
 class Form(Protocol):
@@ -35,11 +37,17 @@ class Form(Protocol):
 
 # By `quant_method`: a new form is a module and a line here.
 _FORMS: Mapping[str, type[Any]] = {
+    "auto-round": AutoRoundConfig,
     "awq": AwqConfig,
+    "bitsandbytes": BitsAndBytesConfig,
     "compressed-tensors": CompressedTensorsConfig,
     "fbgemm_fp8": Fp8Config,
     "fp8": Fp8Config,
     "gptq": GptqConfig,
+    "intel/auto-round": AutoRoundConfig,
+    "mlx": MlxConfig,
+    "modelopt": ModelOptConfig,
+    "modelopt_fp4": ModelOptConfig,
 }
 
 
@@ -60,6 +68,7 @@ def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> Ass
         UserError: a method that is not supported, or as `Form.assemble`.
     """
     form = _form(quantization_config)
+    refuse_scaled_activations(stored)
     rest = dict(stored)
     made = form.assemble(rest) if form else {}
     notes = [*_dequantised(made.values()), *(drop_activation_scales(rest) if form else [])]
@@ -77,8 +86,7 @@ def _dequantised(tensors: Iterable[CheckpointTensor]) -> list[str]:
     forms = Counter(
         tensor.form
         for tensor in tensors
-        if isinstance(tensor, IntegerTensor | ScaledTensor)
-        and not (isinstance(tensor, PrequantizedTensor) and tensor.scheme)
+        if isinstance(tensor, CodedTensor) and not (isinstance(tensor, PrequantizedTensor) and tensor.scheme)
     )
     return [
         f"{count} weights in {form} are dequantised, because no kernel here takes their codes; then they are "

@@ -117,17 +117,26 @@ def _shards(root: Path) -> dict[str, list[str]]:
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Entries by tensor name, and where the data begins: after 8 bytes of length and a JSON header."""
-    try:
-        with safe_open(path, framework="numpy"):  # refuses whatever is malformed or truncated
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"shard {path.name} is truncated or damaged ({error}): download it again") from error
+    _metadata(path)
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entries = json.loads(file.read(length))
-    if (entries.pop("__metadata__", None) or {}).get("format") == "mlx":
-        raise UserError(
-            f"shard {path.name} was written by MLX, which keeps norms and convolutions in another form: give "
-            "the checkpoint that it was converted from"
-        )
+    entries.pop("__metadata__", None)
     return entries, 8 + length
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="numpy") as file:  # refuses whatever is malformed or truncated
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"shard {path.name} is truncated or damaged ({error}): download it again") from error
+
+
+def written_by_mlx(root: Path) -> bool:
+    """Whether the shards say so.
+
+    Raises:
+        UserError: as `shard_tensors`, for the first shard.
+    """
+    return _metadata(root / next(iter(_shards(root)))).get("format") == "mlx"

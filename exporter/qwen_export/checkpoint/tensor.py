@@ -52,6 +52,15 @@ class Scheme:
 
 
 @runtime_checkable
+class CodedTensor(Protocol):
+    """A checkpoint's tensor that is stored as codes for numbers."""
+
+    @property
+    def form(self) -> str:
+        """How, in words for a message."""
+
+
+@runtime_checkable
 class PrequantizedTensor(Protocol):
     """A checkpoint's tensor that is integer codes already, which an artifact can keep as they are."""
 

@@ -15,33 +15,18 @@ from safetensors.torch import save_file
 
 from tests.support.random_checkpoints import edit_config, load_tensors, write_random_checkpoint
 
-MLX = {"group_size": 64, "bits": 4}
-
 
 @pytest.mark.parametrize(
     ("values", "named", "way"),
     [
-        ({"quantization": MLX}, "MLX's", "bf16"),
-        ({"quantization": MLX, "quantization_config": {**MLX, "mode": "affine"}}, "MLX's", "bf16"),
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "bitsandbytes",
-            "dequantize()",
-        ),
-        ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes", "dequantize()"),
-        (
-            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
-            "NVIDIA ModelOpt, NVFP4",
-            "bf16",
-        ),
         ({"quantization_config": {"quant_method": "torchao", "quant_type": {}}}, "torchao", "bf16"),
-        (
-            {"quantization_config": {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}},
-            "AutoRound",
-            "--format auto_gptq",
-        ),
         ({"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "EXL2", "bf16"),
         ({"quantization_config": {"quant_method": "hqq"}}, "HQQ", "bf16"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}},
+            "NVFP4_AWQ",
+            "bf16",
+        ),
         ({"quantization_config": {"quant_method": "of tomorrow"}}, "method 'of tomorrow'", "bf16"),
         ({"quantization_config": [1]}, "is not supported yet", "bf16"),
         ({"quantization_config": {"quant_method": 7}}, "is not supported yet", "bf16"),
@@ -57,16 +42,20 @@ def test_quantised_in_another_way(values: dict[str, Any], named: str, way: str, 
 
 def test_modelopts_older_file(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
-    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    with pytest.raises(UserError, match=r"hf_quant_config\.json: .* by NVIDIA ModelOpt, NVFP4"):
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "INT4_AWQ"}}))
+    with pytest.raises(UserError, match=r"modelopt\.quant_algo 'INT4_AWQ' is not supported yet"):
+        Checkpoint.open(str(folder))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": 7}))
+    with pytest.raises(UserError, match=r"modelopt\.quant_algo .* is not supported yet"):
         Checkpoint.open(str(folder))
 
 
-def test_what_mlx_wrote(tmp_path: Path) -> None:
-    """Its norms are one more than the checkpoint's, which no shape tells."""
+def test_what_scales_activations_is_refused(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
-    save_file(load_tensors(folder), folder / "model.safetensors", metadata={"format": "mlx"})
-    with pytest.raises(UserError, match="was written by MLX"):
+    tensors = load_tensors(folder)
+    tensors["model.layers.0.mlp.gate_proj.pre_quant_scale"] = torch.ones(64)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="pre_quant_scale scales a projection's inputs"):
         Checkpoint.open(str(folder))
 
 

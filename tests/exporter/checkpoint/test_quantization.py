@@ -407,8 +407,8 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
     "another method": (
         gptq(),
         {},
-        declared(quant_method="bitsandbytes"),
-        "quantised by bitsandbytes",
+        declared(quant_method="hqq"),
+        "quantised by HQQ",
     ),
     "no method": (
         gptq(),
