@@ -58,6 +58,27 @@ def limits(size: str | None, memory: str | None, bits: float | None, fit: bool) 
     )
 
 
+def reach(checkpoint: Checkpoint, profile: Profile) -> dict[str, tuple[int, int]]:
+    """Bytes at least and at most of what each option bounds; reads no weight.
+
+    Raises:
+        UserError: the profile's backend has one format for each role.
+    """
+    from qwen_export.quantize.auto_precision import candidates
+
+    _require_formats_by_layer(profile)
+    found = candidates(checkpoint, profile)
+    least, leanest, most = map(found.estimate, (found.smallest, found.leanest, found.largest))
+    return {"size": (least.disk, most.disk), "memory": (leanest.resident, most.resident)}
+
+
+def _require_formats_by_layer(profile: Profile) -> None:
+    from qwen_export.backends.registry import export_backend
+
+    if not export_backend(profile.backend).formats_by_layer:
+        raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")
+
+
 def choose_precision(
     checkpoint: Checkpoint, profile: Profile, asked: Limits, calibration: Path | None, progress: bool
 ) -> Chosen:
@@ -67,13 +88,11 @@ def choose_precision(
         UserError: as `qwen_export.quantize.auto_precision.auto_precision`, or the profile's backend has one
             format for each role, or not even the smallest choice fits the profile's memory.
     """
-    from qwen_export.backends.registry import export_backend
     from qwen_export.cli.progress import STEPS, progress_bar
     from qwen_export.planner.predictions import require_memory
     from qwen_export.quantize.auto_precision import auto_precision, candidates
 
-    if not export_backend(profile.backend).formats_by_layer:
-        raise UserError("--auto-precision is for ONNX Runtime: choose precisions with --set weights.ROLE=...")
+    _require_formats_by_layer(profile)
     checkpoint.check(checkpoint.config.tensors())
     if asked.fit:
         require_memory(checkpoint, candidates(checkpoint, profile).leanest)

@@ -16,6 +16,7 @@ Examples:
   qwen-export plan Qwen3.5-27B                            on all profiles
   qwen-export plan --profile radeon-780m                  the family
   qwen-export plan --profile cpu Qwen3.5-4B --set weights.body=int8 --json
+  qwen-export plan --profile cpu Qwen3.5-35B-A3B --auto-precision     what --size and --memory can ask for
 """
 
 
@@ -25,6 +26,11 @@ Examples:
 @overrides_option
 @click.option("--revision", help="Branch, tag or commit, when MODEL is a hub id.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
+@click.option(
+    "--auto-precision",
+    is_flag=True,
+    help="Of one MODEL and one profile: the least and most that it can choose.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON on stdout.")
 @debug_option
 def plan(
@@ -33,6 +39,7 @@ def plan(
     overrides: tuple[str, ...],
     revision: str | None,
     text_only: bool,
+    auto_precision: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -45,6 +52,7 @@ def plan(
         from qwen_profiles.schema import load_profile
         from rich.console import Console
 
+        from qwen_export.cli.auto_precision import reach
         from qwen_export.cli.tables import compare_table, matrix_table, prediction_table
         from qwen_export.planner.models import configured, family
         from qwen_export.planner.predictions import compare, require_memory, shipped_profiles
@@ -54,9 +62,12 @@ def plan(
         chosen = [load_profile(profile_name, overrides)] if profile_name else shipped_profiles()
         models = [configured(model, revision, text_only)] if model else list(family().values())
         one = bool(model and profile_name)
+        if auto_precision and not one:
+            raise UserError("--auto-precision is for one model and one profile: name both")
+        ends = reach(models[0], chosen[0]) if auto_precision else {}
         found = compare(models, chosen)
         if as_json:
-            rows = [row.as_json() for row in found]
+            rows = [row.as_json() | ({"auto_precision": ends} if ends else {}) for row in found]
             click.echo(json.dumps(rows[0] if one else rows, indent=2))
         else:
             many = not (model or profile_name)
@@ -64,5 +75,7 @@ def plan(
                 prediction_table(found[0]) if one else matrix_table(found) if many else compare_table(found)
             )
             Console(file=sys.stdout).print(table)
+            for option, (least, most) in ends.items():
+                click.echo(f"--auto-precision --{option}: {least / 1e9:.4g} GB to {most / 1e9:.4g} GB")
         if one:
             require_memory(models[0], chosen[0])

@@ -282,6 +282,16 @@ def test_one_layer_by_hand(tmp_path: Path) -> None:
     assert errors[3] < 0.1 * min(error for layer, error in errors.items() if layer != 3)
 
 
+def test_plan_shows_both_ends(moe: Candidates) -> None:
+    command = ["plan", str(TINY_MOE), "--profile", "cpu", "--auto-precision"]
+    ends = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["auto_precision"]
+    assert ends["size"] == [moe.estimate(moe.smallest).disk, moe.estimate(moe.largest).disk]
+    assert ends["memory"][0] == moe.estimate(moe.leanest).resident
+    assert "--auto-precision --memory: 0.08" in CliRunner().invoke(main, command).stdout
+    refused = CliRunner().invoke(main, ["plan", "Qwen3.5-4B", "--auto-precision"])
+    assert refused.exit_code == USER_ERROR and "name both" in refused.output
+
+
 def test_mistakes(tmp_path: Path) -> None:
     start = ["--profile", "cpu", str(TINY), "-o", str(tmp_path / "out")]
     short = tmp_path / "short.txt"
