@@ -38,7 +38,10 @@ _TYPED_ELSEWHERE = {"$ref", "allOf", "anyOf", "oneOf"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _MARK = re.compile(r"</?(?:tool_call>|function|parameter)")
 _NO_MARK = rf"~/{ANY}<\/?(tool_call>|function|parameter){ANY}/"
-_NO_RETURN = rf"~/{ANY}\r/"  # at the end, where it belongs to the line break
+# The same without a negation, which beside limits of length is too much for llguidance; and without returns,
+# of which the last would belong to the line break.
+_LETTER = r"(t[^<\ro]|f[^<\ru]|p[^<\ra]"
+_FEW_MARKS = rf"/([^<\r]|<+([^<\r\/tfp]|{_LETTER})|\/([^<\rtfp]|{_LETTER}))))*(<+\/?[tfp]?)?/"
 # Whatever is read as no list and no object, nor as the beginning of a Python literal.
 _PLAIN = r"([^\s\x00-\x20\[{(\"']" + rf"{ANY})?"
 _INTEGER = "-?(0|[1-9][0-9]{0,17})"
@@ -169,9 +172,8 @@ def _text_rule(text: Text, beside_containers: bool) -> str:
     beside_containers: what looks like a list or an object would be read as one.
     """
     regexes = [*text.regexes, *([_PLAIN] if beside_containers else [])]
-    conditions = [f"/{in_slashes(regex)}/" for regex in regexes] + [_NO_MARK]
-    if not text.free:
-        conditions.append(_NO_RETURN)
+    conditions = [f"/{in_slashes(regex)}/" for regex in regexes]
+    conditions.append(_NO_MARK if text.free else _FEW_MARKS)
     return f"[suffix={_quoted(_VALUE_END)}]: {' & '.join(conditions)}"
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from qwen_runtime.tool_calls.json_schema import types_of, within
 
 ANY = r"(.|\n)*"
-_MOST_FEWEST = 32  # characters that a grammar asks for at least
 _MOST_FORMS = 100  # of one string; each is a regular expression of its own
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
 _COUNT = re.compile(r"\{\d+(,\d*)?\}")
@@ -74,9 +73,7 @@ class Text:
         if not self.fewest and self.most is None:
             return self.patterns or (ANY,)
         most = "" if self.most is None else str(self.most)
-        # llguidance gives up on long minima beside other conditions: they are checked at the end.
-        fewest = min(self.fewest, _MOST_FEWEST)
-        return (rf"(.|\n){{{fewest},{most}}}", *self.patterns)
+        return (rf"(.|\n){{{self.fewest},{most}}}", *self.patterns)
 
     def __and__(self, other: Text) -> Text:
         most = [limit for limit in (self.most, other.most) if limit is not None]

@@ -159,6 +159,16 @@ def test_forced_through_the_client(ask: Callable[..., Any]) -> None:
         assert message.refusal is None
 
 
+@pytest.mark.parametrize(
+    "limits", [{"minLength": 200}, {"maxLength": 5000}, {"minLength": 40, "maxLength": 900}]
+)
+def test_long_limits_through_the_client(ask: Callable[..., Any], limits: dict[str, int]) -> None:
+    """With a vocabulary, beside other conditions, such limits were too much for llguidance."""
+    options: Any = {"tools": [tool(object_of(a={**S, **limits}))], "tool_choice": "required"}
+    choice = ask(**options, parallel_tool_calls=False, max_tokens=150).choices[0]
+    assert choice.message.tool_calls and choice.finish_reason in ("length", "tool_calls")
+
+
 def test_strict_through_the_client(ask: Callable[..., Any]) -> None:
     """Nothing is called, and the answer is the model's own."""
     free = ask(tools=[tool(object_of(a=S), strict=False)])
