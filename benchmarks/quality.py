@@ -1,7 +1,7 @@
 """How much of a trained tiny checkpoint each recipe keeps, beside ONNX Runtime GenAI's builder and NNCF.
 
     python -m benchmarks.quality [--checkpoint dense|moe|moe128|vl] [--tokens 8192] [--nncf-python PYTHON]
-                                 [--llama-python PYTHON] [--only recipes auto builder nncf llama]
+                                 [--llama-python PYTHON] [--only recipes experts auto builder nncf llama]
                                  [--json quality.json] [--plot quality.png]
 
 Every artifact reads the held-out text in windows, and each next-token distribution is compared with that of
@@ -17,6 +17,7 @@ already stays in the table, so that the parts of `--only` can be measured one af
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ from benchmarks.support.checkpoints import EVALUATION, TINY, TINY_MOE, TINY_MOE_
 from benchmarks.support.session import Session
 
 CHECKPOINTS = {"dense": TINY, "moe": TINY_MOE, "moe128": TINY_MOE_128, "vl": TINY_VL}
-PARTS = ("recipes", "auto", "builder", "nncf", "llama")
+PARTS = ("recipes", "experts", "auto", "builder", "nncf", "llama")
 WINDOW = 512
 AUTO_BITS = (4.2, 4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 7.0, 8.0)
 # The builder's options for what its users choose between; its default block size is 32.
@@ -88,6 +89,20 @@ def recipes() -> Iterator[tuple[str, Profile]]:
                 f"all int4, block {block}{'' if symmetric else ', asymmetric'}",
                 uniform("int4", block, symmetric),
             )
+
+
+def with_experts() -> Iterator[tuple[str, Profile]]:
+    """Profiles with routed experts in other formats."""
+    forms = {
+        "cpu-int4": [("int4", block, True) for block in (32, 64, 128)],
+        "laptop-32gb": [("int4", 128, True), *(("int2", block, False) for block in (32, 64, 128))],
+    }
+    for profile, compression in itertools.product(forms, ("data-free", "gptq")):
+        base = load_profile(profile, [f"compression={compression}"])
+        for precision, block, symmetric in forms[profile]:
+            form = WeightFormat(precision=precision, block_size=block, symmetric=symmetric)
+            name = f"{profile}, experts {precision}, block {block}, {compression}"
+            yield name, base.model_copy(update={"weights": base.weights | {"experts": form}})
 
 
 def chosen(checkpoint: Checkpoint) -> Iterator[tuple[str, Profile]]:
@@ -259,6 +274,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         if "recipes" in arguments.only:
             for name, profile in recipes():
+                record(name, measure(exported(checkpoint, profile, Path(work, name)), texts, reference))
+        if "experts" in arguments.only and isinstance(checkpoint.config, MoeTextConfig):
+            for name, profile in with_experts():
                 record(name, measure(exported(checkpoint, profile, Path(work, name)), texts, reference))
         if "auto" in arguments.only:
             for name, profile in chosen(checkpoint):

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import sys
+from typing import Any
 
 import llama_cpp
 import numpy as np
+
+_ERROR = 4  # ggml.h
 
 
 def quantize(source: str, target: str, form: str, importance: dict[str, np.ndarray]) -> None:
@@ -37,6 +41,12 @@ def quantize(source: str, target: str, form: str, importance: dict[str, np.ndarr
         raise SystemExit(f"llama.cpp cannot quantise {source} to {form}")
 
 
+@llama_cpp.llama_log_callback
+def _errors(level: int, text: bytes, user_data: Any) -> None:
+    if level == _ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source")
@@ -44,6 +54,7 @@ def main() -> None:
     parser.add_argument("form")
     parser.add_argument("--imatrix", metavar="NPZ")
     asked = parser.parse_args()
+    llama_cpp.llama_log_set(_errors, None)
     llama_cpp.llama_backend_init()
     quantize(asked.source, asked.target, asked.form, dict(np.load(asked.imatrix)) if asked.imatrix else {})
 
