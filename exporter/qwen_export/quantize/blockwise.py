@@ -19,10 +19,10 @@ _TILE_ELEMENTS = 256 * 1024
 # (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.
 _SYMMETRIC_DIVISORS = {4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
 _ASYMMETRIC_FACTORS = {2: (1.0,), 4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
-# Of 2 bits, as factors of the block's root mean square: its extreme value says little about the best of four
-# levels. They lose 1 to 2% to the best scale of all. The sign says on which side of 0 two of the levels lie,
-# so that a stored zero point adds nothing but for blocks that lie on one side (docs/quality.md).
-_TWO_BIT_FACTORS = (1.0, -1.0, 1.25, -1.25)
+# Of 2 bits, as factors of the block's root mean square: its extreme value says little about the best of
+# four levels. They lose 1 to 2% to the best scale of all, but for outliers. The sign says on which side of 0
+# two of the levels lie, so that a stored zero point adds nothing but for blocks on one side (quality.md).
+_TWO_BIT_FACTORS = (1.0, -1.0, 1.3, -1.3, 1.9, -1.9)
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,16 @@ def _fit(
 
     For codes q (zero point subtracted) the best scale is s = <w, q> / <q, q>, with the squared error
     |w|^2 - <w, q>^2 / <q, q>, so candidates are compared without dequantising. Of features that differ in
-    `importance` [block_size] the products are weighted sums.
+    `importance` [block_size] the products are weighted sums. Without it, a weight of 2 bits counts by its
+    magnitude: the least squared error shrinks the few large ones, which the model misses more
+    (docs/quality.md).
     """
     levels = (1 << form.bits) - 1
+    magnitude = np.abs(tile) if form.bits == 2 and importance is None else None
 
     def summed(products: np.ndarray) -> np.ndarray:
+        if magnitude is not None:
+            products *= magnitude
         return products.sum(axis=0) if importance is None else importance @ products
 
     codes, product = np.empty_like(tile), np.empty_like(tile)
@@ -188,7 +193,7 @@ def _fit(
         _round(tile, scale, zero, levels, codes)
         overlap = summed(np.multiply(tile, codes, out=product))
         length = summed(np.multiply(codes, codes, out=product))
-        fitted = overlap / np.where(length > 0, length, 1)
+        fitted = overlap / np.where(length > 0, length, np.float32(1))
         gain = overlap * fitted
         better = (gain > best_gain) & (length > 0)
         np.copyto(best_gain, gain, where=better)

@@ -101,6 +101,9 @@ def test_largest_context_is_the_edge_of_what_fits() -> None:
 def test_the_profile_for_laptops_is_for_35b_beside_other_programs() -> None:
     model = family()["Qwen3.5-35B-A3B"]
     assert predict(model, load_profile("laptop-32gb")).reason is None
+    small = predict(model, load_profile("laptop-16gb"))
+    assert small.reason is None and small.estimate.needed < 12.5e9
+    assert small.estimate.precision["experts"] == "int2/128"
     assert predict(model, load_profile("cpu", ["hardware.memory_budget_gb=24"])).reason is not None
 
 

@@ -72,6 +72,23 @@ def test_four_bits_beat_the_usual_rules(kind: str, block_size: int) -> None:
     assert errors[0].mean() < 0.97 * errors[2].mean()
 
 
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
+def test_two_bits_are_near_the_best_scale_of_all(kind: str, block_size: int) -> None:
+    """By errors that count with the weights' magnitude, against 400 scales of either sign."""
+    form = Quantization(2, block_size, True, np.dtype(np.float32))
+    weight = weights(kind, n=64, k=512)
+    blocks = weight.reshape(-1, block_size)
+    ours = dequantize(quantize(weight, form), 512, form).reshape(blocks.shape)
+    size = np.abs(blocks)
+    best = np.full(len(blocks), np.inf)
+    for factor in np.linspace(-3, 3, 400):
+        codes = np.clip(np.rint(blocks / (factor * blocks.std(1, keepdims=True))), -2, 1)
+        scale = (size * blocks * codes).sum(1) / np.maximum((size * codes**2).sum(1), 1e-30)
+        best = np.minimum(best, (size * (blocks - codes * scale[:, None]) ** 2).sum(1))
+    assert (size * (blocks - ours) ** 2).sum() < 1.03 * best.sum()
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_constant_rows_come_back(form: Quantization) -> None:
     weight = np.repeat(np.float32([[0.03], [-0.03], [1.7], [-2.5e-2]]), 256, axis=1)
