@@ -10,7 +10,8 @@ from qwen_common.errors import UserError
 from qwen_export.checkpoint.plain import PlainTensor
 
 _NAMES = re.compile(
-    r".*\.(?:input|output|query|[qkv]|kv|kv_cache|[kv]_cache|[qkv]_proj\.output)(?:_global)?_(?:scale|zero_point)"
+    r".*\.(?:(?:gate_up_proj_|down_proj_)?(?:input|output|activation)|query|[qkv]|kv|kv_cache|[kv]_cache)"
+    r"(?:_global)?_(?:scale|zero_point)"
 )
 
 

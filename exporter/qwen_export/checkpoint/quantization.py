@@ -70,8 +70,9 @@ def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> Ass
     form = _form(quantization_config)
     refuse_scaled_activations(stored)
     rest = dict(stored)
+    left_out = drop_activation_scales(rest) if form else []
     made = form.assemble(rest) if form else {}
-    notes = [*_dequantised(made.values()), *(drop_activation_scales(rest) if form else [])]
+    notes = [*_dequantised(made.values()), *left_out]
     others = {name: rest.pop(name) for name, tensor in list(rest.items()) if tensor.dtype not in FLOATS}
     return Assembled({**others, **stack_experts({**rest, **made})}, notes)
 

@@ -188,6 +188,16 @@ def test_activation_scales_are_left_out_with_a_line(tmp_path: Path) -> None:
     assert not any("no such tensors" in note for note in progress.notes)
 
 
+def test_scales_that_float16_cannot_hold(tmp_path: Path) -> None:
+    folder, _ = write_quantized_checkpoint(tmp_path, FORMS["int4"][0])
+    tensors = load_tensors(folder)
+    tensors[f"{STORED_GATE}.weight_scale"] *= 1e8
+    save_shards(folder, tensors, 1)
+    source = Checkpoint.open(str(folder)).tensors[f"{GATE}.weight"]
+    with pytest.raises(UserError, match="more than float16 holds: choose a profile with float32"):
+        source.packed(0, 8, Quantization(4, 32, True, np.dtype(np.float16), prequantized=True))
+
+
 def change(part: str, edit: Callable[[torch.Tensor], torch.Tensor | None]):
     def change_it(folder: Path) -> None:
         tensors = load_tensors(folder)

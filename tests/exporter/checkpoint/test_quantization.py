@@ -140,6 +140,24 @@ def test_blocks_of_stacked_fp8_that_the_last_row_and_column_cut_short(tmp_path: 
     np.testing.assert_array_equal(source.read(1, 3), np.stack([meaning for _, meaning in packed])[1:])
 
 
+def test_fp8_with_a_scale_for_each_tensor_and_for_activations(tmp_path: Path) -> None:
+    """As AutoFP8 wrote it, and transformers writes static activations."""
+    static = {"quant_method": "fp8", "activation_scheme": "static"}
+
+    def pack(weight: np.ndarray) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        scale = torch.tensor(np.abs(weight).max() / 448)
+        values = (torch.from_numpy(weight) / scale).to(torch.float8_e4m3fn)
+        parts = {"weight": values, "weight_scale": scale, "input_scale": torch.tensor(0.5)}
+        return {**parts, "activation_scale": torch.tensor(0.5)}, (values.float() * scale).numpy()
+
+    folder, model = write_quantized_checkpoint(tmp_path, Method(static, pack))
+    checkpoint = Checkpoint.open(str(folder))
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_array_equal(checkpoint.read(name, 3, 200), model.state_dict()[name].numpy()[3:200])
+    assert [note for note in checkpoint.notes if "activations" in note]
+    assert not [note for note in checkpoint.notes if "no such tensors" in note]
+
+
 def stored_weight(
     artifact: Path, checkpoint: Path, lowering: str, name: str
 ) -> tuple[Quantization, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
