@@ -241,7 +241,7 @@ def test_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "-1GB", "1,5GB", "11GB or so", "1e9", "nan", "inf", "11Gbit", "3iB"]
+    "text", ["", "GB", "-1GB", "1,5GB", "11GB or so", "1e9", "nan", "inf", "11Gbit", "3iB", "9" * 400]
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match=r"--memory .* is no size: write 18GB"):
