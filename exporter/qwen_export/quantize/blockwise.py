@@ -173,12 +173,12 @@ def _fit(
 
     For codes q (zero point subtracted) the best scale is s = <w, q> / <q, q>, with the squared error
     |w|^2 - <w, q>^2 / <q, q>, so candidates are compared without dequantising. Of features that differ in
-    `importance` [block_size] the products are weighted sums. Without it, a weight of 2 bits counts by its
-    magnitude: the least squared error shrinks the few large ones, which the model misses more
+    `importance` [block_size] the products are weighted sums. A weight of 2 bits counts by its magnitude too:
+    the least squared error shrinks the few large ones, which the model misses more
     (docs/quality.md).
     """
     levels = (1 << form.bits) - 1
-    magnitude = np.abs(tile) if form.bits == 2 and importance is None else None
+    magnitude = np.abs(tile) if form.bits == 2 else None
 
     def summed(products: np.ndarray) -> np.ndarray:
         if magnitude is not None:
