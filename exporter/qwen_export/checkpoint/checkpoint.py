@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from qwen_common.errors import UserError
 from qwen_common.manifest import MergedAdapter
 
-from qwen_export.adapters.updates import KeptApart
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.mtp import MTP
 from qwen_export.architecture.tensors import TensorSpec
@@ -34,6 +34,9 @@ from qwen_export.checkpoint.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.quantization import assemble, method_name
 from qwen_export.checkpoint.shards import shard_tensors, written_by_mlx
 from qwen_export.checkpoint.tensor import CheckpointTensor
+
+if TYPE_CHECKING:
+    from qwen_export.adapters.updates import KeptApart
 
 _NAMED = 10  # of the tensors or files that are not read
 
