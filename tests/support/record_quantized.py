@@ -215,6 +215,37 @@ def modelopt_fp4(packer: str, algorithm: str, group: int) -> Callable[[Path], np
     return write
 
 
+def torchao(config: str, *settings: Any) -> Callable[[Path], np.ndarray]:
+    def write(folder: Path) -> np.ndarray:
+        from torchao import quantization
+        from torchao.quantization.quant_primitives import dequantize_affine
+        from transformers import AutoModelForCausalLM, TorchAoConfig
+
+        with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as written:
+            model = plain_checkpoint(Path(plain))
+            quantised = AutoModelForCausalLM.from_pretrained(
+                plain,
+                dtype=torch.bfloat16,
+                device_map="cpu",
+                quantization_config=TorchAoConfig(getattr(quantization, config)(*settings)),
+            )
+            quantised.save_pretrained(written)
+            keep(Path(written), folder)
+        weights = {}
+        for name, module in quantised.named_modules():
+            weight = getattr(module, "weight", None)
+            if hasattr(weight, "target_dtype"):  # its dequantize() knows bfloat16 only
+                parts = weight.block_size, weight.scale, weight.zero_point, torch.int8
+                weights[f"{name}.weight"] = dequantize_affine(
+                    weight.qdata, *parts, output_dtype=torch.float32
+                )
+            elif hasattr(weight, "qdata"):
+                weights[f"{name}.weight"] = weight.dequantize(torch.float32)
+        return logits_of(model, weights)
+
+    return write
+
+
 FORMS: dict[str, tuple[str, Callable[[Path], np.ndarray]]] = {
     "auto-round-gptq": ("auto-round", auto_round("auto_round:auto_gptq", group_size=32, sym=True)),
     "auto-round-own": ("auto-round", auto_round("auto_round:gptqmodel", group_size=32, sym=False)),
@@ -235,6 +266,9 @@ FORMS: dict[str, tuple[str, Callable[[Path], np.ndarray]]] = {
     "modelopt-fp8": ("nvidia-modelopt", modelopt("FP8_DEFAULT_CFG")),
     "modelopt-mxfp4": ("nvidia-modelopt", modelopt_fp4("MXFP4QTensor", "MXFP4", 32)),
     "modelopt-nvfp4": ("nvidia-modelopt", modelopt_fp4("NVFP4QTensor", "NVFP4", 16)),
+    "torchao-fp8": ("torchao", torchao("Float8WeightOnlyConfig")),
+    "torchao-int8": ("torchao", torchao("Int8WeightOnlyConfig")),
+    "torchao-int4": ("torchao", torchao("IntxWeightOnlyConfig", torch.int4)),
 }
 
 

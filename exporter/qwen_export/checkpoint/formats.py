@@ -25,7 +25,6 @@ _METHODS = {
     "nvfp4": ("NVFP4", _UNQUANTISED),
     "quanto": ("Quanto", _UNQUANTISED),
     "quark": ("AMD Quark", _UNQUANTISED),
-    "torchao": ("torchao", _UNQUANTISED),
     "vptq": ("VPTQ", _UNQUANTISED),
 }
 _MOST_SHOWN = 60  # characters of what somebody else's file says

@@ -21,6 +21,7 @@ from qwen_export.checkpoint.mlx import MlxConfig
 from qwen_export.checkpoint.modelopt import ModelOptConfig
 from qwen_export.checkpoint.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.tensor import CheckpointTensor, CodedTensor, PrequantizedTensor
+from qwen_export.checkpoint.torchao import TorchAoConfig
 
 
 class Form(Protocol):
@@ -48,6 +49,7 @@ _FORMS: Mapping[str, type[Any]] = {
     "mlx": MlxConfig,
     "modelopt": ModelOptConfig,
     "modelopt_fp4": ModelOptConfig,
+    "torchao": TorchAoConfig,
 }
 
 

@@ -19,7 +19,6 @@ from tests.support.random_checkpoints import edit_config, load_tensors, write_ra
 @pytest.mark.parametrize(
     ("values", "named", "way"),
     [
-        ({"quantization_config": {"quant_method": "torchao", "quant_type": {}}}, "torchao", "bf16"),
         ({"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "EXL2", "bf16"),
         ({"quantization_config": {"quant_method": "hqq"}}, "HQQ", "bf16"),
         (

@@ -38,6 +38,9 @@ KEPT: dict[str, tuple[int, str]] = {
     "modelopt-fp8": (0, "13 weights in FP8 are"),
     "modelopt-mxfp4": (0, "weights in MXFP4 are"),
     "modelopt-nvfp4": (0, "weights in NVFP4 are"),
+    "torchao-fp8": (0, "15 weights in FP8 are"),
+    "torchao-int4": (15, ""),
+    "torchao-int8": (15, ""),
 }
 
 
@@ -121,6 +124,15 @@ def test_settings_are_named(form: str, config: dict[str, Any], message: str, tmp
         Checkpoint.open(str(folder))
     assert message in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_torchaos_layout_for_one_kernel(tmp_path: Path) -> None:
+    folder = damaged("torchao-int8", tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj._weight_qdata"
+    save_file({**tensors, name: tensors[name].view(torch.uint8)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="is in a layout of torchao's that is not supported yet"):
+        Checkpoint.open(str(folder))
 
 
 def test_a_weight_of_bitsandbytes_that_does_not_say_how(tmp_path: Path) -> None:
