@@ -178,7 +178,7 @@ def _group_counts(weights: _Weights, k: int) -> Iterator[int]:
 
 
 def _packed_shape(weight: PlainTensor, shape: PlainTensor | None) -> tuple[int, int]:
-    if shape is None or shape.shape != (2,):
+    if shape is None or shape.shape != (2,) or shape.dtype.kind != "i":
         raise UserError(f"the checkpoint has {weight.name}, but no weight_shape: is a shard missing?")
     n, k = map(int, shape.read(0, 2))
     return n, k

@@ -202,7 +202,7 @@ def _one_by_one(stored: dict[str, PlainTensor]) -> None:
     """The stacks of a mixture's experts as tensors of each."""
     for name in list(stored):
         match = _EXPERTS.fullmatch(name)
-        if match and len(stored[name].shape) > 1:
+        if match and len(stored[name].shape) > 1 and stored[name].nbytes:
             tensor = stored.pop(name)
             for expert in range(tensor.shape[0]):
                 stored[f"{match[1]}.experts.{expert}.{match[2]}"] = tensor.entry(expert)

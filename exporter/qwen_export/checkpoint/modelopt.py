@@ -31,18 +31,21 @@ class ModelOptConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     quant_method: Literal["modelopt", "modelopt_fp4"]
-    quant_algo: Literal[
-        "FP8",
-        "FP8_PB_WO",
-        "FP8_PER_CHANNEL_PER_TOKEN",
-        "MIXED_PRECISION",
-        "MXFP4",
-        "MXFP8",
-        "NVFP4",
-        "W4A16_NVFP4",
-        "W4A8_MXFP4_FP8",
-        "W4A8_NVFP4_FP8",
-    ]
+    quant_algo: (
+        Literal[
+            "FP8",
+            "FP8_PB_WO",
+            "FP8_PER_CHANNEL_PER_TOKEN",
+            "MIXED_PRECISION",
+            "MXFP4",
+            "MXFP8",
+            "NVFP4",
+            "W4A16_NVFP4",
+            "W4A8_MXFP4_FP8",
+            "W4A8_NVFP4_FP8",
+        ]
+        | None  # the KV cache alone is quantised
+    )
 
     def assemble(self, stored: dict[str, PlainTensor]) -> dict[str, CheckpointTensor]:
         """See `Form`."""

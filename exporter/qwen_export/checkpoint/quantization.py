@@ -92,8 +92,8 @@ def _dequantised(tensors: Iterable[CheckpointTensor]) -> list[str]:
         if isinstance(tensor, CodedTensor) and not (isinstance(tensor, PrequantizedTensor) and tensor.scheme)
     )
     return [
-        f"{count} weights in {form} are dequantised, because no kernel here takes their codes; then they are "
-        "stored as the profile says"
+        f"{count} {'weights' if count > 1 else 'weight'} in {form} {'are' if count > 1 else 'is'} "
+        "dequantised, because no kernel here takes the codes; then stored as the profile says"
         for form, count in sorted(forms.items())
     ]
 

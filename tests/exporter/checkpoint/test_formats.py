@@ -49,6 +49,17 @@ def test_modelopts_older_file(tmp_path: Path) -> None:
         Checkpoint.open(str(folder))
 
 
+def test_modelopt_that_quantised_the_kv_cache_alone(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path)
+    told = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+    tensors = load_tensors(folder)
+    tensors["model.layers.3.self_attn.k_proj.k_scale"] = torch.ones(())
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = Checkpoint.open(str(folder))
+    assert "k_proj.k_scale" in checkpoint.notes[0] and len(checkpoint.notes) == 1
+
+
 def test_what_scales_activations_is_refused(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path)
     tensors = load_tensors(folder)

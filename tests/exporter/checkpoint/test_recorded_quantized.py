@@ -135,6 +135,17 @@ def test_torchaos_layout_for_one_kernel(tmp_path: Path) -> None:
         Checkpoint.open(str(folder))
 
 
+def test_a_stack_of_experts_without_a_byte(tmp_path: Path) -> None:
+    """However many it says that there are."""
+    folder = damaged("mlx-8-experts", tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("switch_mlp.gate_proj.weight"))
+    empty = torch.empty((2**40, 0, 4), dtype=torch.uint32)
+    save_file({**tensors, name: empty}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="gate_proj"):
+        Checkpoint.open(str(folder))
+
+
 def test_a_weight_of_bitsandbytes_that_does_not_say_how(tmp_path: Path) -> None:
     folder = damaged("bitsandbytes-nf4", tmp_path / "damaged")
     tensors = load_file(folder / "model.safetensors")
