@@ -83,7 +83,7 @@ def layer(config: TextConfig, weights: Weights, index: int, hidden: np.ndarray) 
     mixer = {"full_attention": _attention, "linear_attention": _gated_delta_net}[config.layer_types[index]]
     hidden = hidden + mixer(config, weights, name, normed)
     normed = _rms_norm(config, weights, f"{name}.post_attention_layernorm.weight", hidden)
-    if isinstance(config, MoeTextConfig):
+    if isinstance(config, MoeTextConfig) and f"{name}.mlp.gate.weight" in weights:
         return hidden + _mixture_of_experts(config, weights, f"{name}.mlp", normed)
     return hidden + _mlp(weights, f"{name}.mlp", normed)
 

@@ -11,11 +11,17 @@ import copy
 
 import torch
 from torch import nn
-from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
+from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3NextForCausalLM
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
 
-CausalLM = Qwen3_5ForCausalLM | Qwen3_5MoeForCausalLM
+CausalLM = Qwen3_5ForCausalLM | Qwen3_5MoeForCausalLM | Qwen3NextForCausalLM
+_LAYERS = {
+    "qwen3_5_text": Qwen3_5DecoderLayer,
+    "qwen3_5_moe_text": Qwen3_5MoeDecoderLayer,
+    "qwen3_next": Qwen3NextDecoderLayer,
+}
 
 
 class MtpHead(nn.Module):
@@ -27,7 +33,7 @@ class MtpHead(nn.Module):
         config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
         config._attn_implementation = "sdpa"  # causal where it is given no mask
         size, epsilon = config.hidden_size, config.rms_norm_eps
-        layer = Qwen3_5MoeDecoderLayer if "moe" in config.model_type else Qwen3_5DecoderLayer
+        layer = _LAYERS[config.model_type]
         self.fc = nn.Linear(2 * size, size, bias=False)
         self.pre_fc_norm_embedding = Qwen3_5RMSNorm(size, eps=epsilon)
         self.pre_fc_norm_hidden = Qwen3_5RMSNorm(size, eps=epsilon)
@@ -39,6 +45,8 @@ class MtpHead(nn.Module):
         states of tokens 0, 1, ... [batch, sequence, hidden_size]."""
         embedded = self.pre_fc_norm_embedding(model.get_input_embeddings()(next_ids))
         x = self.fc(torch.cat([embedded, self.pre_fc_norm_hidden(hidden)], dim=-1))
-        positions = torch.arange(next_ids.shape[1]).expand(3, len(next_ids), -1)
+        positions = torch.arange(next_ids.shape[1]).expand(len(next_ids), -1)
+        if model.config.model_type != "qwen3_next":  # one for each axis of an image
+            positions = positions.expand(3, -1, -1)
         x = self.layers[0](x, position_embeddings=model.model.rotary_emb(x, positions))
         return model.lm_head(self.norm(x))

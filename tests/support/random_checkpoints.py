@@ -18,6 +18,8 @@ from transformers import (
     Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
@@ -53,10 +55,17 @@ GEOMETRY: dict[str, Any] = {
 }
 
 
-def random_model(seed: int = 0, **overrides: Any) -> Qwen3_5ForCausalLM | Qwen3_5MoeForCausalLM:
+def random_model(
+    seed: int = 0, **overrides: Any
+) -> Qwen3_5ForCausalLM | Qwen3_5MoeForCausalLM | Qwen3NextForCausalLM:
     """A float32 model in which no weight keeps its trivial initial value."""
     torch.manual_seed(seed)
-    if "num_experts" in overrides:
+    if overrides.get("model_type") == "qwen3_next":
+        rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
+        model = Qwen3NextForCausalLM(
+            Qwen3NextConfig(**{**GEOMETRY, "rope_parameters": rope, **overrides})
+        ).eval()
+    elif "num_experts" in overrides:
         model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**GEOMETRY, **overrides})).eval()
     else:
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**GEOMETRY, **overrides})).eval()

@@ -24,9 +24,10 @@ def declares_mtp(config: TextConfig) -> bool:
 
 def mtp_tensors(config: TextConfig) -> dict[str, TensorSpec]:
     """The tensors of a head of one layer, which shares embedding and lm_head."""
+    second = "sparse" if any(row.index == "sparse" for row in config.table) else "dense"
     layer = tuple(
         replace(row, name=_LAYER + row.name.partition("}.")[2])
         for row in config.table
-        if row.index in ("layer", "full_attention")
+        if row.index in ("layer", "full_attention", second)
     )
     return expand((*_TABLE, *layer), config, {})

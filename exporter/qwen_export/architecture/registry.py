@@ -14,6 +14,11 @@ from qwen_profiles.schema import Role
 from qwen_export.architecture import models, vision
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 
+# What its blocks would need is in docs/architecture.md.
+_NOT_SUPPORTED = {
+    "qwen4_exp": "Qwen3.8-Flash-Next, an early Qwen4: sparse attention by an indexer, hyper-connections and "
+    "hashed n-gram embeddings, for which there are no graphs here"
+}
 _TEXT = "_text"  # ends a text model's model_type; without it the text model is a section of config.json
 
 
@@ -25,8 +30,19 @@ def config_class(model_type: str) -> type[TextConfig]:
     """
     name = model_type.removesuffix(_TEXT)
     if name not in _names():
-        supported = ", ".join(known for name in _names() for known in (name + _TEXT, name))
-        raise UserError(f"model type '{model_type}' is not Qwen3.5: supported are {supported}")
+        reason = _NOT_SUPPORTED.get(name)
+        raise UserError(
+            f"model type '{model_type}' is not supported{f' ({reason})' if reason else ''}: supported are "
+            + ", ".join(known for name in _names() for known in _spellings(name))
+        )
+    return _class(name)
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    return (name + _TEXT, name) if _class(name).has_text_section else (name,)
+
+
+def _class(name: str) -> type[TextConfig]:
     found: type[TextConfig] = import_module(f"{models.__name__}.{name}").CONFIG
     return found
 
@@ -36,8 +52,11 @@ def text_section(content: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         KeyError: there is none.
+        UserError: as `config_class`.
     """
-    return dict(content if str(content["model_type"]).endswith(_TEXT) else content["text_config"])
+    model_type = str(content["model_type"])
+    in_section = not model_type.endswith(_TEXT) and config_class(model_type).has_text_section
+    return dict(content["text_config"] if in_section else content)
 
 
 def recipe_role(name: str) -> Role | None:

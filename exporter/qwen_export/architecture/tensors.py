@@ -65,6 +65,37 @@ class TensorRow:
 Table = tuple[TensorRow, ...]
 
 
+@dataclass(frozen=True)
+class Fused:
+    """Tensors that a checkpoint stores as one, their rows in groups.
+
+    Attributes:
+        name: how the stored tensor's name ends, from the block on.
+        groups: how many, one after the other; all alike.
+        parts: of a group, in its order: the tensor of the table that the rows belong to, named like `name`,
+            and how many they are. A tensor has its first part's rows of every group, then its second's, ...
+    """
+
+    name: str
+    groups: int
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def rows(self) -> int:
+        """Of the stored tensor."""
+        return self.groups * sum(count for _, count in self.parts)
+
+    def split(self) -> dict[str, tuple[range, ...]]:
+        """For each tensor, by its name: the rows of the stored one that it consists of, in its own order."""
+        size, start = self.rows // self.groups, 0
+        found: dict[str, tuple[range, ...]] = {}
+        for name, count in self.parts:
+            runs = tuple(range(first, first + count) for first in range(start, self.rows, size))
+            found[name] = found.get(name, ()) + runs
+            start += count
+        return found
+
+
 def matrix(name: str, role: Role, *sizes: str | int) -> TensorRow:
     """A tensor that is stored in the recipe's format for `role`."""
     return TensorRow(name, sizes, role, role)

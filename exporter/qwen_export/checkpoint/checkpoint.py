@@ -27,6 +27,7 @@ from qwen_export.checkpoint.config import (
     quantization_config,
 )
 from qwen_export.checkpoint.formats import refuse_adapter, refuse_gguf
+from qwen_export.checkpoint.fused import split_fused
 from qwen_export.checkpoint.generation_config import GenerationConfig, read_generation_config
 from qwen_export.checkpoint.head import settle_head
 from qwen_export.checkpoint.hub import download, refuse_links_out
@@ -110,6 +111,7 @@ class Checkpoint:
             notes += [f"in the MTP head, {note}" for note in of_head.notes]
         except UserError as error:  # the model does without it
             mtp_problem = str(error)
+        tensors = split_fused(tensors, config.fused)
         text_only = text_only or language_model_only(root)
         vision = None if text_only else load_vision_config(root)
         as_declared, config = config, settle_head(config, tensors)
@@ -138,8 +140,13 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """As ONNX Runtime GenAI calls it: with a vision tower, without `_text` at its end."""
+        """With a vision tower, without `_text` at its end."""
         return self.config.model_type.removesuffix("_text") if self.vision else self.config.model_type
+
+    @property
+    def genai_type(self) -> str:
+        """What ONNX Runtime GenAI runs it as."""
+        return self.config.genai_type.removesuffix("_text") if self.vision else self.config.genai_type
 
     @cached_property
     def generation(self) -> GenerationConfig:

@@ -35,11 +35,6 @@ _PREFIXES = (
     ("norm.", "model.norm."),
 )
 _LORA = re.compile(r"\.(?:lora_\w+|base_layer|modules_to_save|original_module)\b|^prompt_encoder\.")
-# Parts of a layer as other models of the family have them.
-_OTHER_MODELS = {
-    ".linear_attn.in_proj_qkvz.": "Qwen3-Next's (its in_proj_qkvz is queries, keys, values and gates in one)",
-    ".linear_attn.in_proj_ba.": "Qwen3-Next's (its in_proj_ba is two projections in one)",
-}
 
 
 def model_name(stored: str) -> str:
@@ -55,7 +50,7 @@ def refuse_strange_names(stored: Iterable[str]) -> None:
     """Names that tell of another model than the one that would be exported.
 
     Raises:
-        UserError: an adapter that is not merged, or weights of a model of another family.
+        UserError: an adapter that is not merged.
     """
     for name in stored:
         if _LORA.search(name):
@@ -64,9 +59,3 @@ def refuse_strange_names(stored: Iterable[str]) -> None:
                 "call merge_and_unload(), save that, and give its folder; or save the adapter apart from its "
                 "model, and name it with --adapter"
             )
-        for part, whose in _OTHER_MODELS.items():
-            if part in name:
-                raise UserError(
-                    f"tensor {name} is {whose}: give a checkpoint of Qwen3.5, or of a later model with its "
-                    "model_type"
-                )

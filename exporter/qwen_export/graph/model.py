@@ -157,7 +157,7 @@ def last_positions(g: GraphBuilder, x: Value, count: int) -> Value:
 def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: Value) -> Value:
     """A layer's second block: a mixture of experts, or one MLP."""
     with g.scope("mlp"):
-        if isinstance(config, MoeTextConfig):
+        if isinstance(config, MoeTextConfig) and f"{name}.gate.weight" in recipe.specs:
             return mixture_of_experts(g, config, recipe, name, x)
         return mlp(g, recipe, name, x)
 

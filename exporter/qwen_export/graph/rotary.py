@@ -36,7 +36,7 @@ def rotation(g: GraphBuilder, config: TextConfig, position_ids: Value) -> Rotati
     frequencies, factor = inverse_frequencies(config)
     axis = np.zeros(half, dtype=np.int64)
     for offset in (1, 2):
-        axis[offset : config.rope_parameters.mrope_section[offset] * 3 : 3] = offset
+        axis[offset : config.mrope_section[offset] * 3 : 3] = offset
     # Chosen and multiplied one by one: a MatMul may be done in TF32, which rounds positions from 2049 on.
     positions = g.op("Transpose", g.cast(position_ids, np.float32), perm=[1, 2, 0])
     chosen = g.op("Gather", positions, g.ints(*axis.tolist()), axis=2)

@@ -10,6 +10,7 @@ from qwen_common.errors import UserError
 from qwen_export.architecture import models, registry
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
+from qwen_export.architecture.models.qwen3_next import Qwen3NextConfig
 from qwen_export.architecture.registry import config_class
 
 
@@ -20,6 +21,7 @@ from qwen_export.architecture.registry import config_class
         ("qwen3_5_text", TextConfig),
         ("qwen3_5_moe", MoeTextConfig),
         ("qwen3_5_moe_text", MoeTextConfig),
+        ("qwen3_next", Qwen3NextConfig),
     ],
 )
 def test_a_model_type_is_found(model_type: str, expected: type[TextConfig]) -> None:
@@ -29,9 +31,15 @@ def test_a_model_type_is_found(model_type: str, expected: type[TextConfig]) -> N
 @pytest.mark.parametrize("model_type", ["llama", "", "_text", "os", "qwen3_5.TextConfig", "../qwen3_5"])
 def test_no_other_module_is_imported(model_type: str) -> None:
     with pytest.raises(
-        UserError, match=r"supported are qwen3_5_text, qwen3_5, qwen3_5_moe_text, qwen3_5_moe$"
+        UserError, match=r"supported are qwen3_5_text, qwen3_5, qwen3_5_moe_text, qwen3_5_moe, qwen3_next$"
     ):
         config_class(model_type)
+
+
+def test_a_preview_of_qwen4_is_refused_with_its_reason() -> None:
+    for model_type in ("qwen4_exp", "qwen4_exp_text"):
+        with pytest.raises(UserError, match=r"'qwen4_exp\w*' is not supported \(Qwen3.8-Flash-Next.*indexer"):
+            config_class(model_type)
 
 
 def test_a_file_is_a_model_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "config.json").write_text("{"),
         "config.json is not valid JSON",
     ),
-    "another model": (damaged_config(model_type="llama"), "model type 'llama' is not Qwen3.5"),
+    "another model": (damaged_config(model_type="llama"), "model type 'llama' is not supported"),
     "weights of a dense model": (
         damaged_config(model_type="qwen3_5_moe_text"),
         "has no tensor model.layers.0.mlp",

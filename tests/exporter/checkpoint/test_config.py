@@ -88,9 +88,11 @@ def test_the_outer_model_decides_on_tied_embeddings(
         ({"linear_num_value_heads": 5}, "linear_num_key_heads must divide"),
         ({"hidden_act": "gelu"}, "hidden_act: Input should be 'silu'"),
         ({"attention_bias": True}, "attention_bias: "),
+        ({"attn_output_gate": False}, "attn_output_gate: "),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type: "),
         ({"model_type": "qwen3_5"}, "config.json is not a model configuration (KeyError('text_config'))"),
         ({"model_type": "qwen3_5", "text_config": None}, "config.json is not a model configuration"),
-        ({"model_type": ["qwen3_5"]}, "is not Qwen3.5: supported are qwen3_5_text, qwen3_5"),
+        ({"model_type": ["qwen3_5"]}, "is not supported: supported are qwen3_5_text, qwen3_5"),
     ],
 )
 def test_config_that_cannot_be_exported(values: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -99,6 +101,47 @@ def test_config_that_cannot_be_exported(values: dict[str, Any], message: str, tm
         load_config(tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe_text", "qwen3_next"])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": 0}, "config.json: num_experts: "),
+        ({"num_experts": 1}, "num_experts_per_tok must be at most num_experts"),
+        ({"norm_topk_prob": False}, "norm_topk_prob: "),
+        ({"shared_expert_intermediate_size": 0}, "config.json: shared_expert_intermediate_size: "),
+        ({"decoder_sparse_step": 0}, "config.json: decoder_sparse_step: "),
+        ({"mlp_only_layers": [-1]}, "config.json: mlp_only_layers.0: "),
+        ({"mlp_only_layers": "0"}, "config.json: mlp_only_layers: "),
+    ],
+)
+def test_mixture_that_cannot_be_exported(
+    model_type: str, values: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type=model_type, **values)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])
+def test_layers_without_experts_where_transformers_has_none(values: dict[str, Any], tmp_path: Path) -> None:
+    """Its Qwen3_5Moe ignores both fields: the weights of such a model would be another's."""
+    write_config(tmp_path, model_type="qwen3_5_moe_text", **values)
+    with pytest.raises(
+        UserError, match=r"mlp_only_layers and decoder_sparse_step take the experts from layer"
+    ):
+        load_config(tmp_path)
+    write_config(tmp_path, model_type="qwen3_5_moe_text", mlp_only_layers=[], decoder_sparse_step=1)
+    assert load_config(tmp_path).dense_layers == frozenset()
+
+
+@pytest.mark.parametrize("name", [None, "swish", "silu"])
+def test_fields_that_later_models_publish(name: str | None, tmp_path: Path) -> None:
+    """Qwen3.6 and 3.8 say what transformers' class does in any case."""
+    write_config(tmp_path, output_gate_type=name, attn_output_gate=True, mamba_ssm_dtype="float32")
+    assert load_config(tmp_path).output_gate_type == name
 
 
 def test_a_checkpoint_without_a_tower_has_no_vision_config(tmp_path: Path) -> None:

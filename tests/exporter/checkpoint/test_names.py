@@ -134,13 +134,6 @@ def test_an_adapter_that_is_not_merged(name: str, tmp_path: Path) -> None:
     assert "merge_and_unload()" in str(caught.value)
 
 
-def test_weights_of_qwen3_next(tmp_path: Path) -> None:
-    folder = write_random_checkpoint(tmp_path)
-    rename(folder, lambda name: name.replace("in_proj_qkv.", "in_proj_qkvz."))
-    with pytest.raises(UserError, match=r"in_proj_qkvz.weight is Qwen3-Next's"):
-        Checkpoint.open(str(folder))
-
-
 UNREAD = {
     "model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4),
     "model__layers__3__self_attn__q_proj__bias": torch.ones(256),

@@ -12,7 +12,7 @@ from qwen_common.errors import UserError
 
 from qwen_export.architecture.fields import Flag, Layers, Positions, Real, Size, Taps
 from qwen_export.architecture.rope import RopeParameters
-from qwen_export.architecture.tensors import Table, TensorSpec, expand, floats, matrix
+from qwen_export.architecture.tensors import Fused, Table, TensorSpec, expand, floats, matrix
 
 YARN_REACH = 4  # the largest factor that Qwen's model cards give: 262,144 trained, about a million with YaRN
 LayerType = Literal["linear_attention", "full_attention"]
@@ -45,9 +45,9 @@ BACKBONE: Table = (
     matrix(f"{_GATED_DELTA_NET}.out_proj.weight", "linear_attention", "hidden_size", "value_dim"),
 )
 MLP: Table = (
-    matrix("model.layers.{layer}.mlp.gate_proj.weight", "mlp", "intermediate_size", "hidden_size"),
-    matrix("model.layers.{layer}.mlp.up_proj.weight", "mlp", "intermediate_size", "hidden_size"),
-    matrix("model.layers.{layer}.mlp.down_proj.weight", "mlp", "hidden_size", "intermediate_size"),
+    matrix("model.layers.{dense}.mlp.gate_proj.weight", "mlp", "intermediate_size", "hidden_size"),
+    matrix("model.layers.{dense}.mlp.up_proj.weight", "mlp", "intermediate_size", "hidden_size"),
+    matrix("model.layers.{dense}.mlp.down_proj.weight", "mlp", "hidden_size", "intermediate_size"),
 )
 
 
@@ -55,14 +55,18 @@ class TextConfig(BaseModel):
     """Geometry of a Qwen3.5 text model.
 
     Attributes:
-        model_type: the text model's, in ONNX Runtime GenAI.
+        model_type: the text model's, in transformers.
+        genai_type: the same in ONNX Runtime GenAI.
         transformers_name: begins the names of its classes in transformers.
+        has_text_section: whether a model_type without `_text` has it in a section of config.json.
         table: its tensors.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     model_type: ClassVar[str] = "qwen3_5_text"
+    genai_type: ClassVar[str] = "qwen3_5_text"
     transformers_name: ClassVar[str] = "Qwen3_5"
+    has_text_section: ClassVar[bool] = True
     table: ClassVar[Table] = (*BACKBONE, *MLP)
 
     vocab_size: Size = 248320
@@ -77,6 +81,9 @@ class TextConfig(BaseModel):
     rms_norm_eps: Real = Field(default=1e-6, ge=0)
     tie_word_embeddings: Flag = False
     attention_bias: Literal[False] = False
+    attn_output_gate: Literal[True] = True
+    # Of Gated DeltaNet. Two names of one function; that of `attn_output_gate` is a sigmoid.
+    output_gate_type: Literal["swish", "silu", None] = None
     linear_conv_kernel_dim: Taps = 4
     linear_key_head_dim: Size = 128
     linear_value_head_dim: Size = 128
@@ -125,9 +132,7 @@ class TextConfig(BaseModel):
             == 0,
             "head_dim times partial_rotary_factor must be an even number, 2 or more": self.rotary_dim > 0
             and self.rotary_dim % 2 == 0,
-            "mrope_section must add up to half of the rotary dimension": sum(
-                self.rope_parameters.mrope_section
-            )
+            "mrope_section must add up to half of the rotary dimension": sum(self.mrope_section)
             == self.rotary_dim // 2,
         }
         for message, holds in checks.items():
@@ -176,10 +181,27 @@ class TextConfig(BaseModel):
             kind: [layer for layer, found in enumerate(self.layer_types) if found == kind]
             for kind in get_args(LayerType)
         }
-        specs = expand(self.table, self, {"layer": range(self.num_hidden_layers), **layers})
+        every = range(self.num_hidden_layers)
+        second = {"dense": self.dense_layers, "sparse": set(every) - self.dense_layers}
+        specs = expand(self.table, self, {"layer": every, **layers, **second})
         if self.tie_word_embeddings:
             specs[EMBEDDING] = specs.pop(LM_HEAD)
         return specs
+
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        """Those whose second block is one MLP; the others' is a mixture of experts."""
+        return frozenset(range(self.num_hidden_layers))
+
+    @property
+    def fused(self) -> tuple[Fused, ...]:
+        """Tensors that its checkpoints may store as one."""
+        return ()
+
+    @property
+    def mrope_section(self) -> tuple[int, int, int]:
+        """How many pairs of the rotary dimension turn by the temporal position, the height and the width."""
+        return self.rope_parameters.mrope_section
 
     @property
     def query_dim(self) -> int:

@@ -5,15 +5,16 @@ Names and defaults as in transformers' Qwen3_5MoeTextConfig.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from qwen_export.architecture.fields import Size
 from qwen_export.architecture.models.qwen3_5 import BACKBONE, TextConfig
 from qwen_export.architecture.tensors import Table, floats, matrix
 
-_MLP = "model.layers.{layer}.mlp"
+_Layer = Annotated[int, Strict(), Field(ge=0)]
+_MLP = "model.layers.{sparse}.mlp"
 _SHARED = f"{_MLP}.shared_expert"
 _SHARED_SIZE = "shared_expert_intermediate_size"
 # gate_up_proj is an expert's gate rows, then its up rows. A router is never quantised: a wrong choice of
@@ -30,22 +31,48 @@ EXPERTS: Table = (
 
 
 class MoeTextConfig(TextConfig):
-    """Geometry of a Qwen3.5 mixture of experts; `intermediate_size` means nothing here."""
+    """Geometry of a Qwen3.5 mixture of experts; `intermediate_size` means nothing here.
+
+    Attributes:
+        has_dense_layers: whether a layer may have one MLP in place of experts.
+    """
 
     model_type: ClassVar[str] = "qwen3_5_moe_text"
+    genai_type: ClassVar[str] = "qwen3_5_moe_text"
     transformers_name: ClassVar[str] = "Qwen3_5Moe"
+    has_dense_layers: ClassVar[bool] = False
     table: ClassVar[Table] = (*BACKBONE, *EXPERTS)
 
     num_experts: Size = 256
     num_experts_per_tok: Size = 8
     moe_intermediate_size: Size = 512
     shared_expert_intermediate_size: Size = 512
+    norm_topk_prob: Literal[True] = True
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: Annotated[tuple[_Layer, ...], BeforeValidator(lambda layers: layers or ())] = ()
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MoeTextConfig:
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError("num_experts_per_tok must be at most num_experts")
         return self
+
+    @model_validator(mode="after")
+    def _dense_layers_where_there_can_be(self) -> MoeTextConfig:
+        if not self.has_dense_layers and self.dense_layers:
+            raise ValueError(
+                "mlp_only_layers and decoder_sparse_step take the experts from layer "
+                f"{min(self.dense_layers)}, and {self.model_type} has them in every layer"
+            )
+        return self
+
+    @property
+    def dense_layers(self) -> frozenset[int]:
+        return frozenset(
+            layer
+            for layer in range(self.num_hidden_layers)
+            if layer in self.mlp_only_layers or (layer + 1) % self.decoder_sparse_step
+        )
 
     @property
     def gate_up_dim(self) -> int:

@@ -94,7 +94,8 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
     resident = _RUNTIME_BYTES + (sizes.cpu if on_cpu else sizes.data)
     load = _RUNTIME_BYTES + (sizes.cpu_load if on_cpu else sizes.data)
     widest = max(
-        2 * config.gate_up_dim if isinstance(config, MoeTextConfig) else 2 * config.intermediate_size,
+        2 * config.gate_up_dim if isinstance(config, MoeTextConfig) else 0,
+        2 * config.intermediate_size if config.dense_layers else 0,
         config.conv_dim + config.value_dim,
         2 * config.num_attention_heads * config.head_dim,
     )

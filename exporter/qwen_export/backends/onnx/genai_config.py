@@ -45,7 +45,7 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
     provider_options = [] if record.genai_name is None else [{record.genai_name: options}]
     return {
         "model": {
-            "type": checkpoint.model_type,
+            "type": checkpoint.genai_type,
             "vocab_size": config.vocab_size,
             "context_length": context,
             "bos_token_id": generation.bos_token_id or config.bos_token_id or first_end,

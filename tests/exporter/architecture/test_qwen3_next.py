@@ -1,0 +1,219 @@
+"""Qwen3-Next against transformers in float32: fused projections, layers without experts, the head."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import torch
+from click.testing import CliRunner
+from qwen_common.errors import USER_ERROR, UserError
+from qwen_export.architecture.mtp import mtp_tensors
+from qwen_export.architecture.tensors import Fused
+from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.fused import RowRuns
+from qwen_export.cli import main
+from qwen_export.reference import Weights, forward, logits
+from qwen_export.verify.transformers_reference import compare
+from qwen_profiles.schema import load_profile
+
+from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.mtp import with_head
+from benchmarks.support.session import Session, cosine
+from tests.exporter.graph.test_moe import assert_same
+from tests.runtime.test_speculative import named, random_head, run, with_mtp
+from tests.support.random_checkpoints import (
+    edit_config,
+    load_tensors,
+    random_model,
+    save_shards,
+    save_tensors,
+    write_random_checkpoint,
+)
+
+NEXT: dict[str, Any] = {"model_type": "qwen3_next", "num_experts": 8}
+SHAPES: dict[str, dict[str, Any]] = {
+    "experts everywhere": NEXT,
+    "uneven heads": {**NEXT, "linear_num_value_heads": 6, "linear_value_head_dim": 24},
+    "one value head to a key head": {**NEXT, "linear_num_value_heads": 2, "tie_word_embeddings": False},
+    "some layers without experts": {**NEXT, "mlp_only_layers": [0, 3, 99]},
+    "experts in every second layer": {**NEXT, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "no experts": {**NEXT, "decoder_sparse_step": 9},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    shape, folder = SHAPES[request.param], tmp_path_factory.mktemp("checkpoint")
+    return write_random_checkpoint(folder, **shape), random_model(**shape)
+
+
+def test_the_reference(case) -> None:
+    folder, model = case
+    checkpoint = Checkpoint.open(str(folder))
+    checkpoint.check(checkpoint.config.tensors())
+    assert checkpoint.config.tensors().keys() == checkpoint.tensors.keys()
+    ids = np.random.default_rng(3).integers(0, 512, (2, 70))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    weights = Weights(checkpoint.tensors)
+    hidden = list(forward(checkpoint.config, weights, ids))[-1]
+    assert cosine(logits(checkpoint.config, weights, hidden), expected).min() > 0.999999
+
+
+@pytest.mark.parametrize("lowering", ["fused", "portable"])
+def test_the_graphs(case, lowering: str, tmp_path: Path) -> None:
+    folder, model = case
+    assert_same(
+        Session(make_artifact(folder, float_profile(lowering, prefill_chunk=128), tmp_path / "out")), model
+    )
+
+
+def test_as_it_is_published(tmp_path: Path) -> None:
+    """Experts one by one, several shards, the rotary embedding at the top of config.json, bfloat16."""
+    shape = {**NEXT, "vocab_size": 2048, "mlp_only_layers": [2]}
+    folder, model = write_random_checkpoint(tmp_path / "checkpoint", **shape), random_model(**shape)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="300KB")
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    flat = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")}
+    (folder / "config.json").write_text(json.dumps({**config, **flat, "rope_scaling": None}))
+    names = load_tensors(folder)
+    assert "model.layers.0.mlp.experts.7.up_proj.weight" in names
+    assert "model.layers.0.linear_attn.in_proj_qkvz.weight" in names
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    found = compare(Checkpoint.open(str(folder)), list(range(3, 60)))
+    assert found.agrees and found.cosine > 0.999999
+
+    artifact = make_artifact(folder, float_profile("fused"), tmp_path / "artifact", all_logits=False)
+    assert json.loads((artifact / "manifest.json").read_text())["model"]["model_type"] == "qwen3_next"
+    options = ["--tokens", "256", "--json", "--no-progress"]
+    result = CliRunner().invoke(main, ["verify", str(artifact), "--against", str(folder), *options])
+    report = json.loads(result.stdout)
+    assert report["passed"] and report["run"]["kl_divergence"] < 1e-6
+
+
+def test_through_onnxruntime_genai(tmp_path: Path) -> None:
+    shape = {**NEXT, "vocab_size": 2048, "mlp_only_layers": [1]}
+    folder, model = write_random_checkpoint(tmp_path / "checkpoint", **shape), random_model(**shape)
+    artifact = make_artifact(folder, float_profile("fused"), tmp_path / "out", all_logits=False)
+    ids = np.random.default_rng(1).integers(2, 2048, 100)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(ids)[None], max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, 100:].tolist()
+    loaded = og.Model(og.Config(str(artifact)))
+    parameters = og.GeneratorParams(loaded)
+    parameters.set_search_options(do_sample=False, max_length=132)
+    generator = og.Generator(loaded, parameters)
+    generator.append_tokens(ids.astype(np.int32))
+    found = []
+    while len(found) < 32 and not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    assert found == expected[: len(found)]
+    assert len(found) == 32 or found[-1] == 1
+
+
+def test_rows_of_a_fused_tensor() -> None:
+    form = Fused("f.weight", 2, (("a.weight", 1), ("b.weight", 2), ("a.weight", 1)))
+    assert form.split() == {
+        "a.weight": (range(0, 1), range(4, 5), range(3, 4), range(7, 8)),
+        "b.weight": (range(1, 3), range(5, 7)),
+    }
+
+    class Source:
+        shape, nbytes, files = (8, 3), 96, frozenset[Path]()
+
+        def read(self, start: int, stop: int) -> np.ndarray:
+            return np.arange(24).reshape(8, 3)[start:stop]
+
+    tensor = RowRuns(Source(), form.split()["b.weight"])
+    assert tensor.shape == (4, 3) and tensor.nbytes == 48
+    whole = Source().read(0, 8)[[1, 2, 5, 6]]
+    for start in range(5):
+        for stop in range(start + 1, 5):
+            np.testing.assert_array_equal(tensor.read(start, stop), whole[start:stop])
+
+
+def test_another_number_of_heads_than_the_weights_have(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, **NEXT)
+    edit_config(folder, linear_num_value_heads=8)
+    with pytest.raises(
+        UserError, match=r"in_proj_qkvz.weight has shape \(192, 64\) where config.json says 320"
+    ):
+        Checkpoint.open(str(folder))
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "c", **NEXT)
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.linear_attn.in_proj_qkvz.weight"][5, 2] = float("inf")
+
+    save_tensors(folder, random_model(**NEXT), damage)
+    with pytest.raises(
+        UserError, match=r"tensor model.layers.1.linear_attn.in_proj_qkvz.weight in .* holds NaN or Inf"
+    ):
+        make_artifact(folder, load_profile("cpu"), tmp_path / "out")
+
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.0.linear_attn.in_proj_ba.weight"]
+
+    save_tensors(folder, random_model(**NEXT), lose)
+    with pytest.raises(UserError, match=r"has no tensor model.layers.0.linear_attn.in_proj_[ab].weight"):
+        make_artifact(folder, load_profile("cpu"), tmp_path / "out")
+
+
+def test_the_mtp_head_is_that_of_a_mixture(tmp_path: Path) -> None:
+    """Its layer has experts whatever the decoder's first layer has."""
+    folder = write_random_checkpoint(tmp_path, **NEXT, mlp_only_layers=[0])
+    head = mtp_tensors(Checkpoint.open(str(folder)).config)
+    assert "mtp.layers.0.mlp.experts.gate_up_proj" in head and "mtp.layers.0.mlp.gate_proj.weight" not in head
+
+
+def test_the_mtp_head_agrees_with_pytorch(tmp_path: Path) -> None:
+    """As published: config.json tells nothing of the head."""
+    shape = {**NEXT, "vocab_size": 2048}
+    write_random_checkpoint(tmp_path / "body", **shape)
+    model = random_model(**shape)
+    head = random_head(model)
+    folder = with_head(tmp_path / "body", named(head), tmp_path / "whole")
+    config = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("mtp_")}
+    (folder / "config.json").write_text(json.dumps(config))
+    artifact = make_artifact(folder, with_mtp(float_profile("fused")), tmp_path / "out")
+    ids = np.random.default_rng(1).integers(0, 2048, 41)
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor(ids[None, :-1])).last_hidden_state
+        guesses = head(model, torch.tensor(ids[None, 1:]), hidden).numpy()
+    guessed = run(artifact, "mtp.onnx")(ids[1:].tolist(), hidden_states=hidden.numpy())["logits"]
+    assert cosine(guessed, guesses[:, -1:]).min() > 0.99999
+
+
+def test_openvino_is_refused(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint", **NEXT)
+    result = CliRunner().invoke(
+        main, ["--profile", "intel-lunar-lake", str(folder), "-o", str(tmp_path / "out")]
+    )
+    assert result.exit_code == USER_ERROR
+    assert "OpenVINO" in result.stderr and "qwen3_next" in result.stderr
+
+
+def test_weights_of_qwen3_next_under_another_model_type(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, num_experts=8)
+    tensors = {
+        name.replace("in_proj_qkv.", "in_proj_qkvz."): value for name, value in load_tensors(folder).items()
+    }
+    save_shards(folder, tensors, 1)
+    checkpoint = Checkpoint.open(str(folder))
+    with pytest.raises(
+        UserError, match=r"names that the model has not: .*in_proj_qkvz.weight.*another model's"
+    ):
+        checkpoint.check(checkpoint.config.tensors())
