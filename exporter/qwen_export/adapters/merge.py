@@ -17,6 +17,7 @@ from qwen_export.adapters.places import Placed, place
 from qwen_export.adapters.updates import MergedTensor, Replacement, TokenRows, Update
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.fused import join_fused, split_fused
 from qwen_export.checkpoint.head import settle_head
 from qwen_export.checkpoint.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.tensor import PrequantizedTensor
@@ -36,7 +37,8 @@ def with_adapters(checkpoint: Checkpoint, given: Sequence[str]) -> Checkpoint:
     if not given:
         return checkpoint
     adapters = [Adapter.open(one) for one in given]
-    tensors, config = dict(checkpoint.tensors), checkpoint.config
+    config = checkpoint.config
+    tensors = join_fused(checkpoint.tensors, config.fused)
     tied = config.tie_word_embeddings and LM_HEAD not in tensors
     if tied:
         tensors[LM_HEAD] = tensors[EMBEDDING]
@@ -74,7 +76,7 @@ def with_adapters(checkpoint: Checkpoint, given: Sequence[str]) -> Checkpoint:
     return replace(
         checkpoint,
         config=config,
-        tensors=tensors,
+        tensors=split_fused(tensors, config.fused),
         notes=(*checkpoint.notes, *notes),
         adapters=tuple(adapter.described() for adapter in adapters),
     )

@@ -86,3 +86,18 @@ def split_fused(
                     PrequantizedRowRuns(source, runs, scheme) if scheme else RowRuns(source, runs)
                 )
     return found
+
+
+def join_fused(
+    tensors: Mapping[str, CheckpointTensor], fused: Iterable[Fused]
+) -> dict[str, CheckpointTensor]:
+    """What `split_fused` was given: for changes of the tensors as the checkpoint has them."""
+    found = dict(tensors)
+    for form in fused:
+        for part in form.split():
+            for name in [name for name in found if name.endswith(f".{part}")]:
+                tensor = found[name]
+                if isinstance(tensor, RowRuns):
+                    found[name.removesuffix(part) + form.name] = tensor.source
+                    del found[name]
+    return found

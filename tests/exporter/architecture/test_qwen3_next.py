@@ -12,20 +12,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qwen_common.errors import USER_ERROR, UserError
+from qwen_export.adapters.merge import with_adapters
 from qwen_export.architecture.mtp import mtp_tensors
 from qwen_export.architecture.tensors import Fused
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.fused import RowRuns
+from qwen_export.checkpoint.tensor import PrequantizedTensor
 from qwen_export.cli import main
 from qwen_export.reference import Weights, forward, logits
 from qwen_export.verify.transformers_reference import compare
-from qwen_profiles.schema import load_profile
+from qwen_profiles.schema import WeightFormat, load_profile
 
 from benchmarks.support.artifacts import float_profile, make_artifact
 from benchmarks.support.mtp import with_head
 from benchmarks.support.session import Session, cosine
+from tests.exporter.adapters.test_merge import assert_answers_as
 from tests.exporter.graph.test_moe import assert_same
 from tests.runtime.test_speculative import named, random_head, run, with_mtp
+from tests.support.adapters import train
+from tests.support.quantized_checkpoints import Method, awq, gptq, write_quantized_checkpoint
 from tests.support.random_checkpoints import (
     edit_config,
     load_tensors,
@@ -195,6 +200,50 @@ def test_the_mtp_head_agrees_with_pytorch(tmp_path: Path) -> None:
         guesses = head(model, torch.tensor(ids[None, 1:]), hidden).numpy()
     guessed = run(artifact, "mtp.onnx")(ids[1:].tolist(), hidden_states=hidden.numpy())["logits"]
     assert cosine(guessed, guesses[:, -1:]).min() > 0.99999
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA": {"target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]},
+    "DoRA": {"target_modules": ["in_proj_qkvz", "k_proj"], "use_dora": True},
+    "all linear": {"target_modules": "all-linear", "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_fused_projections(kind: str, tmp_path: Path) -> None:
+    """They change the tensors as the checkpoint has them, before these are split."""
+    folder = write_random_checkpoint(tmp_path / "checkpoint", **NEXT)
+    merged = train(random_model(**NEXT), tmp_path / "adapter", **ADAPTERS[kind]).merge_and_unload()
+    checkpoint = with_adapters(Checkpoint.open(str(folder)), [str(tmp_path / "adapter")])
+    assert checkpoint.adapters and not checkpoint.notes
+    assert_answers_as(checkpoint, merged)
+
+
+@pytest.mark.parametrize("method", [gptq(), awq()], ids=["gptq", "awq"])
+def test_codes_of_fused_projections_are_kept(method: Method, tmp_path: Path) -> None:
+    """Rows put into another order are the same codes."""
+
+    def as_published(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config |= config.pop("text_config")
+
+    shape = {**NEXT, "linear_num_value_heads": 8}
+    chosen = ("in_proj_qkvz", "in_proj_ba", "out_proj")
+    folder, model = write_quantized_checkpoint(tmp_path / "c", method, chosen, as_published, **shape)
+    checkpoint = Checkpoint.open(str(folder))
+    for part in ("qkv", "z", "a", "b"):
+        tensor = checkpoint.tensors[f"model.layers.0.linear_attn.in_proj_{part}.weight"]
+        assert isinstance(tensor, PrequantizedTensor) and tensor.scheme is not None
+    profile = float_profile("fused", prefill_chunk=128)
+    int4 = WeightFormat(precision="int4", block_size=32, symmetric=False)
+    profile = profile.model_copy(
+        update={"weights": profile.weights | dict.fromkeys(("linear_attention", "gate"), int4)}
+    )
+    artifact = make_artifact(folder, profile, tmp_path / "out")
+    assert json.loads((artifact / "manifest.json").read_text())["carried_over"]
+    ids = np.random.default_rng(1).integers(2, 512, 60)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)[None]).logits.numpy()
+    assert cosine(Session(artifact).run(ids), expected).min() > 0.9999
 
 
 def test_openvino_is_refused(tmp_path: Path) -> None:
