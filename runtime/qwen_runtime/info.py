@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen_common.errors import UserError
+
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.template import chosen
+from qwen_runtime.tool_calls.qwen3_5 import asked_for_otherwise
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was loaded and where it runs; `reason` is one line for people, `images` whether it can see."""
+    """What was loaded and where it runs.
+
+    Attributes:
+        reason: one line for people.
+        images: whether it can see.
+        calls: whether the calls of tools that its chat template asks for can be read.
+    """
 
     name: str
     path: Path
@@ -19,6 +29,7 @@ class ModelInfo:
     reason: str
     context_length: int
     images: bool = False
+    calls: bool = True
 
     @classmethod
     def of(cls, artifact: Artifact, provider: str, reason: str, context_length: int | None) -> ModelInfo:
@@ -33,4 +44,13 @@ class ModelInfo:
             reason=reason,
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
+            calls=_calls(artifact),
         )
+
+
+def _calls(artifact: Artifact) -> bool:
+    try:
+        templates = artifact.chat_templates
+    except UserError:  # which a request with messages is told, and others need not know
+        return True
+    return not (templates and asked_for_otherwise(chosen(templates, tools=True)))

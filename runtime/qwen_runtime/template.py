@@ -89,8 +89,7 @@ def render(
     for name in _GIVEN:
         if name in variables:
             raise UserError(f"the template's variable {name} is what the conversation says: leave it off")
-    template = templates.get(_WITH_TOOLS) if tools else None
-    template = template or templates.get(_DEFAULT) or next(iter(templates.values()))
+    template = chosen(templates, bool(tools))
     if tools:
         variables = {**variables, "tools": tools}
     joined = _joined(messages)
@@ -100,6 +99,12 @@ def render(
         if (carried := _as_user(joined)) == joined:
             raise
         return _render(template, carried, variables)
+
+
+def chosen(templates: Mapping[str, str], tools: bool) -> str:
+    """The one of `templates`, of which there are some, for conversations with or without tools."""
+    with_tools = templates.get(_WITH_TOOLS) if tools else None
+    return with_tools or templates.get(_DEFAULT) or next(iter(templates.values()))
 
 
 def _render(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from qwen_export.adapters.updates import KeptApart, LowRank
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.fused import join_fused
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MERGE = "merge it with --adapter"
@@ -42,7 +43,8 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
             f"is for {', '.join(sorted(runs_on))}: take a CPU profile, or {_MERGE}"
         )
     kept: dict[str, KeptApart] = {}
-    tensors, tied = checkpoint.tensors, checkpoint.config.tie_word_embeddings
+    config = checkpoint.config
+    tensors, tied = join_fused(checkpoint.tensors, config.fused), config.tie_word_embeddings
     if tied:
         tensors = {LM_HEAD: tensors[EMBEDDING], **tensors}
     for one in given:
@@ -58,7 +60,8 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
         placed = place(adapter, tensors, tied)
         updates: dict[str, LowRank] = {}
         for tensor, update in placed.updates:
-            if not isinstance(update, LowRank) or update.magnitude or layer_of(tensor) is None:
+            of_layer = layer_of(tensor) is not None and tensor in checkpoint.tensors  # else of a fused one
+            if not isinstance(update, LowRank) or update.magnitude or not of_layer:
                 raise UserError(
                     f"adapter {name} changes {tensor} in a way that cannot be switched at run time (LoRA of "
                     f"projections in the decoder's layers can): {_MERGE}"

@@ -48,15 +48,17 @@ def _class(name: str) -> type[TextConfig]:
 
 
 def text_section(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the text model.
+    """The part of a config.json that describes the text model: a section of it, or all. AutoRound writes the
+    latter under the model_type of the whole.
 
     Raises:
         KeyError: there is none.
         UserError: as `config_class`.
     """
     model_type = str(content["model_type"])
-    in_section = not model_type.endswith(_TEXT) and config_class(model_type).has_text_section
-    return dict(content["text_config"] if in_section else content)
+    alone = model_type.endswith(_TEXT) or not config_class(model_type).has_text_section
+    alone = alone or ("hidden_size" in content and "text_config" not in content)
+    return dict(content if alone else content["text_config"])
 
 
 def recipe_role(name: str) -> Role | None:

@@ -42,6 +42,8 @@ class RopeParameters(BaseModel):
     def _null_is_default(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if any(isinstance(value, dict) for value in values.values()):
+            raise ValueError("one rotary embedding for all layers is supported, not one for each kind")
         return {name: value for name, value in values.items() if value is not None}
 
     @model_validator(mode="after")

@@ -103,13 +103,17 @@ class ExportBackend(Protocol):
     per_channel: frozenset[str]
     formats_by_layer: bool
 
+    def why_not(self, checkpoint: Checkpoint) -> str | None:
+        """Why the model cannot be exported for this family, whatever its size; None where it can."""
+        return None
+
     def prepare(
         self, checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress
     ) -> Write:
         """All that can fail before the work begins; what is returned does the work.
 
         Raises:
-            UserError: a library is missing, or the calibration text cannot be used.
+            UserError: `why_not`, a library is missing, or the calibration text cannot be used.
         """
 
     def estimate(self, checkpoint: Checkpoint, profile: Profile) -> Estimate:

@@ -89,7 +89,7 @@ def compare_table(found: list[Prediction]) -> Table:
 def matrix_table(found: list[Prediction]) -> Table:
     """Many models on many profiles: decode rates where they fit."""
     models = list(dict.fromkeys(row.model for row in found))
-    table = Table("tokens/s, at most", *(model.removeprefix("Qwen3.5-") for model in models), title="Qwen3.5")
+    table = Table("tokens/s, at most", *(model.removeprefix("Qwen3.5-") for model in models), title="models")
     rows: dict[str, list[str]] = {}
     for row in found:
         cell = _rate(row.estimate.decode_rate) if row.reason is None else "-"

@@ -39,11 +39,11 @@ class Prediction:
 
 
 def predict(checkpoint: Checkpoint, profile: Profile) -> Prediction:
-    """Whether and how well `checkpoint` fits `profile`'s memory; reads no weight."""
+    """Whether and how well `checkpoint` fits `profile`, its backend and its memory; reads no weight."""
     name = Path(checkpoint.source).name
-    predicted = export_backend(profile.backend).estimate(checkpoint, profile)
-    reason = None
-    if not predicted.fits:
+    backend = export_backend(profile.backend)
+    predicted, reason = backend.estimate(checkpoint, profile), backend.why_not(checkpoint)
+    if reason is None and not predicted.fits:
         reason = (
             f"{name} needs {predicted.needed / 1e9:.1f} GB and profile {profile.name} has "
             f"{predicted.budget / 1e9:.1f}"

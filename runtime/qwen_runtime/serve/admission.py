@@ -24,8 +24,16 @@ _trials = ThreadPoolExecutor(1, "guidance")
 
 async def check(request: Request, info: ModelInfo) -> None:
     """Raises:
-    ApiError: the prompt cannot fit the context, or the guidance is not valid or takes too long.
+    ApiError: the prompt cannot fit the context, the guidance is not valid or takes too long, or there are
+        tools whose calls could not be read.
     """
+    if request.tools and not info.calls:
+        raise ApiError(
+            400,
+            f"the chat template of {info.name} asks for calls of tools as JSON (as Hermes), which are not "
+            'read back yet: leave tools off, or say tool_choice "none"',
+            parameter="tools",
+        )
     if request.conversation is not None:
         try:
             check_count(request.conversation, info.context_length)

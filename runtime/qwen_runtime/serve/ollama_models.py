@@ -55,7 +55,11 @@ async def show(http: HttpRequest) -> Response:
     shape = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers"}
     capabilities = [
         "completion",
-        *(name for name, word in _CAPABILITIES.items() if any(word in template for template in templates)),
+        *(
+            name
+            for name, word in _CAPABILITIES.items()
+            if any(word in template for template in templates) and (info.calls or name != "tools")
+        ),
         *(["vision"] if info.images else []),
         *(["embedding"] if has_hidden_states(artifact) else []),
     ]

@@ -60,6 +60,11 @@ _GOES_ON = {
 _BEGINNING = {PARAMETER_END: PARAMETER, FUNCTION_END: FUNCTION, CALL_END: CALL}
 
 
+def asked_for_otherwise(template: str) -> bool:
+    """Whether a chat template tells the model to write calls in another dialect: as JSON inside the marks."""
+    return CALL in template and FUNCTION not in template
+
+
 class Opening(NamedTuple):
     """Where text ends and a call begins, or may begin.
 

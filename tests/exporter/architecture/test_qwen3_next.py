@@ -12,13 +12,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qwen_common.errors import USER_ERROR, UserError
+from qwen_export.adapters.apart import keeping_apart
 from qwen_export.adapters.merge import with_adapters
-from qwen_export.architecture.mtp import mtp_tensors
+from qwen_export.architecture.mtp import declares_mtp, mtp_tensors
 from qwen_export.architecture.tensors import Fused
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.fused import RowRuns
 from qwen_export.checkpoint.tensor import PrequantizedTensor
 from qwen_export.cli import main
+from qwen_export.planner.predictions import predict
 from qwen_export.reference import Weights, forward, logits
 from qwen_export.verify.transformers_reference import compare
 from qwen_profiles.schema import WeightFormat, load_profile
@@ -47,6 +49,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one value head to a key head": {**NEXT, "linear_num_value_heads": 2, "tie_word_embeddings": False},
     "some layers without experts": {**NEXT, "mlp_only_layers": [0, 3, 99]},
     "experts in every second layer": {**NEXT, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "uneven layers, YaRN": {
+        **NEXT,
+        "layer_types": ["full_attention", "full_attention", "linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "no experts": {**NEXT, "decoder_sparse_step": 9},
 }
 
@@ -136,7 +149,11 @@ def test_rows_of_a_fused_tensor() -> None:
     class Source:
         shape, nbytes, files = (8, 3), 96, frozenset[Path]()
 
+        def __init__(self) -> None:
+            self.rows = 0
+
         def read(self, start: int, stop: int) -> np.ndarray:
+            self.rows += stop - start
             return np.arange(24).reshape(8, 3)[start:stop]
 
     tensor = RowRuns(Source(), form.split()["b.weight"])
@@ -144,7 +161,10 @@ def test_rows_of_a_fused_tensor() -> None:
     whole = Source().read(0, 8)[[1, 2, 5, 6]]
     for start in range(5):
         for stop in range(start + 1, 5):
+            source = Source()
+            tensor = RowRuns(source, form.split()["b.weight"])
             np.testing.assert_array_equal(tensor.read(start, stop), whole[start:stop])
+            assert source.rows == stop - start  # and no others, however large the fused tensor is
 
 
 def test_another_number_of_heads_than_the_weights_have(tmp_path: Path) -> None:
@@ -219,6 +239,17 @@ def test_adapters_of_fused_projections(kind: str, tmp_path: Path) -> None:
     assert_answers_as(checkpoint, merged)
 
 
+def test_adapters_of_fused_projections_are_not_switched(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint", **NEXT)
+    profile = load_profile("cpu")
+    train(random_model(**NEXT), tmp_path / "one", target_modules=["q_proj", "out_proj"])
+    kept = keeping_apart(Checkpoint.open(str(folder)), [str(tmp_path / "one")], profile)
+    assert kept.kept_apart
+    train(random_model(**NEXT), tmp_path / "two", target_modules=["in_proj_qkvz"])
+    with pytest.raises(UserError, match=r"in_proj_qkvz.weight in a way that cannot be switched at run time"):
+        keeping_apart(Checkpoint.open(str(folder)), [str(tmp_path / "two")], profile)
+
+
 @pytest.mark.parametrize("method", [gptq(), awq()], ids=["gptq", "awq"])
 def test_codes_of_fused_projections_are_kept(method: Method, tmp_path: Path) -> None:
     """Rows put into another order are the same codes."""
@@ -246,13 +277,23 @@ def test_codes_of_fused_projections_are_kept(method: Method, tmp_path: Path) -> 
     assert cosine(Session(artifact).run(ids), expected).min() > 0.9999
 
 
+@pytest.mark.parametrize("name", ["mtp_num_hidden_layers", "num_nextn_predict_layers"])
+def test_heads_of_several_layers_are_told(name: str, tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path, **NEXT)
+    assert declares_mtp(Checkpoint.open(str(folder)).config)
+    edit_config(folder, **{name: 2})
+    assert not declares_mtp(Checkpoint.open(str(folder)).config)
+
+
 def test_openvino_is_refused(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path / "checkpoint", **NEXT)
     result = CliRunner().invoke(
         main, ["--profile", "intel-lunar-lake", str(folder), "-o", str(tmp_path / "out")]
     )
     assert result.exit_code == USER_ERROR
-    assert "OpenVINO" in result.stderr and "qwen3_next" in result.stderr
+    assert "exported to ONNX only, not to OpenVINO" in result.stderr and result.stderr.count("\n") == 1
+    planned = predict(Checkpoint.open(str(folder)), load_profile("intel-lunar-lake"))
+    assert planned.reason is not None and planned.estimate.fits
 
 
 def test_weights_of_qwen3_next_under_another_model_type(tmp_path: Path) -> None:

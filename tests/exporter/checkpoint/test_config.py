@@ -44,6 +44,15 @@ def test_rotary_embedding_wherever_it_is_written(values: dict[str, Any], tmp_pat
     assert found.rope_type == expected["rope_type"]
 
 
+def test_a_text_model_under_the_name_of_the_whole(tmp_path: Path) -> None:
+    """As AutoRound writes it for vLLM: nothing is in a section."""
+    flat = load_config(write_config(tmp_path, model_type="qwen3_5"))
+    assert flat == load_config(write_config(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5"}))
+    with pytest.raises(UserError, match=r"is not a model configuration \(KeyError\('text_config'\)\)"):
+        load_config(tmp_path)
+
+
 def test_layer_types_default_as_in_transformers(tmp_path: Path) -> None:
     for values in ({"layer_types": None}, {"full_attention_interval": 3}, {"num_hidden_layers": 9}):
         expected = Qwen3_5TextConfig(**{**GEOMETRY, **values}).layer_types
@@ -80,6 +89,7 @@ def test_the_outer_model_decides_on_tied_embeddings(
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' is not supported yet"),
         ({"rope_parameters": [1]}, "config.json: rope_parameters: "),
         ({"rope_parameters": {"mrope_section": [3, 1, 1]}}, "mrope_section must add up"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one rotary embedding for all layers"),
         ({"layer_types": ["linear_attention"]}, "layer_types must name each of num_hidden_layers"),
         ({"layer_types": ["mamba"] * 4}, "'mamba' is not supported yet"),
         ({"full_attention_interval": 0}, "config.json: full_attention_interval: "),
@@ -90,7 +100,6 @@ def test_the_outer_model_decides_on_tied_embeddings(
         ({"attention_bias": True}, "attention_bias: "),
         ({"attn_output_gate": False}, "attn_output_gate: "),
         ({"output_gate_type": "sigmoid"}, "output_gate_type: "),
-        ({"model_type": "qwen3_5"}, "config.json is not a model configuration (KeyError('text_config'))"),
         ({"model_type": "qwen3_5", "text_config": None}, "config.json is not a model configuration"),
         ({"model_type": ["qwen3_5"]}, "is not supported: supported are qwen3_5_text, qwen3_5"),
     ],

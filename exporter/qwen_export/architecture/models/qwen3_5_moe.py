@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
-from qwen_export.architecture.fields import Size
+from qwen_export.architecture.fields import Layers, Size
 from qwen_export.architecture.models.qwen3_5 import BACKBONE, TextConfig
 from qwen_export.architecture.tensors import Table, floats, matrix
 
@@ -43,6 +43,9 @@ class MoeTextConfig(TextConfig):
     has_dense_layers: ClassVar[bool] = False
     table: ClassVar[Table] = (*BACKBONE, *EXPERTS)
 
+    hidden_size: Size = 2048
+    num_hidden_layers: Layers = 40
+    num_key_value_heads: Size = 2
     num_experts: Size = 256
     num_experts_per_tok: Size = 8
     moe_intermediate_size: Size = 512

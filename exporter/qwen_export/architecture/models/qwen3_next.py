@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from qwen_export.architecture.fields import Layers, Size
 from qwen_export.architecture.models.qwen3_5 import MLP
@@ -26,14 +26,17 @@ class Qwen3NextConfig(MoeTextConfig):
     table: ClassVar[Table] = (*MoeTextConfig.table, *MLP)
 
     vocab_size: Size = 151936
-    hidden_size: Size = 2048
     intermediate_size: Size = 5632
     num_hidden_layers: Layers = 48
-    num_key_value_heads: Size = 2
     num_experts: Size = 512
     num_experts_per_tok: Size = 10
     # Published configurations do not tell of the head that their weights have.
-    mtp_num_hidden_layers: int = Field(default=1, strict=True, ge=0)
+    mtp_num_hidden_layers: int = Field(
+        default=1,
+        strict=True,
+        ge=0,
+        validation_alias=AliasChoices("mtp_num_hidden_layers", "num_nextn_predict_layers"),
+    )
 
     @property
     def mrope_section(self) -> tuple[int, int, int]:

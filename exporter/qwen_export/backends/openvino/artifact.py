@@ -46,11 +46,6 @@ _IMAGES = "image_processor.json"
 
 def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions) -> Write:
     """See `ExportBackend.prepare`."""
-    if checkpoint.config.fused:
-        raise UserError(
-            f"{checkpoint.config.model_type} is exported to ONNX only, and profile {profile.name} is for "
-            "OpenVINO: choose a profile for another backend"
-        )
     _require_libraries()
     return partial(_write, checkpoint, profile, options.calibration)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_common.errors import UserError
 from qwen_common.manifest import Manifest
 from qwen_profiles.schema import Profile
 
@@ -26,11 +27,21 @@ class OpenVINOBackend(ExportBackend):
     per_channel = frozenset({"int8"})  # as NNCF has it
     formats_by_layer = False
 
+    def why_not(self, checkpoint: Checkpoint) -> str | None:
+        if not checkpoint.config.fused:
+            return None
+        return (
+            f"{checkpoint.config.model_type} has projections that are stored fused, which are exported to "
+            "ONNX only, not to OpenVINO"
+        )
+
     def prepare(
         self, checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress
     ) -> Write:
         from qwen_export.backends.openvino.artifact import prepare
 
+        if (reason := self.why_not(checkpoint)) is not None:
+            raise UserError(f"{reason}: choose another profile than {profile.name}")
         return prepare(checkpoint, profile, options)
 
     def estimate(self, checkpoint: Checkpoint, profile: Profile) -> Estimate:
