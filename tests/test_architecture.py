@@ -49,6 +49,7 @@ EXCEPTIONS = {
     ): "which device an artifact runs on is the runtime's choice",
     ("qwen_export", "qwen_runtime.tokenizer"): "text is encoded as answers encode it",
     ("qwen_export.checkpoint", "qwen_runtime.template"): "a chat template is read by what renders it",
+    ("qwen_export.gguf", "qwen_runtime.template"): "a chat template is written where that looks for it",
 }
 NEVER_IN_THE_RUNTIME = ("torch", "transformers", "onnx", "onnx_ir")
 MOST_LINES = 400
@@ -181,6 +182,7 @@ GOOD = {
     "runtime/qwen_runtime/tokenizer.py": "import tokenizers",
     "exporter/qwen_export/export.py": "from qwen_profiles.schema import Profile",
     "exporter/qwen_export/checkpoint/text_files.py": "from qwen_runtime import template, tokenizer",
+    "exporter/qwen_export/gguf/tokenizer.py": "from qwen_runtime import template",
     "exporter/qwen_export/verify/run.py": "def run():\n    from qwen_runtime import Model",
     "exporter/qwen_export/bundle/write.py": "import qwen_runtime.model\nfrom qwen_launcher import bundle",
     "runtime/qwen_launcher/bundle.py": "import hashlib\nfrom qwen_common.errors import UserError",

@@ -123,9 +123,9 @@ class Checkpoint:
         expected = {**config.tensors(), **(vision.tensors() if vision else {})}
         left_out = (MTP, VISION) if text_only else (MTP,)
         if unread := [name for name in tensors if name not in expected and not name.startswith(left_out)]:
-            notes.append(f"not read, because the model has no such tensors: {_listed(unread)}")
+            notes.append(f"not read, because the model has no such tensors: {listed(unread)}")
         if unlisted:
-            notes.append(f"not read, because they are not among the shards: {_listed(sorted(unlisted))}")
+            notes.append(f"not read, because they are not among the shards: {listed(sorted(unlisted))}")
         return cls(
             root,
             source,
@@ -183,8 +183,8 @@ class Checkpoint:
             )
         missing = f"the checkpoint has no tensor {name}"
         if unknown := self.unknown():
-            return f"{missing}, and names that the model has not: {_listed(unknown)}: is it another model's?"
-        return f"{missing}: is a shard missing from {self.root}?"
+            return f"{missing}, and names that the model has not: {listed(unknown)}: is it another model's?"
+        return f"{missing}: is a shard missing from {self.source}?"
 
     def unknown(self) -> list[str]:
         """Names of tensors that no model of these configurations has."""
@@ -202,6 +202,7 @@ class Checkpoint:
         return self.tensors[name].read(start, stop)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, for a message, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{', '.join(names[:_NAMED])}{more}"

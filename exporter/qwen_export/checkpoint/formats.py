@@ -31,13 +31,14 @@ _MOST_SHOWN = 60  # characters of what somebody else's file says
 
 
 def refuse_gguf(source: Path) -> None:
-    """Raise a UserError for a file, a folder that has nothing else, or a hub id named after the format."""
+    """Raise a UserError for a folder that has nothing else, or a hub id named after the format; a file of it
+    is opened elsewhere (`opening`)."""
     if source.is_dir():
-        is_gguf = any(source.glob("*.gguf")) and not any(source.glob("*.safetensors"))
-    else:
-        is_gguf = source.name.lower().endswith("gguf")
-    if is_gguf:
-        raise UserError(f"{source} holds GGUF, which is not supported yet: give the safetensors checkpoint")
+        found = sorted(path for path in source.glob("*.gguf") if "mmproj" not in path.name)
+        if found and not any(source.glob("*.safetensors")):
+            raise UserError(f"{source} holds GGUF: give one of its files, such as {found[0]}")
+    elif source.name.lower().endswith("gguf"):
+        raise UserError(f"{source} holds GGUF: download one of its files, and give the path of that")
 
 
 def refuse_adapter(root: Path) -> None:

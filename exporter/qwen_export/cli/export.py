@@ -16,6 +16,7 @@ from qwen_export.cli.report import end_with, show_report, verified
 from qwen_export.cli.shared import (
     adapters_option,
     debug_option,
+    mmproj_option,
     overrides_option,
     progress_option,
     reporting,
@@ -37,6 +38,7 @@ Examples:
   qwen-export --profile cpu Qwen/Qwen3.5-4B --adapter ~/style=0.5 --adapter ~/tools
   qwen-export --profile cpu Qwen/Qwen3.5-4B --auto-precision --size 3GB
   qwen-export --profile laptop-32gb Qwen/Qwen3.5-35B-A3B --auto-precision --memory 22GB
+  qwen-export --profile cpu Qwen3.5-4B-Q4_0.gguf --mmproj mmproj-F16.gguf
   qwen-export plan --profile cpu Qwen/Qwen3.5-4B
   qwen-export --profile ./kiosk.toml ~/models/Qwen3.5-0.8B
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --set weights.body=int8 --set context_length=65536
@@ -67,6 +69,7 @@ Examples:
     "than the checkpoint was trained for.",
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@mmproj_option
 @adapters_option
 @click.option(
     "--adapter-at-runtime",
@@ -117,6 +120,7 @@ def export(
     output: Path | None,
     max_context: int | None,
     revision: str | None,
+    mmproj: Path | None,
     adapters: tuple[str, ...],
     switched: tuple[str, ...],
     force: bool,
@@ -133,7 +137,8 @@ def export(
     progress: bool,
     debug: bool,
 ) -> None:
-    """Turn a Qwen3.5 CHECKPOINT (a local folder or a hub id) into an artifact for one class of hardware.
+    """Turn a Qwen3.5 CHECKPOINT (a local folder, a hub id, or a GGUF file) into an artifact for one class of
+    hardware.
 
     An export that was stopped goes on where it was when the same command is run again.
     """
@@ -142,16 +147,16 @@ def export(
 
         from qwen_export.adapters.apart import keeping_apart
         from qwen_export.adapters.merge import with_adapters
-        from qwen_export.checkpoint.checkpoint import Checkpoint
         from qwen_export.checkpoint.text_files import require_tokenizer
         from qwen_export.cli.progress import BYTES, progress_bar
         from qwen_export.export import default_output
         from qwen_export.export import export as write
+        from qwen_export.opening import open_checkpoint
         from qwen_export.output import check_output
         from qwen_export.planner.predictions import require_memory
 
         profile = load_profile(profile_name, overrides)
-        source = with_adapters(Checkpoint.open(checkpoint, revision, text_only), adapters)
+        source = with_adapters(open_checkpoint(checkpoint, revision, text_only, mmproj), adapters)
         source = keeping_apart(source, switched, profile)
         folder = output or default_output(source, profile)
         check_output(folder, source.root, force)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import click
 from qwen_common.errors import UserError
 
-from qwen_export.cli.shared import debug_option, overrides_option, reporting
+from qwen_export.cli.shared import debug_option, mmproj_option, overrides_option, reporting
 
 _EPILOG = """\b
 Examples:
@@ -31,6 +32,7 @@ Examples:
     is_flag=True,
     help="Of one MODEL and one profile: the least and most that it can choose.",
 )
+@mmproj_option
 @click.option("--json", "as_json", is_flag=True, help="Print the predictions as JSON on stdout.")
 @debug_option
 def plan(
@@ -40,13 +42,15 @@ def plan(
     revision: str | None,
     text_only: bool,
     auto_precision: bool,
+    mmproj: Path | None,
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Say what MODEL would take and give, from its config.json alone.
+    """Say what MODEL would take and give, from its configuration alone.
 
-    MODEL is a checkpoint folder, a hub id, or a name like Qwen3.5-4B for a published text model; without it
-    the family is compared. Without a profile all of them are. Exit code 2 if MODEL does not fit the profile.
+    MODEL is a checkpoint folder, a hub id, a GGUF file, or a name like Qwen3.5-4B for a published text model;
+    without it the family is compared. Without a profile all of them are. Exit code 2 if MODEL does not fit
+    the profile.
     """
     with reporting(debug):
         from qwen_profiles.schema import load_profile
@@ -60,7 +64,7 @@ def plan(
         if overrides and not profile_name:
             raise UserError("--set changes one profile: say which with --profile")
         chosen = [load_profile(profile_name, overrides)] if profile_name else shipped_profiles()
-        models = [configured(model, revision, text_only)] if model else list(family().values())
+        models = [configured(model, revision, text_only, mmproj)] if model else list(family().values())
         one = bool(model and profile_name)
         if auto_precision and not one:
             raise UserError("--auto-precision is for one model and one profile: name both")

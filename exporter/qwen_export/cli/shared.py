@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from qwen_common.errors import UserError, reported
@@ -22,6 +23,12 @@ adapters_option = click.option(
     metavar="FOLDER[=WEIGHT]",
     help="PEFT's LoRA adapter to merge into the weights, its scaling times WEIGHT; may be repeated: merged "
     "in that order.",
+)
+mmproj_option = click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="Vision tower of a GGUF file, as llama.cpp keeps it beside the text model.",
 )
 progress_option = click.option(
     "--progress/--no-progress", default=True, help="Show a progress bar on stderr."

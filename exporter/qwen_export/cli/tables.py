@@ -114,6 +114,16 @@ def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     return roles, _providers_table(found) if "providers" in found else _devices_table(found)
 
 
+def gguf_table(found: Mapping[str, Any]) -> Table:
+    """What a GGUF file holds, by the type of its tensors."""
+    geometry = f"{found['layers']} layers, context {found['context_length']}"
+    title, caption = f"{found['file']}: {found['architecture']}, {geometry}", "\n".join(found["notes"])
+    table = Table("type", "tensors", "size", "an export", title=title, caption=caption or None)
+    for kind, entry in sorted(found["types"].items(), key=lambda item: -item[1]["bytes"]):
+        table.add_row(kind, str(entry["tensors"]), _gb(entry["bytes"]), entry["export"])
+    return table
+
+
 def _devices_table(found: Mapping[str, Any]) -> Table:
     table = Table("device", "runs", "why", title=f"made with OpenVINO {found['openvino']}")
     for name, entry in found["devices"].items():

@@ -9,7 +9,7 @@ import click
 from qwen_common.providers import PROVIDERS
 
 from qwen_export.cli.report import end_with, show_report, verified
-from qwen_export.cli.shared import adapters_option, debug_option, progress_option, reporting
+from qwen_export.cli.shared import adapters_option, debug_option, mmproj_option, progress_option, reporting
 
 *_OTHERS, _LAST = sorted(PROVIDERS)
 _EPILOG = """\b
@@ -23,9 +23,13 @@ Examples:
 @click.command("verify", epilog=_EPILOG)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
-    "--against", required=True, metavar="CHECKPOINT", help="What it was made from: folder or hub id."
+    "--against",
+    required=True,
+    metavar="CHECKPOINT",
+    help="What it was made from: folder, hub id or GGUF file.",
 )
 @click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@mmproj_option
 @adapters_option
 @click.option(
     "--provider",
@@ -54,6 +58,7 @@ def verify(
     artifact: Path,
     against: str,
     revision: str | None,
+    mmproj: Path | None,
     adapters: tuple[str, ...],
     provider: str,
     tokens: int | None,
@@ -71,9 +76,9 @@ def verify(
     """
     with reporting(debug):
         from qwen_export.adapters.merge import with_adapters
-        from qwen_export.checkpoint.checkpoint import Checkpoint
+        from qwen_export.opening import open_checkpoint
 
-        checkpoint = with_adapters(Checkpoint.open(against, revision), adapters)
+        checkpoint = with_adapters(open_checkpoint(against, revision, mmproj=mmproj), adapters)
         report = verified(
             artifact,
             checkpoint,

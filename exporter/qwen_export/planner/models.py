@@ -11,6 +11,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import language_model_only, load_config, load_vision_config
 from qwen_export.checkpoint.formats import refuse_adapter
 from qwen_export.checkpoint.hub import download
+from qwen_export.opening import is_gguf, open_checkpoint
 
 
 def family() -> dict[str, Checkpoint]:
@@ -22,14 +23,18 @@ def family() -> dict[str, Checkpoint]:
     }
 
 
-def configured(source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
-    """A checkpoint as its config.json alone tells: a folder, a hub id, or a name of `family`.
+def configured(
+    source: str, revision: str | None = None, text_only: bool = False, mmproj: Path | None = None
+) -> Checkpoint:
+    """A checkpoint as its config.json alone tells: a folder, a hub id, a GGUF file, or a name of `family`.
 
     Raises:
         UserError: none of these, or not a supported model.
     """
     if (known := family().get(source)) and not Path(source).exists():
         return known
+    if is_gguf(source) or mmproj:
+        return open_checkpoint(source, revision, text_only, mmproj)
     if Path(source).is_dir():
         root = Path(source).resolve()
     else:

@@ -107,7 +107,8 @@ def _costliest(measured: Measured, settable: Mapping[str, str]) -> list[str]:
     if not measured.by_role:
         return []
     role = max(measured.by_role, key=measured.by_role.__getitem__)
-    total = sum(measured.by_role.values())
+    if not (total := sum(measured.by_role.values())):  # all codes are the checkpoint's own
+        return []
     sentence = (
         f"The role that costs most is {role}: alone it is a KL divergence of {measured.by_role[role]:.4f}, "
         f"{measured.by_role[role] / total:.0%} of all roles' sum."

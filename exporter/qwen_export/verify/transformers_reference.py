@@ -13,6 +13,7 @@ from qwen_common.errors import UserError, one_line
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.opening import is_gguf
 from qwen_export.reference import Weights, log_softmax
 
 if TYPE_CHECKING:
@@ -59,8 +60,13 @@ class Agreement:
 def require_transformers(checkpoint: Checkpoint) -> None:
     """Raises:
     UserError: PyTorch or transformers is missing, the whole model in float32 does not fit the memory, or
-        the checkpoint has adapters merged into it.
+        the checkpoint is a GGUF file, or has adapters merged into it.
     """
+    if is_gguf(checkpoint.source):
+        raise UserError(
+            "transformers has no reader for GGUF files of this architecture: verify without --reference "
+            "transformers"
+        )
     if checkpoint.adapters:
         raise UserError(
             "transformers reads the checkpoint's files, which are without the adapters: verify without "

@@ -1,0 +1,64 @@
+"""llama.cpp's logits and tokens of the same file, from an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
+from qwen_export import reference
+from qwen_export.opening import open_checkpoint
+from qwen_runtime.tokenizer import Tokenizer
+
+from benchmarks.support.session import cosine
+from tests.support.gguf_checkpoints import write_gguf
+
+CHECKPOINTS = Path("tests/checkpoints").resolve()
+PYTHON = os.environ.get("QWEN_EDGE_LLAMA_PYTHON", "")
+_LLAMA = """
+import json, sys
+import llama_cpp, numpy
+model = llama_cpp.Llama(sys.argv[1], n_ctx=512, logits_all=True, verbose=False, n_threads=1)
+ids = model.tokenize(sys.stdin.buffer.read(), add_bos=False, special=True)[:100]
+model.eval(ids)
+numpy.save(sys.argv[2], model.scores[: len(ids)])
+print(json.dumps(ids))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="needs QWEN_EDGE_LLAMA_PYTHON, with llama-cpp-python"),
+]
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_0, Kind.Q8_0])
+def test_logits_are_llamas(name: str, kind: Kind, tmp_path: Path) -> None:
+    """It is given quantised weights as the floats that they stand for: else it rounds activations, too."""
+
+    def floats(tensor: str, value: np.ndarray) -> tuple[np.ndarray, Kind] | None:
+        rounded = value.ndim > 1 and value.shape[-1] % 32 == 0 and "ffn_gate_inp" not in tensor
+        return (dequantize(quantize(value, kind), kind), Kind.F32) if rounded else None
+
+    file = write_gguf(CHECKPOINTS / name, tmp_path / "model.gguf", kind)
+    same = write_gguf(CHECKPOINTS / name, tmp_path / "floats.gguf", change=floats)
+    text = (CHECKPOINTS / "eval.txt").read_text()[:1000]
+    found = subprocess.run(
+        [PYTHON, "-c", _LLAMA, same, tmp_path / "logits.npy"],
+        input=text.encode(),
+        capture_output=True,
+        check=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    ids = json.loads(found.stdout.splitlines()[-1])
+    checkpoint = open_checkpoint(str(file))
+    assert Tokenizer.open(checkpoint.root).encode(text)[: len(ids)] == ids
+    weights = reference.Weights(checkpoint.tensors)
+    *_, hidden = reference.forward(checkpoint.config, weights, np.array([ids]))
+    logits = reference.logits(checkpoint.config, weights, hidden)[0]
+    assert cosine(logits, np.load(tmp_path / "logits.npy")).min() > 0.9999
