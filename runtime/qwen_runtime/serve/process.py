@@ -7,12 +7,16 @@ import contextlib
 import multiprocessing
 import pickle
 import queue
+import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 from qwen_common.errors import UserError
 
+from qwen_runtime.info import ModelInfo
 from qwen_runtime.serve import worker
 from qwen_runtime.serve.worker import Failed, ModelSettings, Ready, Reply
 
@@ -20,32 +24,46 @@ _CLOSE = b""
 
 
 class ModelProcess:
-    """Started with it, and it waits until the process has the model.
-
-    Attributes:
-        info: what was loaded.
-
-    Raises:
-        UserError: the artifact cannot be loaded.
-    """
+    """`start` it, and `wait` until it has the model."""
 
     def __init__(self, settings: ModelSettings) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads is not safe
-        self._connection, theirs = context.Pipe()
+        self._connection, self._theirs = context.Pipe()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._has_model = False
         self._process = context.Process(
-            target=worker.main, args=(settings, theirs), name="qwen-run model", daemon=True
+            target=worker.main, args=(settings, self._theirs), name="qwen-run model", daemon=True
         )
+
+    def start(self) -> None:
+        """Not while it is made, for a signal that comes meanwhile would leave a process that nobody knows.
+
+        Raises:
+            RuntimeError: the system has none.
+        """
         try:
-            self._process.start()
-            theirs.close()
+            with _signals_held():
+                self._process.start()
+        except OSError as error:
+            raise RuntimeError(f"the model's process cannot be started: {error.strerror}") from error
+        self._theirs.close()
+
+    def wait(self) -> ModelInfo:
+        """Until the process has the model; what was loaded.
+
+        Raises:
+            UserError: the artifact cannot be loaded.
+            RuntimeError: the process has ended.
+        """
+        try:
             message = self._connection.recv()
         except (EOFError, OSError):
             raise RuntimeError(f"the model's process ended with {self.exit_code()} while loading") from None
         if isinstance(message, Failed):
             raise UserError(message.message) if message.user_error else RuntimeError(message.message)
         assert isinstance(message, Ready)
-        self.info = message.info
-        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._has_model = True
+        return message.info
 
     def send(self, packed: bytes) -> None:
         """A pickled message; it waits until somebody attends."""
@@ -64,15 +82,22 @@ class ModelProcess:
         self._outbox.put(_CLOSE)
 
     def end(self, patience: float = 0.0) -> None:
-        """End the process; only where `patience` seconds are not enough for that whatever it is doing."""
-        if patience:
+        """End the process; only where `patience` seconds are not enough for that whatever it is doing.
+
+        One that is loading the model has nothing to finish.
+        """
+        if self._process.pid is None:  # it was not started
+            return
+        if patience and self._has_model:
             self.send(pickle.dumps(None))
             self._process.join(patience)
         self._process.kill()
         self._process.join()
 
     def exit_code(self) -> str:
+        """Of a process whose pipe is closed. It may hang all the same, and hold the model's memory."""
         self._process.join(timeout=5)
+        self.end()
         return f"exit code {self._process.exitcode}"
 
 
@@ -96,4 +121,21 @@ def _read(
             while True:
                 loop.call_soon_threadsafe(dispatch, connection.recv())
         except (EOFError, OSError):
+            pass
+        finally:  # whatever it was, nobody may wait for a reply any more
             loop.call_soon_threadsafe(dead.set)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What is started meanwhile never gets those that ask to end: they reach the whole group, and a process
+    that has not come to ignore them yet would end with a traceback."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it with the first process would let go of them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

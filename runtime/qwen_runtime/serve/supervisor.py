@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -49,6 +50,7 @@ class Supervisor:
         self._there = asyncio.Event()  # a process to attend to
         self._changing = asyncio.Lock()  # it is started and ended by one at a time
         self._useful = False  # it has answered something
+        self._closed = False
 
     @property
     def info(self) -> ModelInfo:
@@ -67,9 +69,13 @@ class Supervisor:
 
         Raises:
             UserError: the artifact cannot be loaded.
+            RuntimeError: the process ended.
         """
-        self._process = ModelProcess(self._settings)  # before a request can see that it is there
-        self._inform(self._process.info)
+        process = self._process = ModelProcess(self._settings)
+        process.start()
+        if self._closed:  # meanwhile, of the one before
+            process.end()
+        self._inform(process.wait())  # before a request can see that it is there
         self._useful = False
         self.alive, self.asleep = True, False
         self.loaded = time.time()
@@ -93,7 +99,7 @@ class Supervisor:
                 raise ApiError(503, f"{self.info.name} cannot be loaded: {error}") from None
 
     async def _load(self) -> None:
-        await asyncio.to_thread(self.load)
+        await _apart(self.load)
         self._there.set()
 
     async def sleep(self) -> None:
@@ -163,6 +169,34 @@ class Supervisor:
 
     def close(self) -> None:
         """End the process, whatever it is doing but writing states."""
+        self._closed = True
         self.alive = False
         if self._process is not None:
             self._process.end(_LAST_WRITES if self._settings.states is not None else 0)
+
+
+async def _apart(work: Callable[[], None]) -> None:
+    """Do `work` in a thread as `asyncio.to_thread` does, for whose threads the end of the loop waits: loading
+    takes minutes, and ends with its process when that is ended after the loop."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def tell(error: Exception | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        failure: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, failure)
+
+    threading.Thread(target=run, name="loading", daemon=True).start()
+    await done

@@ -9,6 +9,7 @@ Both sides send pickled objects through one pipe: `Job`, `Cancel` and `Query` to
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -154,10 +155,10 @@ def main(settings: ModelSettings, connection: Connection) -> None:
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
-        connection.send(Failed.of(None, error))
+        with contextlib.suppress(OSError):  # the server is gone
+            connection.send(Failed.of(None, error))
         return
     with model:
-        connection.send(Ready(model.info))
         _Worker(model, connection).serve()
 
 
@@ -172,6 +173,7 @@ class _Worker:
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
     def serve(self) -> None:
+        self._send(Ready(self.model.info))
         while (message := self._receive()) is not None:
             if isinstance(message, Cancel):
                 if cancelled := self._cancelled.get(message.id):
@@ -258,7 +260,7 @@ class _Worker:
             found = Failed.of(query.id, error)
         self._send(found)
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: Ready | Reply) -> None:
         try:
             with self._sending:
                 self.connection.send(reply)

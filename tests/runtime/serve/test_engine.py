@@ -148,6 +148,8 @@ def test_job_before_the_engine_attends(cpu_artifact: Path) -> None:
 def test_model_process_ends_in_the_middle_of_an_answer(cpu_artifact: Path) -> None:
     """By itself, and not by an abort that leaves a core dump."""
     process = ModelProcess(ModelSettings(cpu_artifact, states=StateSettings()))
+    process.start()
+    process.wait()
     connection = process._connection
     question = [{"role": "user", "content": "What is assert?" * 60}]
     connection.send(Job(1, Request(question, max_tokens=600, ignore_eos=True)))

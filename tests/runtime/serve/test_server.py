@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import openai
+import pytest
 from qwen_runtime import Model
 
-from tests.support.servers import RUN, health, request, serving
+from tests.support.commands import heed_interrupts
+from tests.support.servers import RUN, Server, health, request, serving, workers
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 
@@ -30,6 +37,50 @@ def test_ctrl_c_ends_it(cpu_artifact: Path) -> None:
     with serving(cpu_artifact) as server:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(timeout=20) == 130
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_while_the_first_model_is_loaded(cpu_artifact: Path, asked: signal.Signals) -> None:
+    """However long it takes: a process that is stopped takes for ever. The signal reaches both, as from
+    a terminal, and the other one is at its imports."""
+    process = subprocess.Popen(
+        [*RUN, "serve", str(cpu_artifact), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
+    server = Server(process, "")
+    while not (found := workers(server)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    if asked is signal.SIGTERM:
+        found[0].suspend()
+    os.killpg(process.pid, asked)
+    said = process.communicate(timeout=20)
+    assert (process.returncode, "".join(said)) in ((0, ""), (130, "interrupted\n"))
+    assert not found[0].is_running()
+
+
+def test_it_ends_while_another_model_is_loaded(cpu_artifact: Path) -> None:
+    with serving(cpu_artifact, "--model", f"other={cpu_artifact}") as server:
+        [first] = workers(server)
+        client = server.client(timeout=3)
+
+        def ask() -> None:
+            with suppress(openai.APIError):
+                client.chat.completions.create(model="other", messages=QUESTION, max_tokens=1)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not (found := [worker for worker in workers(server) if worker != first]):
+            time.sleep(0.01)
+        found[0].suspend()
+        asking.join()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
+        assert not found[0].is_running()
 
 
 def test_ipv6(cpu_artifact: Path) -> None:
