@@ -65,14 +65,15 @@ class ApiError(Exception):
     def ollama_body(self) -> dict[str, object]:
         return {"error": str(self)}
 
-    def response(self, path: str) -> Response:
+    def body_at(self, path: str) -> dict[str, object]:
         """In the shape of the protocol that is spoken at `path`."""
-        body = self.body
         if path.startswith("/v1/messages"):
-            body = self.anthropic_body
-        elif path.startswith("/api/"):
-            body = self.ollama_body
-        return JSONResponse(body, self.status, headers=self.headers)
+            return self.anthropic_body
+        return self.ollama_body if path.startswith("/api/") else self.body
+
+    def response(self, path: str) -> Response:
+        """As `body_at`."""
+        return JSONResponse(self.body_at(path), self.status, headers=self.headers)
 
 
 _TYPES = {

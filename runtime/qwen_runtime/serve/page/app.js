@@ -199,7 +199,8 @@ async function connect() {
     $("model").classList.toggle("hidden", !$("models").hidden);
     await choose(models.find(({ id }) => id === state.model) ?? models[0]);
   } catch (error) {
-    if (!(error instanceof api.ApiError)) setTimeout(connect, 2000); // the server may be starting
+    // The server may be starting, or loading its model.
+    if (!(error instanceof api.ApiError) || error.status === 503) setTimeout(connect, 2000);
     else $("status").textContent = explained(error);
   }
 }
