@@ -76,6 +76,10 @@ class KeptState:
         caches = sum(array[:, :, : self.length].nbytes for array in self.caches.values())
         return caches + sum(array.nbytes for point in self.points for array in point.fixed.values())
 
+    @property
+    def outline(self) -> Outline:
+        return Outline(self.keys[: self.length], [(point.length, point.shared) for point in self.points])
+
     def serves(self, keys: npt.NDArray[np.int64]) -> int:
         """How many of the points a text of `keys` can go on from: it begins with their tokens, and at least
         one of its own is left to read."""

@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,30 +59,36 @@ class StateFolder:
                 f"states cannot be kept in {root} ({error.strerror}): choose another folder"
             ) from error
 
-    def find(self, keys: Keys, more_than: int) -> KeptState | None:
-        """The state that spares most of a text of `keys`, if it spares more than so many tokens."""
+    def find(self, keys: Keys, more_than: int, fits: Callable[[KeptState], bool]) -> KeptState | None:
+        """The state that spares most of a text of `keys`, if it spares more than so many tokens.
+
+        Args:
+            fits: whether the model takes it.
+        """
         useful = [
             (spared, -len(held.keys), path)
             for path, held in self._index().items()
             if (spared := held.spares(keys)) > more_than
         ]
-        for _, _, path in sorted(useful, reverse=True):
+        for spared, _, path in sorted(useful, reverse=True):
             try:
                 found = states.read(path, self._model)
-                os.utime(path)
-            except (ValueError, OSError) as error:
+                if not fits(found):
+                    raise ValueError("its arrays are not this model's")
+            except ValueError as error:
                 self._refuse(path, error)
                 continue
-            return found
+            with contextlib.suppress(OSError):  # of somebody else's file, or on a disk that is read only
+                os.utime(path)
+            if found.outline.spares(keys) >= spared:
+                return found
+            with self._lock:  # another process has written it again, with other points
+                self._outlines[path] = found.outline
         return None
 
     def common(self, keys: Keys) -> int:
         """How many tokens of a text of `keys` a state's begins with too, at most."""
         return max((common_keys(held.keys, keys) for held in self._index().values()), default=0)
-
-    def refuse(self, keys: Keys) -> None:
-        """The model does not take the state of `keys`."""
-        self._refuse(self._path(keys), ValueError("its arrays are not this model's"))
 
     def put(self, kept: KeptState) -> None:
         """Write `kept`, unless what is there spares nearly as much of it.
@@ -104,7 +110,8 @@ class StateFolder:
             _log.warning("a state was not written to %s: %s", path, error.strerror)
             return
         with self._lock:
-            self._outlines[path] = Outline(keys, [(point.length, point.shared) for point in kept.points])
+            self._refused.discard(path)
+            self._outlines[path] = kept.outline
         for older, held in prefixes.items():
             if not any(shared for _, shared in held.points):
                 self._remove(older)
@@ -123,15 +130,18 @@ class StateFolder:
                 try:
                     self._outlines[path] = states.read_outline(path, self._model)
                 except ValueError as error:
-                    self._refused.add(path)
-                    _log.warning("%s is ignored: %s", path, error)
+                    self._ignore(path, error)
             return dict(self._outlines)
 
     def _refuse(self, path: Path, error: Exception) -> None:
         with self._lock:
-            self._refused.add(path)
             self._outlines.pop(path, None)
-        _log.warning("%s is ignored: %s", path, error)
+            self._ignore(path, error)
+
+    def _ignore(self, path: Path, error: Exception) -> None:
+        if path.exists():  # else another process made room just now
+            self._refused.add(path)
+            _log.warning("%s is ignored: %s", path, error)
 
     def _remove(self, path: Path) -> None:
         with self._lock:

@@ -180,12 +180,10 @@ class States:
         best, points = max(serving, key=lambda pair: pair[0].points[pair[1] - 1].length, default=(None, 0))
         length = 0 if best is None else best.points[points - 1].length
         if self._folder is not None:
-            found = self._folder.find(keys, more_than=length)
-            if found is not None and self._model.fits(found):
+            found = self._folder.find(keys, length, self._model.fits)
+            if found is not None:
                 points = found.serves(keys)
                 return found if points == len(found.points) else found.until(points).copy()
-            if found is not None:
-                self._folder.refuse(found.keys)
         if best is None:
             return None
         with self._lock:
