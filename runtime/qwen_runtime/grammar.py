@@ -25,7 +25,7 @@ _GRAMMAR_TEXT = re.compile(r" 1 \| | <backtrace>")
 _PLACES = re.compile(r"^(Error creating grammar: |at \d+\(\d+\): |\[[\d:]+\] \S+: )+|<string>:\d+: ")
 _COUNT = re.compile(r"\{(\d+)")
 _LONGEST_FORCED = 2000  # characters
-_MOST_CHARACTERS = 500_000  # of a grammar
+MOST_CHARACTERS = 500_000  # of a grammar
 _LONGEST_REASON = 300  # characters
 # A call inside a thought would be one.
 _THOUGHT = r'thought[suffix="</think>"]: /(.|\n)*/ & ~/(.|\n)*<function=(.|\n)*/'
@@ -96,9 +96,9 @@ def lark(answer: str) -> str:
         rules.append(_THOUGHT)
     begin = 'thought "\\n\\n" ' if thinking else ""
     text = "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > MOST_CHARACTERS:
         raise UserError(
-            f"the guidance is too large: a grammar of {len(text)} characters, and {_MOST_CHARACTERS} are the "
+            f"the guidance is too large: a grammar of {len(text)} characters, and {MOST_CHARACTERS} are the "
             "most: make schemas smaller, or ask for fewer tools"
         )
     plain = text.isascii() and "\\u" not in text and not _forces_much(text)

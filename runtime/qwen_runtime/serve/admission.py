@@ -10,7 +10,7 @@ from functools import lru_cache
 import llguidance
 from qwen_common.errors import UserError
 
-from qwen_runtime.grammar import lark, why_refused
+from qwen_runtime.grammar import MOST_CHARACTERS, lark, why_refused
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.info import ModelInfo
 from qwen_runtime.prompt import check_count
@@ -42,12 +42,18 @@ async def check(request: Request, info: ModelInfo) -> None:
             raise request_failed(str(error), True, sizes) from None
     # OpenVINO GenAI has another library inside.
     if request.guidance is not None and not info.provider.startswith("openvino"):
+        if len(request.guidance.text) > MOST_CHARACTERS:  # before it is read, and kept in a cache
+            raise ApiError(
+                400,
+                f"the guidance is too large: schemas, choices or tools of {len(request.guidance.text)} "
+                f"characters, and {MOST_CHARACTERS} are the most",
+            )
         loop = asyncio.get_running_loop()
         if fault := await loop.run_in_executor(_trials, _fault, request.guidance):
             raise ApiError(400, fault)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _fault(guidance: Guidance) -> str | None:
     """What is wrong with guidance, as far as it can be told without the model's vocabulary."""
     begun = time.monotonic()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
-from copy import deepcopy
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -104,7 +103,7 @@ def _request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, A
 async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:
     choices = []
     async for index, answer in answers:
-        parser = deepcopy(first)
+        parser = first.fresh()
         logprobs: list[TokenLogprob] = []
         async for piece in answer:
             parser.feed(piece.text)
@@ -126,7 +125,7 @@ async def _chunks(
     head = {**head, "object": "chat.completion.chunk"}
     try:
         async for index, answer in answers:
-            async for choice in _deltas(answer, deepcopy(first)):
+            async for choice in _deltas(answer, first.fresh()):
                 yield {**head, "choices": [{"index": index, **choice}]}
     except ApiError as error:  # too late for a status code
         yield error.body

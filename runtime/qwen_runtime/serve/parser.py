@@ -54,6 +54,7 @@ class AnswerParser:
         check: Callable[[str], str | None] | None = None,
         call_checks: Mapping[str, Callable[[str], str | None]] = {},
     ) -> None:
+        self._made_of = thinking, tools, several, check, call_checks
         self._said: dict[str, list[str]] = {}
         self._calls: list[_Call] = []
         self._blanks: list[str] = []  # pieces of nothing but white space, which wait for what follows them
@@ -68,6 +69,10 @@ class AnswerParser:
         self._reader: CallReader | None = None
         # Each takes what it can from `_rest`, and returns False when it needs more text.
         self._state: Callable[[list[Delta]], bool] = self._prose
+
+    def fresh(self) -> AnswerParser:
+        """One for another answer to the same request."""
+        return AnswerParser(*self._made_of)
 
     def feed(self, text: str) -> list[Delta]:
         """The deltas that `text` adds."""

@@ -7,6 +7,7 @@ is there, as with forms of answers. A tool that is `strict` promises that argume
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -24,6 +25,9 @@ from qwen_runtime.tool_calls.json_schema import proper_type
 Check = Callable[[str], str | None]
 Tool = dict[str, Any]
 
+_SECONDS = 10.0  # of all tools' schemas together
+_LONGEST_PATTERN = 10_000  # characters
+
 
 def held_to_schemas(tools: Sequence[Tool], every: bool) -> tuple[list[Tool], dict[str, Check]]:
     """The tools as a grammar takes them, and what says by its name what is wrong with a function's arguments.
@@ -32,15 +36,19 @@ def held_to_schemas(tools: Sequence[Tool], every: bool) -> tuple[list[Tool], dic
         every: all calls are to fit, not those of strict tools only.
 
     Raises:
-        ApiError: a schema is none, or no grammar can promise it where it is strict.
+        ApiError: a schema is none, no grammar can promise it where it is strict, or they are too many.
     """
     found: list[Tool] = []
     checks: dict[str, Check] = {}
+    begun = time.monotonic()
     for at, tool in enumerate(tools):
         function = tool["function"]
         strict = bool(function.get("strict"))
         if (every or strict) and function.get("parameters"):
             field = f"tools.{at}.function.parameters"
+            if time.monotonic() - begun > _SECONDS:
+                message = f"{field}: to check the schemas of so many tools takes too long: ask for fewer"
+                raise ApiError(400, message, code="invalid_json_schema", parameter=field)
             schema, draft, narrow = _prepared(json.dumps(function["parameters"]), strict, field)
             name = f"the call of {function['name']}"
             checks[function["name"]] = partial(fault, schema, draft, name=name)
@@ -73,15 +81,28 @@ def _broken(schema: Any, lookup: Callable[[str], Any]) -> Iterator[str]:
             lookup(reference)
         except Unresolvable:
             yield f"$ref to '{reference[:100]}', which is not there"
-    if isinstance(pattern := schema.get("pattern"), str):
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            yield f"'{pattern[:100]}' is no regular expression: {error.msg}"
+        except Exception:  # through what is no schema, or from an address that is none: nearly anything
+            yield f"$ref to '{reference[:100]}', which cannot be followed"
+    named = schema.get("patternProperties")
+    for pattern in [schema.get("pattern"), *(named if isinstance(named, Mapping) else ())]:
+        if isinstance(pattern, str) and (fault := _no_pattern(pattern)):
+            yield f"'{pattern[:100]}' is no regular expression: {fault}"
     found: list[Any] = []
     inside(schema, found.append)
     for each in found:
         yield from _broken(each, lookup)
+
+
+def _no_pattern(pattern: str) -> str | None:
+    if len(pattern) > _LONGEST_PATTERN:
+        return f"more than {_LONGEST_PATTERN} characters"
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        return str(error.msg)
+    except Exception as error:  # such as RecursionError
+        return type(error).__name__
+    return None
 
 
 def _proper(schema: Any) -> Any:

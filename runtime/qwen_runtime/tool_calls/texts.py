@@ -188,7 +188,7 @@ def _steps(pattern: str) -> Iterator[str]:
 def _escape(letter: str) -> str:
     if letter in _CLASSES:
         return f"[{_CLASSES[letter]}]"
-    return {"": "", "0": r"\x00", "/": "/"}.get(letter, f"\\{letter}")
+    return {"": "", "0": r"\x00", **dict.fromkeys("/<>", letter)}.get(letter, f"\\{letter}")
 
 
 def _class(pattern: str, at: int) -> tuple[str, int]:
@@ -200,7 +200,8 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
     while at < len(pattern) and pattern[at] != "]":
         if pattern[at] == "\\":
             letter = pattern[at + 1 : at + 2]
-            found.append(_CLASSES[letter] if letter in _CLASSES and not negated else f"\\{letter}")
+            plain = letter in ("<", ">") or (letter in _CLASSES and not negated)
+            found.append(_CLASSES.get(letter, letter) if plain else f"\\{letter}")
             at += 2
         else:
             found.append(f"\\{pattern[at]}" if pattern[at] in "[&~" else pattern[at])

@@ -10,6 +10,7 @@ import openai
 import pytest
 from jsonschema import Draft202012Validator
 from qwen_runtime.grammar import lark, make_guidance
+from qwen_runtime.serve import tool_check
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.tool_check import held_to_schemas
 
@@ -26,6 +27,7 @@ VALUES: dict[str, Any] = {
     "pattern that is found": {**S, "pattern": "ab", "maxLength": 4},
     "branches": {**S, "pattern": "^(?:a|(b|c))|/$", "maxLength": 3},
     "classes": {**S, "pattern": r"^[^\d][\[&~\]-]\w\d{x}+?$"},
+    "escapes of nothing special": {**S, "pattern": r"^\<[\<\>\-]{2}\>\/$"},
     "pattern and lengths": {**S, "pattern": "^[ab\n<]+$", "minLength": 2, "maxLength": 4},
     "lengths": {**S, "minLength": 3, "maxLength": 5},
     "no characters": {**S, "maxLength": 0},
@@ -127,6 +129,10 @@ def test_strict_function_beside_others() -> None:
         (object_of(a={"$ref": "https://x.org/b"}), "nothing is fetched"),
         (object_of(a={"$ref": "#/$defs/x"}), r"\$ref to '#/\$defs/x', which is not there"),
         (object_of(a={**S, "pattern": "("}), r"'\(' is no regular expression: missing \)"),
+        (object_of(a={**S, "pattern": "(" * 5000}), "is no regular expression"),
+        (object_of(a={**S, "pattern": "a" * 10_001}), "more than 10000 characters"),
+        (object_of(a={"type": "object", "patternProperties": {"(": S}}), "is no regular expression"),
+        (object_of(a={"$ref": "#/required/x"}), "cannot be followed"),
     ],
 )
 def test_what_cannot_be_promised(schema: Any, message: str) -> None:
@@ -134,6 +140,12 @@ def test_what_cannot_be_promised(schema: Any, message: str) -> None:
         held_to_schemas([tool(object_of(a=S)), tool(schema, strict=True)], every=False)
     # Without a promise nothing is asked of it.
     assert held_to_schemas([tool(schema)], every=False)[1] == {}
+
+
+def test_more_schemas_than_can_be_checked_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool_check, "_SECONDS", -1.0)
+    with pytest.raises(ApiError, match="takes too long: ask for fewer"):
+        held_to_schemas([tool(object_of(a=S))], every=True)
 
 
 def test_types_that_are_written_by_hand() -> None:
