@@ -68,6 +68,8 @@ def export(
     check_text_files(checkpoint)
     for note in checkpoint.notes:
         progress.note(note)
+    if checkpoint.streamed:
+        checkpoint.streamed.say = progress.note
     checkpoint.check(checkpoint.config.tensors())
     if checkpoint.vision:
         checkpoint.check(checkpoint.vision.tensors())

@@ -21,13 +21,17 @@ def is_gguf(source: str) -> bool:
 
 
 def open_checkpoint(
-    source: str, revision: str | None = None, text_only: bool = False, mmproj: Path | None = None
+    source: str,
+    revision: str | None = None,
+    text_only: bool = False,
+    mmproj: Path | None = None,
+    streaming: bool = False,
 ) -> Checkpoint:
     """See `Checkpoint.open` and `open_gguf`, which say what is raised."""
     if not is_gguf(source):
         if mmproj:
             raise UserError(f"--mmproj goes with a GGUF file, and {source} is none: leave it off")
-        return Checkpoint.open(source, revision, text_only)
+        return Checkpoint.open(source, revision, text_only, streaming)
     if revision:
         raise UserError(f"--revision is for hub ids, and {source} is a file: leave it off")
     if not Path(source).is_file():

@@ -30,10 +30,11 @@ from qwen_export.checkpoint.formats import refuse_adapter, refuse_gguf
 from qwen_export.checkpoint.fused import split_fused
 from qwen_export.checkpoint.generation_config import GenerationConfig, read_generation_config
 from qwen_export.checkpoint.head import settle_head
-from qwen_export.checkpoint.hub import download, refuse_links_out
+from qwen_export.checkpoint.hub import download, hub_id, refuse_links_out, stream
 from qwen_export.checkpoint.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.quantization import assemble, method_name
 from qwen_export.checkpoint.shards import shard_tensors, written_by_mlx
+from qwen_export.checkpoint.streamed import StreamedShards
 from qwen_export.checkpoint.tensor import CheckpointTensor
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Checkpoint:
         notes: what is not as its files say, or not read: a line for each.
         adapters: what is merged into `tensors`, in this order.
         kept_apart: adapters that an artifact has beside its weights.
+        streamed: the shards, where they are fetched when they are read.
     """
 
     root: Path
@@ -72,34 +74,43 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
     kept_apart: tuple[KeptApart, ...] = ()
+    streamed: StreamedShards | None = None
 
     @classmethod
-    def open(cls, source: str, revision: str | None = None, text_only: bool = False) -> Checkpoint:
+    def open(
+        cls, source: str, revision: str | None = None, text_only: bool = False, streaming: bool = False
+    ) -> Checkpoint:
         """Open a local folder, or download a hub id such as `Qwen/Qwen3.5-0.8B`.
 
         Reads no weight but embedding and lm_head, where both are stored and config.json ties them.
 
         Args:
+            revision: branch, tag or commit of a hub id, which may have it at its end, too: `org/name@main`.
             text_only: leave the vision tower out.
+            streaming: fetch the shards of a hub id one by one, when they are read; `streamed.finish` deletes
+                them.
 
         Raises:
             UserError: no such folder or hub id, not a supported model, an adapter, a shard missing,
                 truncated, listed outside the folder or linked to from it, or tensors in a form that is not
                 supported.
         """
-        local = Path(source)
+        local, streamed = Path(source), None
         refuse_gguf(local)
         if local.is_dir():
             root, commit = local.resolve(), None
         else:
-            root = download(source, revision)
-            commit = root.name
+            if streaming:
+                root, streamed = stream(source, revision)
+            else:
+                root = download(source, revision)
+            source, commit = hub_id(source, revision)[0], root.name
         refuse_links_out(root)
         refuse_adapter(root)
         config = load_config(root)
         quantization = quantization_config(root)
-        stored = shard_tensors(root)
-        if quantization is None and written_by_mlx(root):
+        stored = shard_tensors(root, streamed)
+        if quantization is None and written_by_mlx(root, streamed):
             quantization = {"quant_method": "mlx"}
         unlisted = {path.name for path in root.glob("*.safetensors")}
         unlisted -= {tensor.file.name for tensor in stored.values()}
@@ -136,6 +147,7 @@ class Checkpoint:
             mtp_problem,
             method_name(quantization),
             tuple(notes),
+            streamed=streamed,
         )
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -14,15 +15,24 @@ FLOATS = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float3
 _BFLOAT16_EXPONENT = 0x7F80
 
 
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb", buffering=0)
+
+
 @dataclass(frozen=True)
 class PlainTensor:
-    """`nbytes` from `offset` of `file`, row by row; a `CheckpointTensor` if its dtype is one of `FLOATS`."""
+    """`nbytes` from `offset` of `file`, row by row; a `CheckpointTensor` if its dtype is one of `FLOATS`.
+
+    Attributes:
+        opened: opens `file`, which may have to be fetched first.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     file: Path
     offset: int
+    opened: Callable[[Path], BinaryIO] = field(default=_open, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -55,11 +65,11 @@ class PlainTensor:
         part = np.empty((stop - start, (last - first) * entry), np.uint8)
         # Whole rows follow each other, so they are one run of bytes.
         runs = part.reshape(1, -1) if (first, last) == (0, count) else part
-        with self.file.open("rb", buffering=0) as file:
+        with self.opened(self.file) as file:
             for line, run in enumerate(runs):
                 file.seek(self.offset + (start + line) * row_bytes + first * entry)
                 wanted = run.data
-                while len(wanted) and (read := file.readinto(wanted)):
+                while len(wanted) and (read := file.readinto(wanted)):  # type: ignore[attr-defined]
                     wanted = wanted[read:]
                 if len(wanted):
                     raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwen_export.checkpoint.names import model_name, refuse_strange_names
 from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.streamed import StreamedShards
 
 # Every dtype of the format whose elements are whole bytes. Which of them a weight may have is for its form to
 # say: what no weight is may have any.
@@ -43,8 +45,11 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def shard_tensors(root: Path) -> dict[str, PlainTensor]:
+def shard_tensors(root: Path, streamed: StreamedShards | None = None) -> dict[str, PlainTensor]:
     """Every stored tensor by the model's name for it, whatever the model was wrapped in; see `names`.
+
+    Args:
+        streamed: the shards, where they are fetched when they are read.
 
     Raises:
         UserError: a shard is missing, truncated, damaged or listed outside the folder, holds a dtype that is
@@ -52,8 +57,9 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
     """
     tensors: dict[str, PlainTensor] = {}
     stored_names: dict[str, str] = {}
-    for shard, listed in _shards(root).items():
-        stored = stored_tensors(root / shard)
+    for shard, listed in _shards(root, streamed).items():
+        path = streamed.path(shard) if streamed else root / shard
+        stored = stored_tensors(path, streamed)
         for name in listed:
             if name not in stored:
                 raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
@@ -71,13 +77,13 @@ def shard_tensors(root: Path) -> dict[str, PlainTensor]:
     return tensors
 
 
-def stored_tensors(path: Path) -> dict[str, PlainTensor]:
+def stored_tensors(path: Path, streamed: StreamedShards | None = None) -> dict[str, PlainTensor]:
     """The tensors of one safetensors file, by the names and with the dtypes that it gives them.
 
     Raises:
         UserError: it is truncated or damaged, written by MLX, or holds a dtype that is not supported.
     """
-    entries, data = _header(path)
+    entries, data = _streamed_header(path, streamed) if streamed else _header(path)
     tensors = {}
     for name, entry in entries.items():
         if entry["dtype"] not in _DTYPES:
@@ -86,14 +92,19 @@ def stored_tensors(path: Path) -> dict[str, PlainTensor]:
                 "bf16, fp16, fp32, FP8, GPTQ or AWQ"
             )
         dtype, offset = _DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
-        tensors[name] = PlainTensor(name, dtype, tuple(entry["shape"]), path, offset)
+        tensor = PlainTensor(name, dtype, tuple(entry["shape"]), path, offset)
+        tensors[name] = replace(tensor, opened=streamed.open) if streamed else tensor
     return tensors
 
 
-def _shards(root: Path) -> dict[str, list[str]]:
+def _shards(root: Path, streamed: StreamedShards | None) -> dict[str, list[str]]:
     """Shard file name -> the tensors that the index expects in it ([] where there is no index)."""
+
+    def there(shard: str) -> bool:
+        return shard in streamed.sizes if streamed else (root / shard).is_file()
+
     index = root / _INDEX
-    if (root / _SINGLE).is_file():  # comes first in transformers too
+    if there(_SINGLE):  # comes first in transformers too
         return {_SINGLE: []}
     if not index.is_file():
         if any(root.glob("*.bin")):
@@ -110,7 +121,7 @@ def _shards(root: Path) -> dict[str, list[str]]:
         # A plain file name; files of a hub snapshot may be links, which is the hub cache's own layout.
         if Path(shard).name != shard or "\\" in shard or shard in (".", ".."):
             raise UserError(f"{_INDEX} names a file outside the folder: {shard}")
-        if not (root / shard).is_file():
+        if not there(shard):
             raise UserError(f"shard {shard} is missing: download it into {root}")
     return shards
 
@@ -125,6 +136,27 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     return entries, 8 + length
 
 
+def _streamed_header(path: Path, streamed: StreamedShards) -> tuple[dict[str, Any], int]:
+    """The same of a file that is still to be fetched, and is validated then: here, what would mislead."""
+    header = streamed.header(path.name)
+    data, size = 8 + len(header), streamed.sizes[path.name]
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for entry in entries.values():
+            begin, end = entry["data_offsets"]
+            count = math.prod(entry["shape"])
+            if not (0 <= begin <= end <= size - data and count >= 0 and isinstance(entry["dtype"], str)):
+                raise ValueError("tensors lie outside the file")
+            if (dtype := _DTYPES.get(entry["dtype"])) and dtype.itemsize * count != end - begin:
+                raise ValueError("sizes do not belong to the shapes")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"shard {path.name} is truncated or damaged ({error!r}): see its repository"
+        ) from error
+    return entries, data
+
+
 def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="numpy") as file:  # refuses whatever is malformed or truncated
@@ -133,10 +165,15 @@ def _metadata(path: Path) -> dict[str, str]:
         raise UserError(f"shard {path.name} is truncated or damaged ({error}): download it again") from error
 
 
-def written_by_mlx(root: Path) -> bool:
-    """Whether the shards say so.
+def written_by_mlx(root: Path, streamed: StreamedShards | None = None) -> bool:
+    """Whether the shards say so; arguments as of `shard_tensors`.
 
     Raises:
         UserError: as `shard_tensors`, for the first shard.
     """
-    return _metadata(root / next(iter(_shards(root)))).get("format") == "mlx"
+    first = next(iter(_shards(root, streamed)))
+    if streamed:
+        metadata = json.loads(streamed.header(first)).get("__metadata__") or {}
+    else:
+        metadata = _metadata(root / first)
+    return metadata.get("format") == "mlx"

@@ -16,6 +16,7 @@ from qwen_export.cli.report import end_with, show_report, verified
 from qwen_export.cli.shared import (
     adapters_option,
     debug_option,
+    keep_download_option,
     mmproj_option,
     overrides_option,
     progress_option,
@@ -31,6 +32,7 @@ EPILOG = """\b
 Examples:
   qwen-export --profile cpu Qwen/Qwen3.5-0.8B
   qwen-export --profile strix-halo ~/models/Qwen3.5-4B -o D:/kiosk/model
+  qwen-export --profile cpu Qwen/Qwen3.5-4B@main --keep-download
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --json
   qwen-export --profile cpu ~/models/Qwen3.5-0.8B --text-only
   qwen-export --profile cpu Qwen/Qwen3.5-4B --max-context 524288
@@ -68,7 +70,8 @@ Examples:
     help="Tokens of prompt and answer together, instead of the profile's limit; YaRN where that is more "
     "than the checkpoint was trained for.",
 )
-@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id; as org/name@REVISION.")
+@keep_download_option
 @mmproj_option
 @adapters_option
 @click.option(
@@ -121,6 +124,7 @@ def export(
     max_context: int | None,
     revision: str | None,
     mmproj: Path | None,
+    keep_download: bool,
     adapters: tuple[str, ...],
     switched: tuple[str, ...],
     force: bool,
@@ -156,7 +160,10 @@ def export(
         from qwen_export.planner.predictions import require_memory
 
         profile = load_profile(profile_name, overrides)
-        source = with_adapters(open_checkpoint(checkpoint, revision, text_only, mmproj), adapters)
+        source = open_checkpoint(checkpoint, revision, text_only, mmproj, streaming=not keep_download)
+        if source.streamed:
+            source.streamed.needed_again = verify
+        source = with_adapters(source, adapters)
         source = keeping_apart(source, switched, profile)
         folder = output or default_output(source, profile)
         check_output(folder, source.root, force)
@@ -188,6 +195,8 @@ def export(
                 calibration=calibration,
             )
         report = verified(folder, source, progress and not as_json) if verify else None
+        if source.streamed:
+            source.streamed.finish()
         if as_json:
             made = {"output": str(folder), **manifest, "verification": report}
             click.echo(

@@ -30,6 +30,12 @@ mmproj_option = click.option(
     metavar="FILE",
     help="Vision tower of a GGUF file, as llama.cpp keeps it beside the text model.",
 )
+keep_download_option = click.option(
+    "--keep-download",
+    is_flag=True,
+    help="Of a hub id: download the whole checkpoint first and leave it in the hub's cache. Without it, one "
+    "shard after the other is fetched when it is read, and deleted.",
+)
 progress_option = click.option(
     "--progress/--no-progress", default=True, help="Show a progress bar on stderr."
 )

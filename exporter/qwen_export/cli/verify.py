@@ -9,7 +9,14 @@ import click
 from qwen_common.providers import PROVIDERS
 
 from qwen_export.cli.report import end_with, show_report, verified
-from qwen_export.cli.shared import adapters_option, debug_option, mmproj_option, progress_option, reporting
+from qwen_export.cli.shared import (
+    adapters_option,
+    debug_option,
+    keep_download_option,
+    mmproj_option,
+    progress_option,
+    reporting,
+)
 
 *_OTHERS, _LAST = sorted(PROVIDERS)
 _EPILOG = """\b
@@ -28,7 +35,8 @@ Examples:
     metavar="CHECKPOINT",
     help="What it was made from: folder, hub id or GGUF file.",
 )
-@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id.")
+@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id; as org/name@REVISION.")
+@keep_download_option
 @mmproj_option
 @adapters_option
 @click.option(
@@ -59,6 +67,7 @@ def verify(
     against: str,
     revision: str | None,
     mmproj: Path | None,
+    keep_download: bool,
     adapters: tuple[str, ...],
     provider: str,
     tokens: int | None,
@@ -78,7 +87,9 @@ def verify(
         from qwen_export.adapters.merge import with_adapters
         from qwen_export.opening import open_checkpoint
 
-        checkpoint = with_adapters(open_checkpoint(against, revision, mmproj=mmproj), adapters)
+        whole = keep_download or reference == "transformers"  # which reads the files itself
+        opened = open_checkpoint(against, revision, mmproj=mmproj, streaming=not whole)
+        checkpoint = with_adapters(opened, adapters)
         report = verified(
             artifact,
             checkpoint,
@@ -88,6 +99,8 @@ def verify(
             text,
             with_transformers=reference == "transformers",
         )
+        if checkpoint.streamed:
+            checkpoint.streamed.finish()
         if as_json:
             click.echo(json.dumps(report, indent=2))
         else:

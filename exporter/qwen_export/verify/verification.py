@@ -70,6 +70,12 @@ def verify(
             not run it, or the text is too short.
     """
     manifest = open_folder(artifact)
+    if checkpoint.streamed:
+        checkpoint.streamed.say = progress.note
+        if missing := checkpoint.streamed.missing_bytes:
+            progress.note(
+                f"the reference is the checkpoint, of which {missing / 1e9:.2f} GB are fetched for it"
+            )
     _check_adapters(artifact, manifest, checkpoint)
     profile, backend = _profile(artifact, manifest), export_backend(manifest["backend"])
     if manifest["model"]["model_type"].endswith("_text"):  # exported without the tower

@@ -24,7 +24,13 @@ from qwen_export.backends.onnx.graphs import FurtherGraphs, Graphs, build_graphs
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
-from qwen_export.backends.onnx.stream import Compensated, source_bytes, write_weights
+from qwen_export.backends.onnx.stream import (
+    Compensated,
+    by_shard,
+    source_bytes,
+    source_files,
+    write_weights,
+)
 from qwen_export.backends.onnx.switched import check_switched, write_switched
 from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -62,14 +68,28 @@ def _write(
     staged = work / STAGED
     journal = open_journal(work, fingerprint(checkpoint, profile, graphs, text), progress)
     data = staged / DATA_FILE
-    _check_space(data, graphs.data_bytes)
+    placed = graphs.placed
+    if streamed := checkpoint.streamed:
+        if text is None:
+            placed = by_shard(checkpoint, placed, streamed)
+        left = [weight for weight, _ in placed if weight.name not in journal.done]
+        most = streamed.expect({weight.name: source_files(checkpoint, weight) for weight in left})
+        if streamed.root.stat().st_dev == staged.stat().st_dev:
+            streamed.reserved = partial(_unwritten, data, graphs.data_bytes)
+        else:
+            _check_space(data, graphs.data_bytes)
+        streamed.require(most)
+    else:
+        _check_space(data, graphs.data_bytes)
 
     progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in graphs.placed))
-    weights: Iterable[Compensated] = ((placed, nearest) for placed in graphs.placed)
+    weights: Iterable[Compensated] = ((one, nearest) for one in placed)
     if text is not None:
         progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
         weights = with_compensations(checkpoint.config, checkpoint.tensors, graphs.placed, text)
     write_weights(checkpoint, weights, data, graphs.data_bytes, journal, progress.advance)
+    if streamed:
+        streamed.reserved = lambda: 0
 
     copy_files(checkpoint.root, staged)
     write_switched(checkpoint, graphs, staged)
@@ -136,11 +156,19 @@ def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bo
 
 def _check_space(data: Path, data_bytes: int) -> None:
     """Refuse before the work, not after it. The data file is sparse until it is written."""
-    present = data.stat().st_blocks * 512 if data.exists() and hasattr(os.stat_result, "st_blocks") else 0
-    needed = data_bytes - present + _SPARE_BYTES
+    needed = _unwritten(data, data_bytes) + _SPARE_BYTES
     free = shutil.disk_usage(data.parent).free
     if free < needed:
         raise UserError(
             f"the artifact needs {needed / 1e9:.1f} GB more and {data.parent.parent.parent} has "
             f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
         )
+
+
+def _unwritten(data: Path, data_bytes: int) -> int:
+    if not data.exists():
+        return data_bytes
+    status = data.stat()
+    # Windows gives a file the place of its length at once.
+    present = status.st_blocks * 512 if hasattr(os.stat_result, "st_blocks") else status.st_size
+    return max(0, data_bytes - present)

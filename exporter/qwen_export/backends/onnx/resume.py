@@ -64,9 +64,15 @@ def open_journal(work: Path, fingerprint: str, progress: Progress) -> Journal:
 def fingerprint(checkpoint: Checkpoint, profile: Profile, graphs: Graphs, text: np.ndarray | None) -> str:
     """Changes when any byte of the data file could: shards, adapters, profile, layout, text, our code."""
     shards = sorted({file for source in checkpoint.tensors.values() for file in source.files})
+    streamed = checkpoint.streamed
     identity = {
         "qwen_edge": own_version(),
-        "shards": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards],
+        "shards": [
+            (streamed.repo, streamed.root.name, path.name)
+            if streamed and streamed.has(path)
+            else (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+            for path in shards
+        ],
         "adapters": [checkpoint.adapters, [adapter.described for adapter in checkpoint.kept_apart]],
         "profile": profile.model_dump(),
         "layout": [repr(entry) for _, tensors in graphs.placed for entry in tensors],

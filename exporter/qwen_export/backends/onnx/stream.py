@@ -20,6 +20,7 @@ from qwen_common.errors import UserError
 
 from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.streamed import StreamedShards
 from qwen_export.checkpoint.tensor import PrequantizedTensor
 from qwen_export.graph.weights import ExternalTensor, PlacedWeight, Rows, Weight
 from qwen_export.quantize.blockwise import Compensation, Quantization, quantize
@@ -83,11 +84,28 @@ def write_weights(
             unsynced.append(weight.name)
             unsynced_bytes += source_bytes(checkpoint, weight)
             if unsynced_bytes >= _SYNC_BYTES:
-                _sync(file)
-                journal.add(unsynced)
+                _settle(file, journal, unsynced, checkpoint)
                 unsynced, unsynced_bytes = [], 0
-        _sync(file)
-        journal.add(unsynced)
+        _settle(file, journal, unsynced, checkpoint)
+
+
+def source_files(checkpoint: Checkpoint, weight: Weight) -> frozenset[Path]:
+    """The shards that `weight` is read from."""
+    return frozenset().union(*(checkpoint.tensors[rows.tensor].files for rows in weight.rows))
+
+
+def by_shard(
+    checkpoint: Checkpoint, weights: Iterable[PlacedWeight], streamed: StreamedShards
+) -> list[PlacedWeight]:
+    """In the order in which the fewest shards are needed at a time."""
+    return sorted(weights, key=lambda placed: streamed.among(source_files(checkpoint, placed.weight))[::-1])
+
+
+def _settle(file: BinaryIO, journal: Journal, weights: list[str], checkpoint: Checkpoint) -> None:
+    _sync(file)
+    journal.add(weights)
+    if checkpoint.streamed:
+        checkpoint.streamed.done(weights)
 
 
 def _sync(file: BinaryIO) -> None:
@@ -129,6 +147,8 @@ def _finished(
     with ThreadPoolExecutor(_WORKERS) as pool:
         try:
             for (weight, tensors), compensations in weights:
+                if checkpoint.streamed:  # here, where Ctrl-C is heard at once
+                    checkpoint.streamed.fetch(source_files(checkpoint, weight))
                 pieces = list(_pieces(weight, tensors))
                 open_pieces[weight.name] = len(pieces)
                 for piece in pieces:
