@@ -14,6 +14,7 @@ from qwen_export.cli.keygen import keygen
 from qwen_export.cli.plan import plan
 from qwen_export.cli.profiles import profiles
 from qwen_export.cli.publish import publish
+from qwen_export.cli.push import push
 from qwen_export.cli.verify import verify
 
 
@@ -29,5 +30,5 @@ def main() -> None:
     """
 
 
-for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen, publish):
+for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen, publish, push):
     main.add_command(command)
