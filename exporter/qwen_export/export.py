@@ -50,23 +50,24 @@ def export(
             (see `check_output`), the disk is full, another export is writing to the same place, `max_context`
             is out of reach, or the profile's backend is not installed.
     """
+    notes = list(checkpoint.notes)
     if max_context is not None:
         config = checkpoint.config.reaching(max_context)
         if config is not checkpoint.config:
-            progress.note(
+            notes.append(
                 f"YaRN stretches the context by {config.rope_parameters.factor:.3g}, for short prompts too: "
                 "they are answered a little worse than without --max-context"
             )
         checkpoint = replace(checkpoint, config=config)
         profile = profile.model_copy(update={"context_length": max_context})
     elif profile.context_length > (limit := checkpoint.config.positions):
-        progress.note(
+        notes.append(
             f"the context is {limit} tokens, the checkpoint's own limit, and not {profile.context_length}: "
             "--max-context reaches further, by YaRN"
         )
     check_output(output, checkpoint.root, force)
     check_text_files(checkpoint)
-    for note in checkpoint.notes:
+    for note in notes:
         progress.note(note)
     if checkpoint.streamed:
         checkpoint.streamed.say = progress.note
