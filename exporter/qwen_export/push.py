@@ -65,7 +65,9 @@ def plan(artifact: Path, repo: str) -> Push:
             return Push(repo, False, manifest, files, ())
         ours = _exported(api, repo) if MANIFEST in found else set()
     if strange := sorted(found - ours - _OTHERS):
-        raise UserError(f"{repo} has {strange[0]}, which no export put there: push to a repository of its own")
+        raise UserError(
+            f"{repo} has {strange[0]}, which no export put there: push to a repository of its own"
+        )
     return Push(repo, True, manifest, files, sorted(found - files.keys() - _OTHERS))
 
 
@@ -106,6 +108,6 @@ def _asked(repo: str) -> Iterator[None]:
     except Exception as error:  # the library's own errors, and those of its HTTP client
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the hub did not take {repo} ({reason}): check the network, and that `hf auth login` or HF_TOKEN "
-            "gives a token that may write there"
+            f"the hub did not take {repo} ({reason}): check the network, and that `hf auth login` or "
+            "HF_TOKEN gives a token that may write there"
         ) from error

@@ -111,7 +111,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._json({"files": [self._upload_mode(file) for file in json.loads(body)["files"]]})
             elif path == f"/{hub.repo}.git/info/lfs/objects/batch":
                 objects = [
-                    {**found, "actions": {"upload": {"href": f"{hub.url}/store/{found['oid']}", "header": {}}}}
+                    {
+                        **found,
+                        "actions": {"upload": {"href": f"{hub.url}/store/{found['oid']}", "header": {}}},
+                    }
                     for found in json.loads(body)["objects"]
                 ]
                 self._json({"transfer": "basic", "objects": objects})

@@ -27,8 +27,9 @@ Examples:
 def push(artifact: Path, repository: str, public: bool, dry_run: bool, as_json: bool, debug: bool) -> None:
     """Put ARTIFACT into the repository ORG/NAME on the Hugging Face hub; a new one is private.
 
-    Every file is compared with the manifest first. The repository has nothing but the artifact afterwards; one
-    that has other files is left alone. A push that was stopped goes on when the same command is run again.
+    Every file is compared with the manifest first. The repository has nothing but the artifact afterwards;
+    one that has other files is left alone. A push that was stopped goes on when the same command is run
+    again.
     """
     with reporting(debug):
         from qwen_export.push import plan
@@ -38,7 +39,9 @@ def push(artifact: Path, repository: str, public: bool, dry_run: bool, as_json: 
         commit = None if dry_run else put(artifact, planned, public)
         if as_json:
             done = {"repository": repository, "new": not planned.exists, "commit": commit}
-            click.echo(json.dumps({**done, "files": planned.files, "removed": list(planned.removed)}, indent=2))
+            click.echo(
+                json.dumps({**done, "files": planned.files, "removed": list(planned.removed)}, indent=2)
+            )
             return
         for name, size in planned.files.items() if dry_run else ():
             click.echo(f"{size:>15,} {name}")

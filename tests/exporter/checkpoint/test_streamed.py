@@ -30,7 +30,7 @@ from tests.support.hub_server import COMMIT, HubServer
 from tests.support.random_checkpoints import load_tensors, random_model, write_random_checkpoint
 
 REPO = "someone/tiny"
-LAYERS = 6
+LAYERS = 4
 GEOMETRY: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
@@ -169,7 +169,7 @@ def test_shards_are_fetched_once_and_deleted(
     assert disk.most < sum(sizes.values())
 
 
-@pytest.mark.parametrize("room", [2.5, 100])
+@pytest.mark.parametrize("room", [2.5, pytest.param(100, marks=pytest.mark.slow)])
 def test_verification_fetches_again_what_the_disk_could_not_keep(
     room: float,
     hub: Hub,
@@ -178,9 +178,9 @@ def test_verification_fetches_again_what_the_disk_could_not_keep(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`room` is that for shards, in sizes of the largest one: there are 8."""
+    """`room` is that for shards, in sizes of the largest one: there are 6."""
     sizes, output = shard_bytes(folder), tmp_path / "out"
-    artifact = 7_000_000
+    artifact = 5_500_000
     folders = hub.cache, tmp_path / ".out.partial", output
     disk = Disk(monkeypatch, artifact + int(room * max(sizes)), *folders)
     hub.server.watch = lambda: disk.used() and None
@@ -200,6 +200,7 @@ def test_verification_fetches_again_what_the_disk_could_not_keep(
     assert any("are fetched for it" in note for note in progress.notes) == (room < len(sizes))
 
 
+@pytest.mark.slow
 def test_verify_streams_too(hub: Hub, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     export(Checkpoint.open(str(folder)), load_profile("cpu"), output, Quiet())
@@ -318,7 +319,7 @@ def test_damaged_shard(hub: Hub, folder: Path, tmp_path: Path) -> None:
     shutil.copy(other / f"model-00003-of-{LAYERS + 2:05}.safetensors", other / name)
     with pytest.raises(UserError, match=f"{name} is damaged, or is not what the hub said before"):
         export(checkpoint, load_profile("cpu"), tmp_path / "out", Quiet())
-    assert not any(name in path for path in hub.left_over() if "metadata" not in path)
+    assert not any(path.endswith(name) for path in hub.left_over())
 
 
 def test_no_safetensors_file_behind_the_name(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_no_safetensors_file_behind_the_name(hub: Hub, folder: Path, tmp_path: P
     hub.server.folder = other
     for content in (b"", b"x", b"<html>" * 100, (2).to_bytes(8, "little") + b"[]"):
         (other / f"model-00002-of-{LAYERS + 2:05}.safetensors").write_bytes(content)
-        with pytest.raises(UserError, match="no safetensors file|truncated or damaged") as caught:
+        with pytest.raises(UserError, match=r"no safetensors file|truncated or damaged|is missing") as caught:
             Checkpoint.open(REPO, streaming=True)
         assert "\n" not in str(caught.value)
 
