@@ -1,5 +1,7 @@
-"""A small server that speaks as much of the Hugging Face hub's API as its own client needs for a model: it gives
-the files of a folder and, without Xet, takes commits into it."""
+"""A small server that speaks as much of the Hugging Face hub's API as its own client needs for a model.
+
+It gives the files of a folder and, without Xet, takes commits into it.
+"""
 
 from __future__ import annotations
 

@@ -223,8 +223,8 @@ class StreamedShards:
                 artifact = f"{reserved / 1e9:.1f} GB for the artifact and " if self.reserved() else ""
                 raise UserError(
                     f"{artifact}{most / 1e9:.1f} GB for shards at a time do not fit the {free / 1e9:.1f} GB "
-                    f"that are free on the disk of {self.root}: free some space, choose another disk with -o, "
-                    "or set HF_HOME to a folder on one"
+                    f"that are free on the disk of {self.root}: free some space, choose another disk with "
+                    "-o, or set HF_HOME to a folder on one"
                 )
             for name in list(self._fetched):
                 if self._free() < reserved:
