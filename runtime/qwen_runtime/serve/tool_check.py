@@ -19,7 +19,7 @@ from referencing.jsonschema import DRAFT202012
 
 from qwen_runtime.grammar_schema import inside, left_out
 from qwen_runtime.serve.errors import ApiError
-from qwen_runtime.serve.json_check import check_schema, fault, narrowed
+from qwen_runtime.serve.json_check import check_schema, expands, fault, narrowed
 from qwen_runtime.tool_calls.json_schema import proper_type
 
 Check = Callable[[str], str | None]
@@ -96,6 +96,8 @@ def _broken(schema: Any, lookup: Callable[[str], Any]) -> Iterator[str]:
 def _no_pattern(pattern: str) -> str | None:
     if len(pattern) > _LONGEST_PATTERN:
         return f"more than {_LONGEST_PATTERN} characters"
+    if expands(pattern):
+        return "its counts multiply to more than can be checked"
     try:
         regex.compile(pattern)
     except regex.error as error:

@@ -130,6 +130,7 @@ def test_strict_function_beside_others() -> None:
         (object_of(a={"$ref": "#/$defs/x"}), r"\$ref to '#/\$defs/x', which is not there"),
         (object_of(a={**S, "pattern": "("}), r"'\(' is no regular expression: missing \)"),
         (object_of(a={**S, "pattern": "(" * 5000}), "is no regular expression"),
+        (object_of(a={**S, "pattern": "((a{1000}){1000}){1000}"}), "counts multiply to more"),
         (object_of(a={**S, "pattern": "a" * 10_001}), "more than 10000 characters"),
         (object_of(a={"type": "object", "patternProperties": {"(": S}}), "is no regular expression"),
         (object_of(a={"$ref": "#/required/x"}), "cannot be followed"),
