@@ -31,7 +31,7 @@ def configured(
     Raises:
         UserError: none of these, or not a supported model.
     """
-    if (known := family().get(source)) and not Path(source).exists():
+    if not mmproj and (known := family().get(source)) and not Path(source).exists():
         return known
     if is_gguf(source) or mmproj:
         return open_checkpoint(source, revision, text_only, mmproj)
