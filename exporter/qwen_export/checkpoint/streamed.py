@@ -46,7 +46,7 @@ class StreamedShards:
         self._readings: Counter[str] = Counter()
         self._needed: Mapping[str, frozenset[Path]] = {}
         self._folder = root.parents[1] / _FOLDER / root.name
-        self._process = FileLock(root.parents[1] / _LOCK)
+        self._process = FileLock(root.parents[1] / _LOCK, thread_local=False)
         # Those that may be deleted, the one that was not read for the longest time first; what a run that was
         # stopped left is among them once it is clear that no other process reads it.
         self._fetched: dict[str, None] = {}

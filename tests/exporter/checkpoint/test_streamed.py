@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,7 +226,7 @@ def test_shards_in_the_order_of_names(hub: Hub, folder: Path, tmp_path: Path) ->
 def test_too_small_a_disk_is_refused_before_a_shard_is_fetched(
     hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Disk(monkeypatch, 8_000_000, hub.cache, tmp_path)
+    Disk(monkeypatch, 4_000_000, hub.cache)
     largest = max(shard_bytes(folder))
     result = invoke(REPO, "--no-verify", "-o", str(tmp_path / "out"))
     assert result.exit_code == 2
@@ -341,6 +342,8 @@ def test_one_process_at_a_time(hub: Hub) -> None:
         second.read("model.embed_tokens.weight", 0, 1)
     first.streamed.finish()
     second.read(norm, 0, 1)
+    with ThreadPoolExecutor(1) as pool:  # threads of the same process
+        pool.submit(second.read, "model.embed_tokens.weight", 0, 1).result()
 
 
 def test_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
