@@ -107,7 +107,8 @@ def _write(artifact: Artifact, home: Path) -> None:
     needed = int(_TIMES * sum(entry["size"] for entry in artifact.manifest["files"].values()))
     home.parent.mkdir(parents=True, exist_ok=True)
     for left in home.parent.glob(f".{home.name}.*{_PARTIAL}"):  # by a process that was killed
-        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+        maker = int(left.name.split(".")[-2])
+        if maker == os.getpid() or not psutil.pid_exists(maker):  # containers give the same numbers again
             shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(home.parent).free
     if free < needed:
