@@ -169,7 +169,7 @@ def test_guidance_that_is_too_much(ask: Callable[..., Any], monkeypatch: pytest.
     tool = {"type": "function", "function": {"name": "look", "parameters": schema}}
     with pytest.raises(openai.BadRequestError, match="and 500000 are the most"):
         ask(tools=[tool], tool_choice="required")
-    large = object_of(**{"a" * 50_000: {}})
+    large = object_of(a={"type": "string", "description": "a" * 50_000})
     many = [{**tool, "function": {"name": f"f{at}", "parameters": large}} for at in range(11)]
     with pytest.raises(openai.BadRequestError, match=r"schemas, choices or tools of .* 500000 are the most"):
         ask(tools=many, tool_choice="required")
