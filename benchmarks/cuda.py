@@ -95,8 +95,9 @@ def peers(
     copy_tokenizer(TINY, checkpoint)
     found = []
     for lowering, profile in profiles.items():
-        export(Checkpoint.open(str(checkpoint)), profile, folder / lowering, Quiet())
-        read = bytes_read(checkpoint, profile)
+        opened = Checkpoint.open(str(checkpoint))
+        export(opened, profile, folder / lowering, Quiet())
+        read = bytes_read(opened, profile)
         found.append(onnx_peer(f"ours, {profile.name}, {lowering}", folder / lowering, asked, read))
         found[-1].command += ["--plugin", plugin] if plugin else []
     if asked.builder:
