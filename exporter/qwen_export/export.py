@@ -67,8 +67,6 @@ def export(
         )
     check_output(output, checkpoint.root, force)
     check_text_files(checkpoint)
-    for note in notes:
-        progress.note(note)
     if checkpoint.streamed:
         checkpoint.streamed.say = progress.note
     checkpoint.check(checkpoint.config.tensors())
@@ -77,6 +75,8 @@ def export(
     write = export_backend(profile.backend).prepare(
         checkpoint, profile, ExportOptions(all_logits, calibration), progress
     )
+    for note in notes:  # a refusal is one line, without them
+        progress.note(note)
     work = work_folder(output)
     try:
         with FileLock(work / "lock", timeout=0):

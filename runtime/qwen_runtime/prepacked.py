@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from qwen_common.errors import UserError
 from qwen_common.files import as_json, sha256
 from qwen_common.manifest import MANIFEST, BackendName, file_entry
@@ -104,6 +103,8 @@ def _cpu() -> str:
 
 
 def _write(artifact: Artifact, home: Path) -> None:
+    import psutil  # here, because other loads do without it
+
     needed = int(_TIMES * sum(entry["size"] for entry in artifact.manifest["files"].values()))
     home.parent.mkdir(parents=True, exist_ok=True)
     for left in home.parent.glob(f".{home.name}.*{_PARTIAL}"):  # by a process that was killed

@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     progress = Quiet()
     export(Checkpoint.open(str(TINY)), load_profile("cpu"), tmp_path / "out", progress)
-    assert "did not finish" in progress.notes[0]
+    assert any("did not finish" in note for note in progress.notes)
 
 
 def test_values_beyond_float16(tmp_path: Path) -> None:

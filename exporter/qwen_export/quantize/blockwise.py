@@ -17,10 +17,10 @@ import numpy as np
 _TILE_ELEMENTS = 256 * 1024
 # Candidate scales, as divisors of the block's extreme value (symmetric) and factors of its range
 # (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.
-_SYMMETRIC_DIVISORS = {4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
+_SYMMETRIC_DIVISORS = {2: (-2.0,), 4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
 _ASYMMETRIC_FACTORS = {2: (1.0,), 4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
 # Of 2 bits, as factors of the block's root mean square: its extreme value says little about the best of
-# four levels. They lose 1 to 2% to the best scale of all, but for outliers. The sign says on which side of 0
+# four levels, and is tried for weights that 2 bits hold exactly. They lose 1 to 2% to the best scale of all, but for outliers. The sign says on which side of 0
 # two of the levels lie, so that a stored zero point adds nothing but for blocks on one side (quality.md).
 _TWO_BIT_FACTORS = (1.0, -1.0, 1.3, -1.3, 1.9, -1.9)
 
@@ -213,8 +213,6 @@ def _candidates(tile: np.ndarray, form: Quantization) -> Iterator[tuple[np.ndarr
         zero = np.full_like(spread, 2)
         for factor in _TWO_BIT_FACTORS:
             yield _nonzero(spread * np.float32(factor)), zero
-        if form.symmetric:
-            return
     high, low = tile.max(axis=0), tile.min(axis=0)
     if form.symmetric:
         # One more code lies below the zero point than above: the extreme value goes there, whatever its
