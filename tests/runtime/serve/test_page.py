@@ -96,6 +96,7 @@ def test_an_edit_stops_the_answer_that_is_written(page: Chrome) -> None:
     by_id(page, "text").send_keys("Explain classes.", Keys.ENTER)
     until(page, lambda: articles(page, "assistant") and articles(page, "assistant")[-1].text)
     page.execute_script("document.querySelector('article.user footer button').click()")
+    until(page, lambda: page.switch_to.active_element.get_attribute("aria-label") == "Edit your question")
     page.switch_to.active_element.send_keys(" Now.", Keys.ENTER)
     until(page, lambda: page.find_elements(By.CSS_SELECTOR, "article.assistant footer"))
     assert said(page) == ["Explain classes. Now."] and len(articles(page, "assistant")) == 1
