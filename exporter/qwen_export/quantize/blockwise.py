@@ -20,8 +20,9 @@ _TILE_ELEMENTS = 256 * 1024
 _SYMMETRIC_DIVISORS = {2: (-2.0,), 4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
 _ASYMMETRIC_FACTORS = {2: (1.0,), 4: (1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
 # Of 2 bits, as factors of the block's root mean square: its extreme value says little about the best of
-# four levels, and is tried for weights that 2 bits hold exactly. They lose 1 to 2% to the best scale of all, but for outliers. The sign says on which side of 0
-# two of the levels lie, so that a stored zero point adds nothing but for blocks on one side (quality.md).
+# four levels, and is tried for weights that 2 bits hold exactly. They lose 1 to 2% to the best scale of all,
+# but for outliers. The sign says on which side of 0 two of the levels lie, so that a stored zero point adds
+# nothing but for blocks on one side (quality.md).
 _TWO_BIT_FACTORS = (1.0, -1.0, 1.3, -1.3, 1.9, -1.9)
 
 
