@@ -60,7 +60,7 @@ def with_adapters(checkpoint: Checkpoint, given: Sequence[str]) -> Checkpoint:
         if isinstance(base, PlainTensor) and base.dtype not in FLOATS:
             continue  # `Checkpoint.check` says what is wrong with it
         codes += isinstance(base, PrequantizedTensor) and base.scheme is not None
-        tensors[name] = MergedTensor(name, base, tuple(update for _, update in found))
+        tensors[name] = MergedTensor(base, name, tuple(update for _, update in found))
     if codes:
         notes.append(
             f"{codes} tensors that an adapter changes are integer codes in the checkpoint: dequantised, "

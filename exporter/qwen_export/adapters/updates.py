@@ -18,7 +18,7 @@ from qwen_common.errors import UserError
 from qwen_common.manifest import MergedAdapter
 
 from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor, float32
+from qwen_export.checkpoint.tensor import CheckpointTensor, DerivedTensor, float32
 
 _NORM_ELEMENTS = 8 * 1024 * 1024  # of an embedding that are in memory while its columns are measured
 _TILE_ROWS, _TILE_PRODUCTS = 8, 512 * 1024  # of a matrix product that BLAS does in one thread
@@ -43,28 +43,19 @@ class Update(Protocol):
 
 
 @dataclass(frozen=True)
-class MergedTensor:
+class MergedTensor(DerivedTensor):
     """A checkpoint's tensor with the updates of adapters, one after the other; a `CheckpointTensor`."""
 
     name: str
-    base: CheckpointTensor
     updates: tuple[Update, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
-
-    @property
     def files(self) -> frozenset[Path]:
-        return self.base.files.union(*(update.files for update in self.updates))
+        return self.source.files.union(*(update.files for update in self.updates))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 rows."""
-        base = float32(self.base.read(start, stop))
+        base = float32(self.source.read(start, stop))
         merged = base
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # reported below
             for update in self.updates:

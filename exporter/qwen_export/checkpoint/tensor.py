@@ -37,6 +37,26 @@ class CheckpointTensor(Protocol):
 
 
 @dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor of the same shape as `source`, whose numbers are made of its: a `CheckpointTensor`, once a
+    subclass has `read`."""
+
+    source: CheckpointTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return self.source.files
+
+
+@dataclass(frozen=True)
 class Scheme:
     """Integer codes that somebody else chose.
 

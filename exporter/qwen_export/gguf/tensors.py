@@ -19,6 +19,7 @@ from qwen_common.errors import UserError
 from qwen_export.checkpoint.plain import PlainTensor
 from qwen_export.checkpoint.tensor import (
     CheckpointTensor,
+    DerivedTensor,
     PrequantizedTensor,
     Scheme,
     common_scheme,
@@ -186,23 +187,10 @@ class JoinedBlocks(Joined):
 
 
 @dataclass(frozen=True)
-class Mapped:
+class Mapped(DerivedTensor):
     """A tensor of floats whose file has a function of its numbers: `undo` gives them back, in float32."""
 
-    source: CheckpointTensor
     undo: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.source.files
 
     def read(self, start: int, stop: int) -> np.ndarray:
         values = self.undo(float32(self.source.read(start, stop)))

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
-from qwen_export.checkpoint.tensor import CheckpointTensor, float32
+from qwen_export.checkpoint.tensor import CheckpointTensor, DerivedTensor, float32
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
 from qwen_export.reference import Weights, log_softmax
 
@@ -38,23 +37,10 @@ class LayerRole:
 
 
 @dataclass(frozen=True)
-class _Requantised:
+class _Requantised(DerivedTensor):
     """A tensor as it will be once it is stored and read back; a `CheckpointTensor`."""
 
-    source: CheckpointTensor
     form: Quantization
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.source.files
 
     def read(self, start: int, stop: int) -> np.ndarray:
         rows = self.source.read(start, stop)
