@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 _SHOWN_BYTES = 1_000_000_000  # less is loaded before anybody wonders
 _LOOK = 0.5  # seconds
@@ -36,6 +38,8 @@ class LoadProgress:
 
     def share(self) -> float:
         """0 to 0.99, and never less than before, though pages are let go of once they are repacked."""
+        import psutil  # here, because small models start without it
+
         held = 0
         for process in self._find():
             with suppress(psutil.Error):  # it has just ended
@@ -64,6 +68,8 @@ def shown_load(artifact: Path) -> Iterator[None]:
 
 
 def _show(pid: int, size: int) -> None:
+    import psutil
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     parent, loading = multiprocessing.parent_process(), psutil.Process(pid)
     progress = LoadProgress(lambda: [loading], size)
