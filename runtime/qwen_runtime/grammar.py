@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 from qwen_common.errors import UserError
 
-from qwen_runtime.grammar_schema import carried
+from qwen_runtime.grammar_schema import carried, repetitions
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.tool_calls import qwen3_5_grammar as dialect
 
@@ -23,7 +22,6 @@ from qwen_runtime.tool_calls import qwen3_5_grammar as dialect
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 _GRAMMAR_TEXT = re.compile(r" 1 \| | <backtrace>")
 _PLACES = re.compile(r"^(Error creating grammar: |at \d+\(\d+\): |\[[\d:]+\] \S+: )+|<string>:\d+: ")
-_COUNT = re.compile(r"\{(\d+)")
 _LONGEST_FORCED = 2000  # characters
 MOST_CHARACTERS = 500_000  # of a grammar
 _LONGEST_REASON = 300  # characters
@@ -107,9 +105,8 @@ def lark(answer: str) -> str:
 
 def _forces_much(text: str) -> bool:
     """Whether a grammar may force a long text at once."""
-    counts = (max(1, int(count)) for count in _COUNT.findall(text))
     longest = max(map(len, re.split(r'["|]', text)))  # between quotes of a literal, or bars of choices
-    return longest > _LONGEST_FORCED or prod(counts) > _LONGEST_FORCED
+    return longest > _LONGEST_FORCED or repetitions(text) > _LONGEST_FORCED
 
 
 def why_refused(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 from qwen_runtime.tool_calls.texts import whole
@@ -34,8 +35,15 @@ _SCHEMAS = frozenset(
 )  # fmt: skip
 _MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
 _NEVER: tuple[Any, ...] = ({}, True)  # `not` of these allows nothing
+_COUNT = re.compile(r"\{(\d{1,99})")
 # Look-around, named groups and flags; references back; classes of Unicode; borders of words.
 _IRREGULAR = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?(?!:)|\\[1-9kpPbB])")
+
+
+def repetitions(pattern: str) -> int:
+    """How often the counts of a regular expression repeat something at most, were they all within each
+    other."""
+    return prod(max(1, int(count)) for count in _COUNT.findall(pattern))
 
 
 def carried(schema: Any) -> Any:

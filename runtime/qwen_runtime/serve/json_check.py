@@ -7,10 +7,8 @@ refer to each other twice are billions of steps. So both have a limit of time.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
 from typing import Any
 
 import attrs
@@ -20,13 +18,12 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
 from referencing import Registry
 
-from qwen_runtime.grammar_schema import inside
+from qwen_runtime.grammar_schema import inside, repetitions
 from qwen_runtime.serve.errors import ApiError
 
 _DRAFTS = (Draft202012Validator, Draft7Validator, Draft4Validator)
 _MOST_CHARACTERS = 100_000  # of a schema
 _PATTERN_SECONDS = 0.2
-_COUNT = re.compile(r"\{(\d{1,99})")
 _MOST_COUNTED = 10_000  # repetitions, of counts within each other
 _SECONDS = 5.0  # of a whole answer
 _SCHEMA_SECONDS = 10.0  # of a schema
@@ -159,7 +156,7 @@ def _evolve(validator: Any, **changes: Any) -> Any:
 def expands(pattern: str) -> bool:
     """Whether to compile `pattern` may take for ever: the library writes each count out, and no limit of time
     ends that."""
-    return prod(max(1, int(count)) for count in _COUNT.findall(pattern)) > _MOST_COUNTED
+    return repetitions(pattern) > _MOST_COUNTED
 
 
 def _matches(pattern: str, text: str) -> bool:

@@ -180,9 +180,9 @@ def _allowed(schema: Any, root: Any, known: dict[str, Allowed], steps: Iterator[
             known[reference] = Allowed(frozenset())
             known[reference] = _allowed(within(root, reference), root, known, steps)
         parts.append(known[reference])
-    parts += [_allowed(each, root, known, steps) for each in _list(schema.get("allOf"))]
+    parts += [_allowed(each, root, known, steps) for each in as_list(schema.get("allOf"))]
     for keyword in ("anyOf", "oneOf"):
-        if branches := [_allowed(each, root, known, steps) for each in _list(schema.get(keyword))]:
+        if branches := [_allowed(each, root, known, steps) for each in as_list(schema.get(keyword))]:
             parts.append(reduce(Allowed.__or__, branches))
     found = reduce(Allowed.__and__, parts)
     if found == ANYTHING:
@@ -218,12 +218,12 @@ def _forms(schema: Any, root: Any, known: dict[str, list[Arguments]]) -> list[Ar
             known[reference] = []
             known[reference] = _forms(within(root, reference), root, known)
         found = _product(found, known[reference] or [Arguments()])
-    for each in _list(schema.get("allOf")):
+    for each in as_list(schema.get("allOf")):
         found = _product(found, _forms(each, root, known))
     for keyword in ("anyOf", "oneOf"):
         branches = [
             form
-            for each in _list(schema.get(keyword))
+            for each in as_list(schema.get(keyword))
             if _may_be_object(each, root)
             for form in _forms(each, root, known)
         ]
@@ -256,7 +256,7 @@ def _own(schema: Mapping[str, Any]) -> Arguments:
     fewest, most = schema.get("minProperties"), schema.get("maxProperties")
     return Arguments(
         properties if isinstance(properties, Mapping) else {},
-        frozenset(name for name in _list(required) if isinstance(name, str)),
+        frozenset(name for name in as_list(required) if isinstance(name, str)),
         patterns if isinstance(patterns, Mapping) else {},
         _others(schema),
         fewest if isinstance(fewest, int) else 0,
@@ -292,7 +292,7 @@ def _both(one: Any, other: Any) -> Any:
 
 def _conjuncts(schema: Any) -> list[Any]:
     alone = isinstance(schema, Mapping) and schema.keys() == {"allOf"}
-    return _list(schema["allOf"]) if alone else [schema]
+    return as_list(schema["allOf"]) if alone else [schema]
 
 
 def _product(some: Sequence[Arguments], others: Sequence[Arguments]) -> list[Arguments]:
@@ -312,7 +312,8 @@ def types_of(named: Any) -> frozenset[str]:
     return frozenset().union(*found) or _ANY
 
 
-def _list(found: Any) -> list[Any]:
+def as_list(found: Any) -> list[Any]:
+    """Of a keyword's value; empty where it is no list."""
     return found if isinstance(found, list) else []
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
 
-from qwen_runtime.tool_calls.json_schema import types_of, within
+from qwen_runtime.tool_calls.json_schema import as_list, types_of, within
 
 ANY = r"(.|\n)*"
 _MOST_FORMS = 100  # of one string; each is a regular expression of its own
@@ -112,10 +112,10 @@ def _texts(schema: Any, root: Any, known: dict[str, list[Text]]) -> list[Text]:
             known[reference] = []
             known[reference] = _texts(within(root, reference), root, known)
         found = _product(found, known[reference])
-    for each in _list(schema.get("allOf")):
+    for each in as_list(schema.get("allOf")):
         found = _product(found, _texts(each, root, known))
     for keyword in ("anyOf", "oneOf"):
-        if branches := _list(schema.get(keyword)):
+        if branches := as_list(schema.get(keyword)):
             found = _product(found, [form for each in branches for form in _texts(each, root, known)])
     return found
 
@@ -219,7 +219,3 @@ def _count(value: Any) -> int | None:
     """JSON has one kind of number."""
     whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
     return int(value) if whole else None
-
-
-def _list(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else []
