@@ -104,24 +104,29 @@ def auto_round(format: str, **scheme: Any) -> Callable[[Path], np.ndarray]:
     return write
 
 
+def by_transformers(config: Any, folder: Path) -> tuple[Any, Any]:
+    """The plain model, and the one that transformers quantises by `config` and saves to `folder`."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as written:
+        model = plain_checkpoint(Path(plain))
+        quantised = AutoModelForCausalLM.from_pretrained(
+            plain, dtype=torch.bfloat16, device_map="cpu", quantization_config=config
+        )
+        quantised.save_pretrained(written)
+        keep(Path(written), folder)
+    return model, quantised
+
+
 def bitsandbytes(**options: Any) -> Callable[[Path], np.ndarray]:
     """Dequantised in float32, though the checkpoint's dtype is bfloat16."""
 
     def write(folder: Path) -> np.ndarray:
         import bitsandbytes
         from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
-        with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as written:
-            model = plain_checkpoint(Path(plain))
-            quantised = AutoModelForCausalLM.from_pretrained(
-                plain,
-                dtype=torch.bfloat16,
-                device_map="cpu",
-                quantization_config=BitsAndBytesConfig(**options),
-            )
-            quantised.save_pretrained(written)
-            keep(Path(written), folder)
+        model, quantised = by_transformers(BitsAndBytesConfig(**options), folder)
         weights = {}
         for name, module in quantised.named_modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -219,18 +224,9 @@ def torchao(config: str, *settings: Any) -> Callable[[Path], np.ndarray]:
     def write(folder: Path) -> np.ndarray:
         from torchao import quantization
         from torchao.quantization.quant_primitives import dequantize_affine
-        from transformers import AutoModelForCausalLM, TorchAoConfig
+        from transformers import TorchAoConfig
 
-        with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as written:
-            model = plain_checkpoint(Path(plain))
-            quantised = AutoModelForCausalLM.from_pretrained(
-                plain,
-                dtype=torch.bfloat16,
-                device_map="cpu",
-                quantization_config=TorchAoConfig(getattr(quantization, config)(*settings)),
-            )
-            quantised.save_pretrained(written)
-            keep(Path(written), folder)
+        model, quantised = by_transformers(TorchAoConfig(getattr(quantization, config)(*settings)), folder)
         weights = {}
         for name, module in quantised.named_modules():
             weight = getattr(module, "weight", None)

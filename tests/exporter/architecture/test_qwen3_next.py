@@ -32,6 +32,7 @@ from tests.exporter.adapters.test_merge import assert_answers_as
 from tests.exporter.graph.test_moe import assert_same
 from tests.runtime.test_speculative import named, random_head, run, with_mtp
 from tests.support.adapters import train
+from tests.support.greedy_tokens import check_greedy_tokens
 from tests.support.quantized_checkpoints import Method, awq, gptq, write_quantized_checkpoint
 from tests.support.random_checkpoints import (
     edit_config,
@@ -121,22 +122,7 @@ def test_through_onnxruntime_genai(tmp_path: Path) -> None:
     shape = {**NEXT, "vocab_size": 2048, "mlp_only_layers": [1]}
     folder, model = write_random_checkpoint(tmp_path / "checkpoint", **shape), random_model(**shape)
     artifact = make_artifact(folder, float_profile("fused"), tmp_path / "out", all_logits=False)
-    ids = np.random.default_rng(1).integers(2, 2048, 100)
-    with torch.no_grad():
-        expected = model.generate(
-            torch.tensor(ids)[None], max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, 100:].tolist()
-    loaded = og.Model(og.Config(str(artifact)))
-    parameters = og.GeneratorParams(loaded)
-    parameters.set_search_options(do_sample=False, max_length=132)
-    generator = og.Generator(loaded, parameters)
-    generator.append_tokens(ids.astype(np.int32))
-    found = []
-    while len(found) < 32 and not generator.is_done():
-        generator.generate_next_token()
-        found.append(int(generator.get_next_tokens()[0]))
-    assert found == expected[: len(found)]
-    assert len(found) == 32 or found[-1] == 1
+    check_greedy_tokens(og.Model(str(artifact)), model)
 
 
 def test_rows_of_a_fused_tensor() -> None:

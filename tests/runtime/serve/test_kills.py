@@ -40,6 +40,20 @@ def ask(server: Server, model: str, **options: Any) -> Any:
     return client.chat.completions.create(**asked)
 
 
+def ask_beside(server: Server, ends: list[str], model: str, **options: Any) -> threading.Thread:
+    """In a thread, which adds the model that answered to `ends`, or the words of the server's error."""
+
+    def end() -> None:
+        try:
+            ends.append(ask(server, model, **options).model)
+        except openai.InternalServerError as error:
+            ends.append(str(error))
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    return thread
+
+
 def until_answered(server: Server, model: str) -> None:
     deadline = time.monotonic() + BOUND
     while True:
@@ -77,15 +91,7 @@ def test_in_a_prompt(server: Server) -> None:
     until_answered(server, "tiny-dense")
     [worker] = workers(server)
     said: list[str] = []
-
-    def read() -> None:
-        try:
-            ask(server, "tiny-dense", messages=LONG)
-        except openai.InternalServerError as error:
-            said.append(str(error))
-
-    thread = threading.Thread(target=read)
-    thread.start()
+    thread = ask_beside(server, said, "tiny-dense", messages=LONG)
     while not health(server)["running"]:
         time.sleep(0.01)
     worker.kill()
@@ -100,17 +106,9 @@ def test_while_requests_wait_for_both_models(server: Server, cpu_artifact: Path)
     stream = ask(server, "tiny-dense", max_tokens=3000, logit_bias=endless(cpu_artifact), stream=True)
     next(iter(stream))
     ends: list[str] = []
-
-    def wait(model: str) -> None:
-        try:
-            ends.append(ask(server, model).model)
-        except openai.InternalServerError as error:
-            ends.append(str(error))
-
     threads = []
     for waiting, model in enumerate(("tiny-dense", "other", "tiny-dense", "other")):
-        threads.append(threading.Thread(target=wait, args=(model,)))
-        threads[-1].start()
+        threads.append(ask_beside(server, ends, model))
         while health(server)["waiting"] <= waiting:
             time.sleep(0.01)
     [worker] = workers(server)
@@ -127,15 +125,7 @@ def test_while_a_model_is_loaded(server: Server) -> None:
     until_answered(server, "tiny-dense")
     [first] = workers(server)
     said: list[str] = []
-
-    def switch() -> None:
-        try:
-            ask(server, "other")
-        except openai.InternalServerError as error:
-            said.append(str(error))
-
-    thread = threading.Thread(target=switch)
-    thread.start()
+    thread = ask_beside(server, said, "other")
     another_worker(server, first).kill()
     thread.join(BOUND)
     assert "other cannot be loaded: the model's process ended with" in said[0]
