@@ -205,7 +205,7 @@ def _several(asked: ChatRequest) -> bool:
 def finish_reason(answer: Answer, parser: AnswerParser) -> str:
     """ "tool_calls" promises arguments that can be read, which a stop string may have cut off."""
     whole = answer.finish_reason == "stop" or parser.ended
-    called = whole and "tool_calls" in parser.message and not parser.in_call
+    called = whole and parser.calls and not parser.in_call
     return "tool_calls" if called else answer.finish_reason
 
 

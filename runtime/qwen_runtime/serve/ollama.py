@@ -18,7 +18,7 @@ from qwen_runtime.serve.common import engine_for
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import JsonLines, read_json, while_connected
-from qwen_runtime.serve.parser import AnswerParser, Delta, finish
+from qwen_runtime.serve.parser import AnswerParser, Call, Delta, finish
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.ollama import AnswerRequest, GenerateRequest, OllamaChatRequest
 from qwen_runtime.serve.tool_history import read_arguments
@@ -117,11 +117,10 @@ async def answer_lines(answer: Answer, parser: AnswerParser, begun: int) -> Asyn
             for kind, name in (("content", "content"), ("reasoning_content", "thinking")):
                 if kind in delta:
                     line[name] = line.get(name, "") + delta[kind]
-        calls = parser.message.get("tool_calls", [])
-        whole = calls[: len(calls) - parser.in_call]
-        if whole[told:]:
-            line["tool_calls"] = [_call(call, told + at) for at, call in enumerate(whole[told:])]
-            told = len(whole)
+        whole = len(parser.calls) - parser.in_call
+        if whole > told:
+            line["tool_calls"] = [_call(parser.calls[at], at) for at in range(told, whole)]
+            told = whole
         return line
 
     async for piece in answer:
@@ -150,7 +149,6 @@ async def answer_lines(answer: Answer, parser: AnswerParser, begun: int) -> Asyn
     )
 
 
-def _call(call: Line, index: int) -> Line:
-    function = call["function"]
-    arguments = read_arguments(function["arguments"]) or {}
-    return {"id": call["id"], "function": {"index": index, "name": function["name"], "arguments": arguments}}
+def _call(call: Call, index: int) -> Line:
+    arguments = read_arguments("".join(call.arguments)) or {}
+    return {"id": call.id, "function": {"index": index, "name": call.name, "arguments": arguments}}

@@ -20,7 +20,9 @@ _THOUGHT_END = "</think>"
 
 
 @dataclass
-class _Call:
+class Call:
+    """A call as far as it has come: what `whole` puts together, in OpenAI's form."""
+
     id: str
     name: str
     arguments: list[str] = field(default_factory=list)  # in pieces
@@ -56,7 +58,7 @@ class AnswerParser:
     ) -> None:
         self._made_of = thinking, tools, several, check, call_checks
         self._said: dict[str, list[str]] = {}
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._blanks: list[str] = []  # pieces of nothing but white space, which wait for what follows them
         self._functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._several = several
@@ -99,8 +101,13 @@ class AnswerParser:
         return deltas
 
     @property
+    def calls(self) -> Sequence[Call]:
+        """Those that have begun, in their order."""
+        return self._calls
+
+    @property
     def message(self) -> dict[str, Any]:
-        """What the deltas add up to."""
+        """What the deltas add up to, put together when it is asked for: once, at the end."""
         found: dict[str, Any] = {"role": "assistant", "content": None}
         found |= {kind: "".join(pieces) for kind, pieces in self._said.items()}
         return found | ({"tool_calls": [call.whole for call in self._calls]} if self._calls else {})
@@ -177,7 +184,7 @@ class AnswerParser:
     def _begin_call(self, name: str) -> Delta:
         self._reader = CallReader(self._functions.get(name, {}).get("parameters"))
         self._state = self._arguments
-        call = _Call(f"call_{uuid.uuid4().hex[:24]}", name)
+        call = Call(f"call_{uuid.uuid4().hex[:24]}", name)
         self._calls.append(call)
         return {"tool_calls": [{"index": len(self._calls) - 1, **call.whole}]}
 

@@ -295,7 +295,7 @@ class _ReadAhead:
         parser = AnswerParser(request.thinking, request.tools)
         parser.feed(request.begun + self._answered)
         parser.finish()
-        if "tool_calls" in parser.message:  # a result comes next, and no word of the user
+        if parser.calls:  # a result comes next, and no word of the user
             return
         message = {"role": "assistant", "content": parser.message["content"] or ""}
         self._model.read_ahead(
