@@ -15,7 +15,7 @@ Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from qwen_common.errors import UserError
@@ -87,13 +87,17 @@ def with_compensations(
 
     hidden = reference.embed(config, Weights(tensors), samples)
     for index in range(max(by_layer, default=-1) + 1):
-        watched = _Watched(tensors)
+        placed_here = by_layer.get(index, [])
+        experts = {
+            rows.tensor for placed in placed_here for rows in placed.weight.rows if placed.weight.of_experts
+        }
+        watched = _Watched(tensors, experts)
         with np.errstate(over="ignore", invalid="ignore"):  # reported when one is asked for
             if index < config.num_hidden_layers:
                 hidden = reference.layer(config, watched, index, hidden)
             else:
                 watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
-        for placed in by_layer.get(index, []):
+        for placed in placed_here:
             yield placed, watched.compensation
 
 
@@ -110,10 +114,11 @@ def _layer(config: TextConfig, weight: Weight) -> int | None:
 
 class _Watched(Weights):
     """Weights that sum up X^T X of what comes in; of experts, what comes in to any of them, and keep what
-    comes in to each."""
+    comes in to each of those tensors of `experts` that are asked for."""
 
-    def __init__(self, tensors: Mapping[str, CheckpointTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, CheckpointTensor], experts: Collection[str] = ()) -> None:
         super().__init__(tensors)
+        self._experts = experts
         self._grams: dict[str, np.ndarray] = {}
         self._tokens: Counter[str] = Counter()
         self._inputs: dict[tuple[str, int], np.ndarray] = {}  # by tensor and expert
@@ -122,7 +127,7 @@ class _Watched(Weights):
 
     def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
         self.watch(name, x)
-        if expert is not None:
+        if expert is not None and name in self._experts:
             self._inputs[name, expert] = x
         return super().linear(name, x, expert)
 
