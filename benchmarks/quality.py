@@ -33,7 +33,7 @@ from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.openvino.load import load_model
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
-from qwen_export.quantize.auto_precision import Limits, measured
+from qwen_export.quantize.auto_precision import Limits, candidates, measured
 from qwen_export.quantize.calibration import calibration_samples
 from qwen_export.quantize.gptq import SAMPLES
 from qwen_profiles.schema import ROLES, Profile, WeightFormat, load_profile
@@ -114,10 +114,10 @@ def chosen(checkpoint: Checkpoint) -> Iterator[tuple[str, Profile]]:
         "strix-halo, compression=gptq": load_profile("strix-halo", ["compression=gptq"]),
     }
     for name, base in profiles.items():
-        candidates = measured(checkpoint, base, None, Quiet())
+        found = measured(candidates(checkpoint, base), None, Quiet())
         for bits in AUTO_BITS:
             with suppress(UserError):  # less than all in INT4
-                yield f"{name}, --auto-precision --bits {bits:g}", candidates.spend(Limits(bits=bits)).profile
+                yield f"{name}, --auto-precision --bits {bits:g}", found.spend(Limits(bits=bits)).profile
 
 
 def built(folder: Path, checkpoint: Path) -> Iterator[tuple[str, Path]]:

@@ -94,10 +94,11 @@ def choose_precision(
 
     _require_formats_by_layer(profile)
     checkpoint.check(checkpoint.config.tensors())
+    found = candidates(checkpoint, profile)
     if asked.fit:
-        require_memory(checkpoint, candidates(checkpoint, profile).leanest)
+        require_memory(checkpoint, found.leanest)
     with progress_bar(progress, "sensitivity", STEPS) as shown:
-        chosen = auto_precision(checkpoint, profile, calibration, shown, asked)
+        chosen = auto_precision(found, calibration, shown, asked)
     for line in _told(chosen, asked, profile):
         click.echo(line, err=True)
     return chosen

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +108,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What there is to choose from; measured once, any bounds can be spent on it.
+    """What there is to choose from; once `measured`, any bounds can be spent on it.
 
     Attributes:
         checkpoint, profile: what is chosen for.
@@ -209,6 +209,17 @@ class Candidates:
         taken = smallest(self.choices, prices)
         return with_formats(self.profile, {part: choice.form for part, choice in taken.items()})
 
+    def priced(self, cost: Callable[[LayerRole, Form], float]) -> Candidates:
+        """The same with the KL divergence in nats that each form of each part is expected to cause."""
+        forms = forms_for(self.profile)
+        choices = {
+            part: [
+                replace(choice, cost=cost(part, form)) for form, choice in zip(forms, options, strict=True)
+            ]
+            for part, options in self.choices.items()
+        }
+        return replace(self, choices=choices)
+
     def estimate(self, profile: Profile) -> Estimate:
         """What the whole artifact takes with a profile of these formats."""
         return _estimate(self.checkpoint, profile)
@@ -229,14 +240,8 @@ class Candidates:
         return sum(math.prod(shape) for shape in shapes)
 
 
-def auto_precision(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    text: Path | None,
-    progress: Progress,
-    asked: Limits,
-) -> Chosen:
-    """`profile` with the format of every layer's roles chosen.
+def auto_precision(found: Candidates, text: Path | None, progress: Progress, asked: Limits) -> Chosen:
+    """The profile of `found` with the format of every layer's roles chosen.
 
     Args:
         text: UTF-8 calibration text; None takes the shipped one.
@@ -244,12 +249,13 @@ def auto_precision(
     Raises:
         UserError: less than the least possible, or the text is too short.
     """
-    candidates(checkpoint, profile).bounds(asked)  # before the work, not after it
-    return measured(checkpoint, profile, text, progress).spend(asked)
+    found.bounds(asked)  # before the work, not after it
+    return measured(found, text, progress).spend(asked)
 
 
-def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progress: Progress) -> Candidates:
-    """What each form of each part takes and costs; arguments and errors as `auto_precision`'s."""
+def measured(found: Candidates, text: Path | None, progress: Progress) -> Candidates:
+    """`found` with what each form of each part costs; arguments and errors as `auto_precision`'s."""
+    checkpoint, profile = found.checkpoint, found.profile
     forms = forms_for(profile)
     quantised = {form: quantised_tensors(build_graphs(checkpoint, uniform(profile, form))) for form in forms}
     ids = calibration_samples(checkpoint, text, most=1)
@@ -264,14 +270,14 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
     def advance() -> None:
         progress.advance(1)
 
-    names = dict.fromkeys(name for found in quantised.values() for name in found)
+    names = dict.fromkeys(name for of_form in quantised.values() for name in of_form)
     stored_as = {
         name: [quantised[form][name][1] if name in quantised[form] else None for form in forms]
         for name in names
     }
     errors = output_errors(config, tensors, stored_as, ids, advance)
     alone = {form: divergences(config, tensors, trial, ids, advance) for form, trial in trials.items()}
-    belongs = {name: part for found in quantised.values() for name, (part, _) in found.items()}
+    belongs = {name: part for of_form in quantised.values() for name, (part, _) in of_form.items()}
 
     def cost(part: LayerRole, form: Form) -> float:
         reference = _MEASURED.get(form.precision, list(_MEASURED.values())[-1])
@@ -282,13 +288,11 @@ def measured(checkpoint: Checkpoint, profile: Profile, text: Path | None, progre
         divergence = max(alone[reference].get(part, 0.0), _LEAST_COST)
         return divergence * wanted / known if known else 0.0
 
-    return candidates(checkpoint, profile, cost)
+    return found.priced(cost)
 
 
-def candidates(
-    checkpoint: Checkpoint, profile: Profile, cost: Callable[[LayerRole, Form], float] | None = None
-) -> Candidates:
-    """What each form of each part takes; reads no weight. Without `cost` all cost the same."""
+def candidates(checkpoint: Checkpoint, profile: Profile) -> Candidates:
+    """What each form of each part takes, as if all cost the same; reads no weight."""
     kinds = forms_for(profile)
     every = [build_graphs(checkpoint, uniform(profile, form)) for form in kinds]
     sizes = data_sizes(every[0])
@@ -310,7 +314,7 @@ def candidates(
                 tuple(
                     sizes[part] + each * sizes[part] / of_role[part.role] for each in more[part.role, form]
                 ),
-                cost(part, form) if cost else 0.0,
+                0.0,
             )
             for form in kinds
         ]

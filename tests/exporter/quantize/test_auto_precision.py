@@ -61,7 +61,7 @@ def test_better_than_the_profiles_own_recipe_at_its_size(
     usual = make_artifact(checkpoint, profile, tmp_path / "usual", all_logits=False)
     source = Checkpoint.open(str(checkpoint))
     asked = Limits(bits=8 * data_size(usual) / weights(source))
-    chosen = auto_precision(source, profile, own_kind, Quiet(), asked).profile
+    chosen = auto_precision(candidates(source, profile), own_kind, Quiet(), asked).profile
     artifact = make_artifact(checkpoint, chosen, tmp_path / "auto", all_logits=False)
     assert 0.97 * data_size(usual) < data_size(artifact) <= data_size(usual)
     assert divergence(artifact, checkpoint) < divergence(usual, checkpoint)
@@ -78,7 +78,7 @@ def test_more_bytes_are_nearer_to_transformers(checkpoint: Path, own_kind: Path,
     plain = make_artifact(
         checkpoint, profile.model_copy(update={"weights": uniform}), tmp_path / "plain", False
     )
-    found = measured(source, profile, own_kind, Quiet())
+    found = measured(candidates(source, profile), own_kind, Quiet())
     sizes = [data_size(plain) * 8 / weights(source), 4.5, 5.5, 6.5, 8]
     figures = []
     for bits in sizes:
@@ -170,7 +170,7 @@ def test_two_parts_exchange_what_one_step_cannot_reach() -> None:
 
 @pytest.fixture(scope="module")
 def moe() -> Candidates:
-    return measured(Checkpoint.open(str(TINY_MOE)), load_profile("cpu"), None, Quiet())
+    return measured(candidates(Checkpoint.open(str(TINY_MOE)), load_profile("cpu")), None, Quiet())
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
@@ -323,5 +323,7 @@ def test_mistakes(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, [*start, *options])
         assert result.exit_code == USER_ERROR and message in result.output, (message, result.output)
     with pytest.raises(UserError, match="give at least"):
-        auto_precision(Checkpoint.open(str(TINY)), load_profile("cpu"), None, Quiet(), Limits(size=1000))
+        auto_precision(
+            candidates(Checkpoint.open(str(TINY)), load_profile("cpu")), None, Quiet(), Limits(size=1000)
+        )
     assert not (tmp_path / "out").exists()
