@@ -134,7 +134,10 @@ def test_two_exports_to_one_place(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
-    """The peak of the exporting process, for an embedding 16 times larger, is the same within 10%."""
+    """An embedding 16 times larger adds less than a twentieth of its own growth to the exporting peak.
+
+    Runs of one checkpoint differ by some 16 MB: what is read, coded and written overlaps by chance.
+    """
     peaks = []
     for vocabulary in (20_000, 320_000):
         geometry = {**MEDIUM, "vocab_size": vocabulary, "num_hidden_layers": 1, "tie_word_embeddings": True}
@@ -148,7 +151,8 @@ def test_memory_does_not_grow_with_the_largest_tensor(tmp_path: Path) -> None:
         output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
         peaks.append(int(output.split("VmHWM:")[1].split()[0]))
         shutil.rmtree(checkpoint)
-    assert peaks[1] < 1.1 * peaks[0], peaks
+    grown = 300_000 * MEDIUM["hidden_size"] * 2 // 1024  # kB of bfloat16
+    assert peaks[1] < peaks[0] + grown / 20, peaks
     assert peaks[1] < 600_000, peaks  # kB
 
 

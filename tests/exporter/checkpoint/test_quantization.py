@@ -260,7 +260,10 @@ def write_many_experts(folder: Path, method: Method, experts: int) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("method", [FP8, gptq()], ids=["fp8", "gptq"])
 def test_memory_does_not_grow_with_the_number_of_experts(method: Method, tmp_path: Path) -> None:
-    """The peak of the exporting process, for four times the experts, is the same within 10%."""
+    """The peak of the exporting process grows by less than half of what four times the experts' codes take.
+
+    Runs of one checkpoint differ by some 16 MB: what is read, coded and written overlaps by chance.
+    """
     code = (
         "import sys; from qwen_export.cli import main; main(standalone_mode=False)\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
@@ -280,7 +283,8 @@ def test_memory_does_not_grow_with_the_number_of_experts(method: Method, tmp_pat
         command = [sys.executable, "-c", code, *arguments]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks.append(int(output.split("VmHWM:")[1].split()[0]))
-    assert peaks[1] < 1.1 * peaks[0], peaks
+    grown = 48 * 3 * 1024 * 512 // 1024  # kB, a byte each
+    assert peaks[1] < peaks[0] + grown / (2 if method is FP8 else 4), peaks
 
 
 def without(ending: str) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
