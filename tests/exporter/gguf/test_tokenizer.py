@@ -16,6 +16,7 @@ DENSE = Path("tests/checkpoints/tiny-dense").resolve()
 TEXTS = [
     (DENSE.parent / "eval.txt").read_text()[:4000],
     "<|im_start|>user\nHéllo wörld 123 你好 e\u0301 नमस्ते 🚀  \n\n x<|im_end|>\n<think>\n</think>",
+    "cafe\u0301 \u1112\u1161\u11ab a\u0316\u0300 न\u093c\u200d 👩\u200d👧 ☎\ufe0f",  # not composed
     "<tool_call>{\"a\": 1}</tool_call>\t\tI'M we'Ve  \r\n  <|endoftext|>",
     "",
 ]
