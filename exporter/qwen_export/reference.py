@@ -17,7 +17,7 @@ import numpy as np
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.architecture.yarn import inverse_frequencies
-from qwen_export.checkpoint.tensor import CheckpointTensor, float32
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, float32
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
 _STATES = 4  # recurrent states worked on at a time, so that they stay in the CPU's cache

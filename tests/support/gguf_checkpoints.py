@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
 from gguf.quants import quantize
-from qwen_export.checkpoint.names import model_name
+from qwen_export.checkpoint.tensors.names import model_name
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 

@@ -13,9 +13,9 @@ from qwen_common.manifest import MergedAdapter, file_entry
 
 from qwen_export.adapters.config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from qwen_export.checkpoint.hub import download, refuse_links_out
-from qwen_export.checkpoint.names import model_name
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.shards import stored_tensors
+from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
 # What PEFT calls the parts of a module; the name of the adapter stands in some where others wrote the file.

@@ -21,7 +21,7 @@ from qwen_export.adapters.updates import KeptApart, LowRank
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.fused import join_fused
+from qwen_export.checkpoint.tensors.fused import join_fused
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MERGE = "merge it with --adapter"

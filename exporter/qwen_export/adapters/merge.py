@@ -17,10 +17,10 @@ from qwen_export.adapters.places import Placed, place
 from qwen_export.adapters.updates import MergedTensor, Replacement, TokenRows, Update
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.fused import join_fused, split_fused
 from qwen_export.checkpoint.head import settle_head
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.fused import join_fused, split_fused
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 
 _NAMED = 3  # modules that a note names
 _OWN_FILES = ("chat_template.jinja", "tokenizer.json")

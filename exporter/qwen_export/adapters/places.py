@@ -25,8 +25,8 @@ from qwen_export.adapters.updates import (
 )
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.architecture.mtp import MTP
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _BASE_LAYER = ".base_layer"
 _EXPERTS = ".mlp.experts"

@@ -17,8 +17,8 @@ import numpy as np
 from qwen_common.errors import UserError
 from qwen_common.manifest import MergedAdapter
 
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor, DerivedTensor, float32
+from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, DerivedTensor, float32
 
 _NORM_ELEMENTS = 8 * 1024 * 1024  # of an embedding that are in memory while its columns are measured
 _TILE_ROWS, _TILE_PRODUCTS = 8, 512 * 1024  # of a matrix product that BLAS does in one thread

@@ -12,7 +12,7 @@ from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.planner.estimate import Estimate
 from qwen_export.progress import Progress
 

@@ -26,16 +26,16 @@ from qwen_export.checkpoint.config import (
     load_vision_config,
     quantization_config,
 )
-from qwen_export.checkpoint.formats import refuse_adapter, refuse_gguf
-from qwen_export.checkpoint.fused import split_fused
+from qwen_export.checkpoint.forms.registry import assemble, method_name
 from qwen_export.checkpoint.generation_config import GenerationConfig, read_generation_config
 from qwen_export.checkpoint.head import settle_head
 from qwen_export.checkpoint.hub import download, hub_id, refuse_links_out, stream
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.quantization import assemble, method_name
+from qwen_export.checkpoint.refused import refuse_adapter, refuse_gguf
 from qwen_export.checkpoint.shards import shard_tensors, written_by_mlx
 from qwen_export.checkpoint.streamed import StreamedShards
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.fused import split_fused
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 if TYPE_CHECKING:
     from qwen_export.adapters.updates import KeptApart

@@ -12,7 +12,7 @@ from qwen_common.errors import UserError
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.registry import config_class, text_section
 from qwen_export.architecture.vision import VisionConfig
-from qwen_export.checkpoint.formats import declared_quantization, refuse_other_quantization
+from qwen_export.checkpoint.forms.declared import declared_quantization, refuse_other_quantization
 
 # Where transformers' releases have put the image processor's settings, and the key that they lie under.
 _PROCESSOR_FILES = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
@@ -80,7 +80,7 @@ def quantization_config(folder: Path) -> Any:
     stands; None if they are floats.
 
     Raises:
-        UserError: as `load_config`, for the file, or the weights are in a form that `formats` names.
+        UserError: as `load_config`, for the file, or the weights are in a form that `declared` names.
     """
     path, content = _content(folder)
     found = content.get("quantization_config", _text(path, content).get("quantization_config"))

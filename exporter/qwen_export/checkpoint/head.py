@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD, TextConfig
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _COMPARED_BYTES = 16 * 1024 * 1024  # of each, at a time
 

@@ -14,9 +14,9 @@ import numpy as np
 from qwen_common.errors import UserError
 from safetensors import SafetensorError, safe_open
 
-from qwen_export.checkpoint.names import model_name, refuse_strange_names
-from qwen_export.checkpoint.plain import PlainTensor
 from qwen_export.checkpoint.streamed import StreamedShards
+from qwen_export.checkpoint.tensors.names import model_name, refuse_strange_names
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 
 # Every dtype of the format whose elements are whole bytes. Which of them a weight may have is for its form to
 # say: what no weight is may have any.

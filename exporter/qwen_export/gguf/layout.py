@@ -19,8 +19,8 @@ from qwen_common.errors import UserError
 
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD, TextConfig
 from qwen_export.architecture.mtp import MTP
-from qwen_export.checkpoint.experts import stack_experts
-from qwen_export.checkpoint.tensor import CheckpointTensor, PrequantizedTensor
+from qwen_export.checkpoint.tensors.experts import stack_experts
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, PrequantizedTensor
 from qwen_export.gguf.file import Stored
 from qwen_export.gguf.tensors import FLOATS, Mapped, joined, rows, tensor
 

@@ -16,8 +16,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.tensor import (
+from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import (
     CheckpointTensor,
     DerivedTensor,
     PrequantizedTensor,

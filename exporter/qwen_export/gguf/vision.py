@@ -15,7 +15,7 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.vision import VISION
-from qwen_export.checkpoint.tensor import CheckpointTensor, float32
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, float32
 from qwen_export.gguf.file import GgufFile
 from qwen_export.gguf.metadata import Keys, decimal
 from qwen_export.gguf.tensors import tensor

@@ -9,7 +9,7 @@ import numpy as np
 from qwen_profiles.schema import Role, WeightFormat
 
 from qwen_export.architecture.tensors import TensorSpec, layer_of
-from qwen_export.checkpoint.tensor import CheckpointTensor, common_scheme
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, common_scheme
 from qwen_export.graph.targets import Target
 from qwen_export.graph.weights import Rows, Storage, Transform, Weight
 from qwen_export.quantize.blockwise import Quantization

@@ -9,8 +9,8 @@ from pathlib import Path
 from qwen_export.architecture.registry import config_class
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import language_model_only, load_config, load_vision_config
-from qwen_export.checkpoint.formats import refuse_adapter
 from qwen_export.checkpoint.hub import download
+from qwen_export.checkpoint.refused import refuse_adapter
 from qwen_export.opening import is_gguf, open_checkpoint
 
 

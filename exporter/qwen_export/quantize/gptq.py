@@ -23,7 +23,7 @@ from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.graph.weights import PlacedWeight, Weight
 from qwen_export.quantize.blockwise import Compensation, Quantization
 from qwen_export.reference import Weights

@@ -18,7 +18,7 @@ import numpy as np
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
-from qwen_export.checkpoint.tensor import CheckpointTensor, DerivedTensor, float32
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, DerivedTensor, float32
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
 from qwen_export.reference import Weights, log_softmax
 

@@ -15,7 +15,7 @@ import numpy as np
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.backends.protocol import ArtifactTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.reference import Weights, log_softmax
 from qwen_export.verify.running import Runner, Started, Timing
 

@@ -13,7 +13,7 @@ from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.adapters.merge import with_adapters
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.checkpoint.names import model_name
+from qwen_export.checkpoint.tensors.names import model_name
 from qwen_export.reference import Weights
 
 from tests.support.adapters import LINEAR, as_module, train

@@ -17,8 +17,8 @@ from qwen_export.adapters.merge import with_adapters
 from qwen_export.architecture.mtp import declares_mtp, mtp_tensors
 from qwen_export.architecture.tensors import Fused
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.fused import RowRuns
-from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.fused import RowRuns
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.cli import main
 from qwen_export.planner.predictions import predict
 from qwen_export.reference import Weights, forward, logits

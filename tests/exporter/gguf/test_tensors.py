@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from qwen_common.errors import UserError
-from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.gguf.file import Stored
 from qwen_export.gguf.tensors import joined, rows, tensor
 from qwen_export.quantize import blockwise

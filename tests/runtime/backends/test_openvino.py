@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from qwen_common.errors import BELOW_THE_BAR, UserError
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensor import float32
+from qwen_export.checkpoint.tensors.tensor import float32
 from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling

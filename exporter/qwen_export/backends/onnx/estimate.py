@@ -23,7 +23,7 @@ from qwen_export.backends.onnx.files import MODEL_FILE, MTP_FILE, SPECULATIVE_FI
 from qwen_export.backends.onnx.graphs import Graphs, build_graphs, targets
 from qwen_export.backends.onnx.proto import model_size
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.graph.builder import Node
 from qwen_export.graph.model import cache_bytes_per_token, states
 from qwen_export.graph.weights import ExternalTensor, Weight

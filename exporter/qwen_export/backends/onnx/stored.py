@@ -12,7 +12,7 @@ from qwen_common.errors import UserError
 
 from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.onnx.graphs import Graphs
-from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.graph.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize

@@ -21,7 +21,7 @@ from qwen_common.errors import UserError
 from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.streamed import StreamedShards
-from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.graph.weights import ExternalTensor, PlacedWeight, Rows, Weight
 from qwen_export.quantize.blockwise import Compensation, Quantization, quantize
 from qwen_export.quantize.gptq import Compensations

@@ -17,7 +17,7 @@ from qwen_export.adapters.updates import KeptApart
 from qwen_export.backends.onnx.files import MODEL_FILE
 from qwen_export.backends.onnx.graphs import Graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensor import float32
+from qwen_export.checkpoint.tensors.tensor import float32
 from qwen_export.graph.linear import factor_names
 from qwen_export.graph.weights import Weight
 

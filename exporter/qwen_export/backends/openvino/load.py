@@ -20,8 +20,8 @@ from qwen_export.architecture.models.qwen3_5 import EMBEDDING
 from qwen_export.architecture.vision import VISION
 from qwen_export.backends.openvino.placeholder import Placeholders, TensorSlice
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 if TYPE_CHECKING:
     from torch import Tensor

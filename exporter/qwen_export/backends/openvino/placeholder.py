@@ -17,7 +17,7 @@ import numpy as np
 from qwen_common.errors import UserError
 from qwen_profiles.schema import Role
 
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ import pytest
 from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.backends.onnx.stored import stored_tensors
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensor import float32
+from qwen_export.checkpoint.tensors.tensor import float32
 from qwen_profiles.schema import load_profile
 
 from benchmarks.support.artifacts import make_artifact

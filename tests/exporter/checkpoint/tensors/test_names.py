@@ -10,7 +10,7 @@ import pytest
 import torch
 from qwen_common.errors import UserError
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.checkpoint.names import model_name
+from qwen_export.checkpoint.tensors.names import model_name
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 

@@ -9,11 +9,11 @@ from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from qwen_export.checkpoint.codes import Codes
-from qwen_export.checkpoint.integers import IntegerTensor, check_integers
-from qwen_export.checkpoint.plain import PlainTensor, pieces, take
-from qwen_export.checkpoint.scales import Scales
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.forms.scales import Scales
+from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 

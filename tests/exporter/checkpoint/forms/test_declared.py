@@ -10,7 +10,6 @@ import pytest
 import torch
 from qwen_common.errors import UserError
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.planner.models import configured
 from safetensors.torch import save_file
 
 from tests.support.random_checkpoints import edit_config, load_tensors, write_random_checkpoint
@@ -47,6 +46,9 @@ def test_modelopts_older_file(tmp_path: Path) -> None:
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": 7}))
     with pytest.raises(UserError, match=r"modelopt\.quant_algo .* is not supported yet"):
         Checkpoint.open(str(folder))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {')
+    with pytest.raises(UserError, match=r"hf_quant_config\.json is not valid JSON: download"):
+        Checkpoint.open(str(folder))
 
 
 def test_modelopt_that_quantised_the_kv_cache_alone(tmp_path: Path) -> None:
@@ -67,37 +69,3 @@ def test_what_scales_activations_is_refused(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match="pre_quant_scale scales a projection's inputs"):
         Checkpoint.open(str(folder))
-
-
-def write_adapter(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-    save_file({name: torch.ones(8, 64)}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3.5-0.8B"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def test_an_adapter_beside_the_model(tmp_path: Path) -> None:
-    """Where PEFT is installed, transformers answers with it."""
-    folder = write_random_checkpoint(tmp_path)
-    write_adapter(folder)
-    for present in ("adapter_config.json", "adapter_model.safetensors"):
-        with pytest.raises(UserError, match=rf"has an adapter \({present}\) beside the model.*--adapter"):
-            Checkpoint.open(str(folder))
-        with pytest.raises(UserError, match="beside the model"):
-            configured(str(folder))
-        (folder / present).unlink()
-    Checkpoint.open(str(folder))
-
-
-def test_an_adapter_alone(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "adapter")
-    for open_it in (Checkpoint.open, configured):
-        with pytest.raises(UserError, match=r"is an adapter for Qwen/Qwen3\.5-0\.8B and no model") as caught:
-            open_it(str(tmp_path / "adapter"))
-        assert f"qwen-export --profile NAME Qwen/Qwen3.5-0.8B --adapter {tmp_path / 'adapter'}" in str(
-            caught.value
-        )
-    (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="is an adapter and no model"):
-        Checkpoint.open(str(tmp_path / "adapter"))

@@ -15,10 +15,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor, pieces, take
-from qwen_export.checkpoint.scaled import ScaledTensor
-from qwen_export.checkpoint.scales import Scales, values_of
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.scaled import ScaledTensor
+from qwen_export.checkpoint.forms.scales import Scales, values_of
+from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _UINT8, _INT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.int8), np.dtype(np.float32)

@@ -13,7 +13,7 @@ import torch
 from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.reference import Weights
 from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,7 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.tensors import Fused
-from qwen_export.checkpoint.tensor import CheckpointTensor, PrequantizedTensor, Scheme
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, PrequantizedTensor, Scheme
 from qwen_export.quantize.blockwise import Quantization
 
 

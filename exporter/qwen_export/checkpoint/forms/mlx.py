@@ -17,13 +17,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.codes import Codes
-from qwen_export.checkpoint.fp4 import fp4_tensor
-from qwen_export.checkpoint.fp8 import fp8_tensor
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor, pieces, take
-from qwen_export.checkpoint.scales import E4M3, E8M0, Scales
-from qwen_export.checkpoint.targets import is_name_of
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.fp4 import fp4_tensor
+from qwen_export.checkpoint.forms.fp8 import fp8_tensor
+from qwen_export.checkpoint.forms.scales import E4M3, E8M0, Scales
+from qwen_export.checkpoint.forms.targets import is_name_of
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _UINT32, _UINT8 = np.dtype(np.uint32), np.dtype(np.uint8)
 _NORM = re.compile(r"model\.norm\.weight|.*\.(?:input_layernorm|post_attention_layernorm|[qk]_norm)\.weight")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 
 
 @dataclass(frozen=True)

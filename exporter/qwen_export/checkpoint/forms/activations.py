@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 
 _NAMES = re.compile(
     r".*\.(?:(?:gate_up_proj_|down_proj_)?(?:input|output|activation)|query|[qkv]|kv|kv_cache|[kv]_cache)"

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.codes import Codes
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.scales import Scales
-from qwen_export.checkpoint.tensor import Scheme
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.scales import Scales
+from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import Scheme
 from qwen_export.quantize.blockwise import Quantization, pack_codes
 
 _KEPT_BITS = (4, 8)  # MatMulNBits' and QMoE's on every provider

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)

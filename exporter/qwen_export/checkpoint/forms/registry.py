@@ -9,19 +9,19 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import ValidationError
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.activations import drop_activation_scales, refuse_scaled_activations
-from qwen_export.checkpoint.auto_round import AutoRoundConfig
-from qwen_export.checkpoint.awq import AwqConfig
-from qwen_export.checkpoint.bitsandbytes import BitsAndBytesConfig
-from qwen_export.checkpoint.compressed_tensors import CompressedTensorsConfig
-from qwen_export.checkpoint.experts import stack_experts
-from qwen_export.checkpoint.fp8 import Fp8Config
-from qwen_export.checkpoint.gptq import GptqConfig
-from qwen_export.checkpoint.mlx import MlxConfig
-from qwen_export.checkpoint.modelopt import ModelOptConfig
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.tensor import CheckpointTensor, CodedTensor, PrequantizedTensor
-from qwen_export.checkpoint.torchao import TorchAoConfig
+from qwen_export.checkpoint.forms.activations import drop_activation_scales, refuse_scaled_activations
+from qwen_export.checkpoint.forms.auto_round import AutoRoundConfig
+from qwen_export.checkpoint.forms.awq import AwqConfig
+from qwen_export.checkpoint.forms.bitsandbytes import BitsAndBytesConfig
+from qwen_export.checkpoint.forms.compressed_tensors import CompressedTensorsConfig
+from qwen_export.checkpoint.forms.fp8 import Fp8Config
+from qwen_export.checkpoint.forms.gptq import GptqConfig
+from qwen_export.checkpoint.forms.mlx import MlxConfig
+from qwen_export.checkpoint.forms.modelopt import ModelOptConfig
+from qwen_export.checkpoint.forms.torchao import TorchAoConfig
+from qwen_export.checkpoint.tensors.experts import stack_experts
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, CodedTensor, PrequantizedTensor
 
 
 class Form(Protocol):

@@ -11,14 +11,14 @@ import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.awq import awq_tensor
-from qwen_export.checkpoint.fp4 import fp4_tensor
-from qwen_export.checkpoint.fp8 import fp8_tensor
-from qwen_export.checkpoint.gptq import gptq_tensor
-from qwen_export.checkpoint.plain import PlainTensor, pieces, take
-from qwen_export.checkpoint.scales import E8M0
-from qwen_export.checkpoint.targets import is_name_of, matches
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.awq import awq_tensor
+from qwen_export.checkpoint.forms.fp4 import fp4_tensor
+from qwen_export.checkpoint.forms.fp8 import fp8_tensor
+from qwen_export.checkpoint.forms.gptq import gptq_tensor
+from qwen_export.checkpoint.forms.scales import E8M0
+from qwen_export.checkpoint.forms.targets import is_name_of, matches
+from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _MX_GROUP = 32
 _INSTEAD = "save it again with --format auto_round, or give the checkpoint in bf16"

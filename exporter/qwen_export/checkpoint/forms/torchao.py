@@ -12,12 +12,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.codes import Codes
-from qwen_export.checkpoint.fp8 import fp8_tensor
-from qwen_export.checkpoint.integers import IntegerTensor, check_integers
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor, pieces, take
-from qwen_export.checkpoint.scales import E4M3, Scales
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.fp8 import fp8_tensor
+from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.forms.scales import E4M3, Scales
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _INT8 = np.dtype(np.int8)
 _MIDDLE = 128  # signed codes as unsigned ones

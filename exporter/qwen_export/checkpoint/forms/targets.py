@@ -6,7 +6,7 @@ import re
 
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.names import model_name
+from qwen_export.checkpoint.tensors.names import model_name
 
 _MOST_SHOWN = 60  # characters of what somebody else's file says
 

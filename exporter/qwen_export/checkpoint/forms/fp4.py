@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.scaled import E2M1_VALUES, ScaledTensor
-from qwen_export.checkpoint.scales import E4M3, E8M0, Scales
+from qwen_export.checkpoint.forms.scaled import E2M1_VALUES, ScaledTensor
+from qwen_export.checkpoint.forms.scales import E4M3, E8M0, Scales
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 
 _UINT8 = np.dtype(np.uint8)
 # By group: its name, and what a byte of a scale may be, where the dtype does not say so.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qwen_common.errors import UserError
+from qwen_common.files import read_json
 
-from qwen_export.checkpoint.mlx import is_mlx
+from qwen_export.checkpoint.forms.mlx import is_mlx
 
-_ADAPTER_CONFIG = "adapter_config.json"
 _MODELOPT_CONFIG = "hf_quant_config.json"
+_AGAIN = "download the checkpoint again"
 _UNQUANTISED = "give the checkpoint in bf16 that it was made from, or its FP8, GPTQ or AWQ edition"
 # By `quant_method`: whose it is, and what to do.
 _METHODS = {
@@ -30,44 +30,14 @@ _METHODS = {
 _MOST_SHOWN = 60  # characters of what somebody else's file says
 
 
-def refuse_gguf(source: Path) -> None:
-    """Raise a UserError for a folder that has nothing else, or a hub id named after the format; a file of it
-    is opened elsewhere (`opening`)."""
-    if source.is_dir():
-        found = sorted(path for path in source.glob("*.gguf") if "mmproj" not in path.name)
-        if found and not any(source.glob("*.safetensors")):
-            raise UserError(f"{source} holds GGUF: give one of its files, such as {found[0]}")
-    elif source.name.lower().endswith("gguf"):
-        raise UserError(f"{source} holds GGUF: download one of its files, and give the path of that")
-
-
-def refuse_adapter(root: Path) -> None:
-    """transformers would put an adapter that lies beside a model into it, where PEFT is installed.
-
-    Raises:
-        UserError: there is one in the folder `root`; with the model that it says it is for.
-    """
-    found = [name for name in (_ADAPTER_CONFIG, "adapter_model.safetensors") if (root / name).exists()]
-    if not found:
-        return
-    base = _field(root / _ADAPTER_CONFIG, "base_model_name_or_path")
-    if (root / "config.json").is_file():
-        raise UserError(
-            f"{root} has an adapter ({found[0]}) beside the model, and its weights are without it: move the "
-            "adapter's two files into a folder of their own, and name that with --adapter to merge it"
-        )
-    base = base if isinstance(base, str) and base else None
-    raise UserError(
-        f"{root} is an adapter{f' for {base}' if base else ''} and no model: merge it into "
-        f"its model with qwen-export --profile NAME {base or 'CHECKPOINT'} --adapter {root}"
-    )
-
-
 def declared_quantization(root: Path, declared: Any, content: Any) -> Any:
     """`quantization_config` with a `quant_method`, also of those libraries that write none.
 
     Args:
         declared: `quantization_config` of config.json, which is `content`.
+
+    Raises:
+        UserError: the file in which ModelOpt says it cannot be read.
     """
     if _get(declared, "quant_method") is not None:
         return declared
@@ -77,7 +47,7 @@ def declared_quantization(root: Path, declared: Any, content: Any) -> Any:
     if _get(declared, "load_in_4bit") or _get(declared, "load_in_8bit"):
         return {**declared, "quant_method": "bitsandbytes"}
     if declared is None and (root / _MODELOPT_CONFIG).is_file():
-        found = _field(root / _MODELOPT_CONFIG, "quantization")
+        found = read_json(root / _MODELOPT_CONFIG, _AGAIN).get("quantization")
         return {**(found if isinstance(found, dict) else {}), "quant_method": "modelopt"}
     return declared
 
@@ -104,11 +74,3 @@ def refuse_other_quantization(declared: Any) -> None:
 
 def _get(content: Any, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
-
-
-def _field(path: Path, key: str) -> Any:
-    """Of a JSON file that only makes a message better; None where it does not have it."""
-    try:
-        return _get(json.loads(path.read_text(encoding="utf-8")), key)
-    except (OSError, ValueError, RecursionError):
-        return None

@@ -12,15 +12,15 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.codes import Codes
-from qwen_export.checkpoint.fp4 import fp4_tensor
-from qwen_export.checkpoint.fp8 import fp8_tensor
-from qwen_export.checkpoint.integers import IntegerTensor, check_integers
-from qwen_export.checkpoint.plain import FLOATS, PlainTensor, pieces, take
-from qwen_export.checkpoint.scaled import ScaledTensor
-from qwen_export.checkpoint.scales import E8M0, Scales, are_scales
-from qwen_export.checkpoint.targets import is_name_of, matches
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.fp4 import fp4_tensor
+from qwen_export.checkpoint.forms.fp8 import fp8_tensor
+from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.forms.scaled import ScaledTensor
+from qwen_export.checkpoint.forms.scales import E8M0, Scales, are_scales
+from qwen_export.checkpoint.forms.targets import is_name_of, matches
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _Size = Annotated[int, Field(gt=0)]
 _REGEX = "re:"

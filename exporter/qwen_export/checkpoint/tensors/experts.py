@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.tensor import CheckpointTensor, PrequantizedTensor, Scheme, common_scheme
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, PrequantizedTensor, Scheme, common_scheme
 from qwen_export.quantize.blockwise import Quantization
 
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor
-from qwen_export.checkpoint.scales import E4M3, Scales, values_of
+from qwen_export.checkpoint.forms.scales import E4M3, Scales, values_of
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 
 E4M3_VALUES = values_of(E4M3)
 # float4_e2m1fn: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero.

@@ -11,11 +11,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.fp4 import fp4_tensor
-from qwen_export.checkpoint.fp8 import fp8_tensor
-from qwen_export.checkpoint.plain import PlainTensor, pieces, take
-from qwen_export.checkpoint.scales import E8M0
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.fp4 import fp4_tensor
+from qwen_export.checkpoint.forms.fp8 import fp8_tensor
+from qwen_export.checkpoint.forms.scales import E8M0
+from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _UINT8 = np.dtype(np.uint8)
 _MX_GROUP, _NV_GROUP = 32, 16

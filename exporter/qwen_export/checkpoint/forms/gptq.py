@@ -12,12 +12,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.codes import Codes
-from qwen_export.checkpoint.integers import IntegerTensor, check_integers
-from qwen_export.checkpoint.plain import PlainTensor, pieces, take
-from qwen_export.checkpoint.scales import Scales
-from qwen_export.checkpoint.targets import matches
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.forms.scales import Scales
+from qwen_export.checkpoint.forms.targets import matches
+from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _BITS = (2, 4, 8)
 _ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}

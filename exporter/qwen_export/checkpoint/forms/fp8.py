@@ -11,10 +11,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.plain import PlainTensor, take
-from qwen_export.checkpoint.scaled import E4M3_VALUES, ScaledTensor
-from qwen_export.checkpoint.scales import E4M3, E8M0, Scales, are_scales, kind_of
-from qwen_export.checkpoint.tensor import CheckpointTensor
+from qwen_export.checkpoint.forms.scaled import E4M3_VALUES, ScaledTensor
+from qwen_export.checkpoint.forms.scales import E4M3, E8M0, Scales, are_scales, kind_of
+from qwen_export.checkpoint.tensors.plain import PlainTensor, take
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _SCALES = ("_scale_inv", "_scale")
 
