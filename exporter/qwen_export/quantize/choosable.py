@@ -20,22 +20,15 @@ _CHOSEN_FOR: tuple[Role, ...] = tuple(role for role in get_args(Role) if role no
 
 
 class Form(NamedTuple):
-    """`zero_points`: stored also where the profile's role has none."""
-
     precision: str
     block_size: int
-    zero_points: bool = False
 
 
-# In the order of their bits; the last is the best. Codes of 2 bits without a zero point have one value above
-# 0 and two below, so there a zero point may give more than a smaller block.
+# In the order of their bits; the last is the best.
 FORMS = (
     Form("int2", 128),
     Form("int2", 64),
     Form("int2", 32),
-    Form("int2", 128, zero_points=True),
-    Form("int2", 64, zero_points=True),
-    Form("int2", 32, zero_points=True),
     Form("int4", 128),
     Form("int4", 64),
     Form("int4", 32),
@@ -50,10 +43,8 @@ def forms_for(profile: Profile) -> list[Form]:
 
 
 def format_of(profile: Profile, role: str, form: Form) -> WeightFormat:
-    symmetric = profile.weights[cast(Role, role)].symmetric and not form.zero_points
-    return WeightFormat.model_validate(
-        {"precision": form.precision, "block_size": form.block_size, "symmetric": symmetric}
-    )
+    symmetric = profile.weights[cast(Role, role)].symmetric
+    return WeightFormat.model_validate({**form._asdict(), "symmetric": symmetric})
 
 
 def uniform(profile: Profile, form: Form) -> Profile:
