@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwen_export.checkpoint.checkpoint import Checkpoint
     from qwen_export.quantize.auto_precision import Chosen, Limits
 
+# Not pydantic's ByteSize, which ignores what follows ("18GB;x") and knows bits.
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _USED = 0.97  # of a bound, at least, where something finer would fit
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
