@@ -43,10 +43,10 @@ class Patience:
     """When the watchdog acts; seconds but for the counts.
 
     Attributes:
-        loading: a server may take this long to answer at all.
+        loading: a server may take this long to be ready, at its start and where it loads its model again.
         interval: between two looks at it.
         answer: a look may take this long.
-        missed: looks without an answer after which it is started again.
+        missed: looks without any answer after which a server that was ready is started again.
         failures: starts that ended within `short` after which something else is tried.
         short: a server that ran longer is a good one.
         pause: before it is started again.
@@ -177,7 +177,7 @@ class _Supervisor:
         """Until the server ends, does not answer, is replaced, or we are told to stop.
 
         Returns:
-            Whether it ended before it ever answered, with the exit code of a mistake that the user can mend.
+            Whether it ended before it was ever ready, with the exit code of a mistake that the user can mend.
         """
         options = ["--provider", provider, "--host", self._host, "--port", str(self._port), *self._options]
         arguments = ["--while-stdin-is-open", "serve", str(release.artifact), *options]
@@ -213,22 +213,23 @@ class _Supervisor:
         return not answered and process.returncode == USER_ERROR
 
     def _watch(self, process: subprocess.Popen[bytes], release: Release, chosen: Release | None) -> bool:
-        """Whether it ever answered."""
-        started = time.monotonic()
+        """Whether it was ever ready."""
+        started = ready = time.monotonic()
         answered, missed, good = False, 0, False
         while self._still_running(process):
             if self._installed.current != chosen:
                 return answered
-            running = time.monotonic() - started
-            if self._answers():
-                answered, missed = True, 0
-                if not good and running > self._patience.short:
+            now = time.monotonic()
+            status = self._health()
+            if status == http.HTTPStatus.OK:
+                answered, missed, ready = True, 0, now
+                if not good and now - started > self._patience.short:
                     good = True
                     self._installed.remember(self._installed.state / "good", release.name)
                 continue
-            missed += answered
-            if missed >= self._patience.missed or (not answered and running > self._patience.loading):
-                _log.error("the server does not answer")
+            missed = missed + answered if status is None else 0
+            if missed >= self._patience.missed or now - ready > self._patience.loading:
+                _log.error("the server %s", "does not answer" if status is None else "does not get ready")
                 break
         return answered
 
@@ -240,14 +241,15 @@ class _Supervisor:
                 return False
         return process.poll() is None
 
-    def _answers(self) -> bool:
+    def _health(self) -> int | None:
+        """The status that the server answers a look with, if it does."""
         address = _ANY.get(self._host, self._host)
         connection = http.client.HTTPConnection(address, self._port, timeout=self._patience.answer)
         try:
             connection.request("GET", "/health")
-            return connection.getresponse().status == http.HTTPStatus.OK
+            return connection.getresponse().status
         except (OSError, http.client.HTTPException):
-            return False
+            return None
         finally:
             connection.close()
 

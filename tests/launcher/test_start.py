@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -439,24 +440,59 @@ def test_a_restart_is_checked_like_a_start(kiosk: Path) -> None:
         assert ask(port).startswith("1.0")
 
 
+@contextmanager
+def impatient(target: Path, **patience: float) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`supervise` with another patience, and the port; its standard error is a pipe."""
+    port = free_port()
+    script = (
+        "import sys; from pathlib import Path; from qwen_launcher.supervise import Patience, supervise;"
+        f"supervise(Path(sys.argv[1]), '127.0.0.1', int(sys.argv[2]), [], Patience(**{patience!r}))"
+    )
+    arguments = [sys.executable, "-c", script, str(target), str(port)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, port
+        finally:
+            process.terminate()
+
+
 def test_a_version_that_keeps_crashing_is_left(tmp_path: Path, key: Path) -> None:
     """Its files are as they were signed: the CPU is tried, then the last good version."""
     target = tmp_path / "kiosk"
     for version, exit_code in (("1.0", 0), ("1.1", 3)):
         source = small_bundle(tmp_path / version, key, version, CRASHES=exit_code)
         Installation(target).install(source, key.with_suffix(".pub"), quiet)
-    script = (
-        "import sys; from pathlib import Path; from qwen_launcher.supervise import Patience, supervise;"
-        "supervise(Path(sys.argv[1]), '127.0.0.1', int(sys.argv[2]), [], Patience(interval=0.1, pause=0.05))"
-    )
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(target), str(port)], stderr=subprocess.PIPE, text=True
-    )
-    try:
+    with impatient(target, interval=0.1, pause=0.05) as (process, port):
         assert wait_for(port).startswith("1.0 auto")
-    finally:
         process.terminate()
         said = process.communicate(timeout=60)[1]
     assert said.count("starting version 1.1, provider auto") == 3
     assert said.count("starting version 1.1, provider cpu") == 3
+
+
+@pytest.mark.parametrize(
+    ("looks", "loading", "end"),
+    [
+        ((503,) * 10, 600.0, None),  # the model's process died, and loads again
+        ((0, 0, 503) * 4, 600.0, None),
+        ((0,) * 10, 600.0, "does not answer"),
+        ((503,) * 100, 2.0, "does not get ready"),
+    ],
+    ids=["loads again", "loads again, slowly", "silent", "never ready"],
+)
+def test_a_server_that_loads_its_model_again_is_left_alone(
+    looks: tuple[int, ...], loading: float, end: str | None, tmp_path: Path, key: Path
+) -> None:
+    """Not one that answers nothing three times, or is not ready for too long."""
+    target = tmp_path / "kiosk"
+    bundle = small_bundle(tmp_path / "bundle", key, "1.0", THEN=looks)
+    Installation(target).install(bundle, key.with_suffix(".pub"), quiet)
+    with impatient(target, interval=0.1, missed=3, loading=loading, pause=0.05) as (process, port):
+        wait_for(port)
+        time.sleep(0.12 * len(looks) if end is None else 2 + loading % 600)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    if end is None:
+        assert said.count("starting version") == 1 and "the server " not in said
+    else:
+        assert f"the server {end}" in said

@@ -44,9 +44,14 @@ def main():
     told = dict(zip(options[::2], options[1::2]))
     version = pathlib.Path(folder).parent.name
 
+    looks = iter([200, *library.THEN])
+
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            status = next(looks, 200) if self.path == "/health" else 200
+            if not status:
+                return
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(f"{version} {told['--provider']} {library.SAYS} {sys.flags.optimize}".encode())
 
@@ -64,7 +69,8 @@ def fail(text):
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 """
-LIBRARY = {"SELF_TEST": 0, "CRASHES": 0, "HANGS": False, "SAYS": "hello"}
+# THEN: statuses of /health after the first, before 200 again; 0 is no answer.
+LIBRARY = {"SELF_TEST": 0, "CRASHES": 0, "HANGS": False, "SAYS": "hello", "THEN": ()}
 WEIGHTS = "artifact/model.onnx.data"
 FACTS = {
     "name": "tiny",
