@@ -261,3 +261,17 @@ def test_publishing(folder: Path, key: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="changed since it was signed"):
         publish(tmp_path / "1.2", folder, public, ["all"], quiet)
     assert json.loads((folder / "rings.json").read_text()) == {"all": "1.1", "early": "1.1"}
+
+
+def test_publishing_twice_at_once(folder: Path, key: Path, tmp_path: Path) -> None:
+    """The second would write back the rings that it read before the first's change."""
+    noted: list[str] = []
+
+    def meanwhile(text: str) -> None:
+        noted.append(text)
+        if text == "copying what is new":
+            with pytest.raises(UserError, match="another publish is changing"):
+                publish(tmp_path / "1.2", folder, key.with_suffix(".pub"), ["all"], quiet)
+
+    done = publish(tmp_path / "1.1", folder, key.with_suffix(".pub"), ["late"], meanwhile)
+    assert "copying what is new" in noted and done.rings["late"] == "1.1"
