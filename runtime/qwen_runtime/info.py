@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_common.errors import UserError
@@ -19,7 +20,7 @@ class ModelInfo:
     Attributes:
         reason: one line for people.
         images: whether it can see.
-        calls: whether the calls of tools that its chat template asks for can be read.
+        templates: its chat templates by name; none where they cannot be read, which a request is told.
     """
 
     name: str
@@ -29,7 +30,7 @@ class ModelInfo:
     reason: str
     context_length: int
     images: bool = False
-    calls: bool = True
+    templates: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, artifact: Artifact, provider: str, reason: str, context_length: int | None) -> ModelInfo:
@@ -44,13 +45,17 @@ class ModelInfo:
             reason=reason,
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
-            calls=_calls(artifact),
+            templates=_templates(artifact),
         )
 
+    @property
+    def calls(self) -> bool:
+        """Whether the calls of tools that its chat template asks for can be read."""
+        return not (self.templates and asked_for_otherwise(chosen(self.templates, tools=True)))
 
-def _calls(artifact: Artifact) -> bool:
+
+def _templates(artifact: Artifact) -> Mapping[str, str]:
     try:
-        templates = artifact.chat_templates
-    except UserError:  # which a request with messages is told, and others need not know
-        return True
-    return not (templates and asked_for_otherwise(chosen(templates, tools=True)))
+        return artifact.chat_templates
+    except UserError:
+        return {}

@@ -21,6 +21,7 @@ from qwen_runtime.request import Message
 if TYPE_CHECKING:
     from jinja2 import Template
 
+THOUGHT, THOUGHT_END = "<think>", "</think>"  # in all of Qwen's templates
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"  # transformers' names, where a checkpoint has several
 _GIVEN = ("messages", "tools")  # variables that no caller's own may replace
@@ -99,6 +100,26 @@ def render(
         if (carried := _as_user(joined)) == joined:
             raise
         return _render(template, carried, variables)
+
+
+def begins_thought(
+    templates: Mapping[str, str],
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    variables: Mapping[str, Any] = MappingProxyType({}),
+) -> bool:
+    """Whether the prompt for the assistant's next turn ends inside a thought, which the answer then ends.
+
+    What was asked for does not tell: some templates always begin a thought, some never do, and some leave
+    it to the model to begin one.
+
+    Args:
+        as `render`.
+    """
+    try:
+        return render(templates, messages, tools, variables).rstrip().endswith(THOUGHT)
+    except UserError:  # which is told where the prompt is made
+        return False
 
 
 def chosen(templates: Mapping[str, str], tools: bool) -> str:

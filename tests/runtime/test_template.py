@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime_genai as og
 import pytest
 from qwen_common.errors import UserError
-from qwen_runtime.template import render
+from qwen_runtime.template import begins_thought, render
 from transformers import AutoTokenizer
 
 from benchmarks.support.checkpoints import TINY
@@ -121,3 +121,35 @@ def test_template_that_refuses() -> None:
         render({"default": "{{ raise_exception('only users') }}"}, question)
     with pytest.raises(UserError, match="does not take these messages"):
         render({"default": "{{ messages.__class__.__mro__ }}"}, question)
+
+
+# The ends of published templates, with what of them decides.
+_TURN = "{%- for message in messages %}{{- message.role + message.content }}{%- endfor %}"
+_OPEN, _EMPTY = "{{- '<think>\\n' }}", "{{- '<think>\\n\\n</think>\\n\\n' }}"
+_ENDS = {
+    "Qwen3-Next-Thinking": f"{{{{- 'assistant\\n' }}}}{_OPEN}",
+    "Qwen3-Next-Instruct": "{{- 'assistant\\n' }}",
+    "Qwen3": "{%- if enable_thinking is defined and enable_thinking is false %}" + _EMPTY + "{%- endif %}",
+    "Qwen3.5": "{%- if enable_thinking is defined and enable_thinking is false %}" + _EMPTY
+    + "{%- else %}" + _OPEN + "{%- endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name,asked,otherwise",
+    [
+        ("Qwen3-Next-Thinking", True, True),
+        ("Qwen3-Next-Instruct", False, False),
+        ("Qwen3", False, False),  # the model begins it
+        ("Qwen3.5", True, False),
+    ],
+)
+def test_whether_a_prompt_ends_in_a_thought(name: str, asked: bool, otherwise: bool) -> None:
+    end = f"{_TURN}{{%- if add_generation_prompt %}}{_ENDS[name]}{{%- endif %}}"
+    for enable_thinking, expected in ((True, asked), (False, otherwise)):
+        variables = {"enable_thinking": enable_thinking}
+        assert begins_thought({"default": end}, [USER], variables=variables) == expected
+        bare = {**variables, "add_generation_prompt": False}
+        assert not begins_thought({"default": end}, [USER], variables=bare)
+    assert not begins_thought({"default": "{{ raise_exception('no') }}"}, [USER])
+    assert not begins_thought({}, [USER])

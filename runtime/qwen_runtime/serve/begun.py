@@ -11,24 +11,44 @@ from dataclasses import dataclass
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.schema.chat import ChatRequest
 from qwen_runtime.serve.schema.messages import Message, TextPart
+from qwen_runtime.template import THOUGHT, THOUGHT_END
 
-_THOUGHT_END = "\n</think>\n\n"  # as the models write it
+_BEGIN, _END = f"{THOUGHT}\n", f"\n{THOUGHT_END}\n\n"  # as the models write them
 
 
 @dataclass(frozen=True)
 class Begun:
     """Attributes:
     messages: those before the answer.
-    text: how it begins, as the model would have written it after the template's own beginning; "" where it
-        begins with what the model says.
-    template_thinking: whether the template begins a thought.
-    in_thought: whether the answer goes on inside it.
+    thought: how it begins; "" where it begins with what the model thinks,
+    content: or says.
+    thinking: what the template is asked for.
     """
 
     messages: Sequence[Message]
-    text: str
-    template_thinking: bool
-    in_thought: bool
+    thought: str
+    content: str
+    thinking: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.thought or self.content)
+
+    def text(self, opened: bool) -> str:
+        """As the model would have written it after the template's own beginning.
+
+        Args:
+            opened: the template has begun a thought, whatever it was asked for.
+        """
+        if not self:
+            return ""
+        begin = "" if opened else _BEGIN
+        if not self.content:
+            return begin + self.thought
+        return f"{begin}{self.thought}{_END}{self.content}" if self.thought or opened else self.content
+
+    def in_thought(self, opened: bool) -> bool:
+        """Whether the answer goes on inside a thought."""
+        return not self.content and (opened or bool(self.thought))
 
 
 def begun(asked: ChatRequest, thinking: bool) -> Begun:
@@ -46,14 +66,10 @@ def begun(asked: ChatRequest, thinking: bool) -> Begun:
         message = "continue_final_message: the last message is no text of the assistant's"
         raise ApiError(400, message, parameter="continue_final_message")
     if not able or wanted is False or asked.add_generation_prompt:
-        in_thought = thinking and asked.add_generation_prompt is not False
-        return Begun(asked.messages, "", thinking, in_thought)
-    before = asked.messages[:-1]
-    if not content:
-        return Begun(before, thought, True, True)
-    if thought and thinking:
-        return Begun(before, f"{thought}{_THOUGHT_END}{content}", True, False)
-    return Begun(before, content, False, False)
+        return Begun(asked.messages, "", "", thinking)
+    if not thinking:
+        thought = ""
+    return Begun(asked.messages[:-1], thought, content, bool(thought))
 
 
 def _text(message: Message) -> str:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.grammar import make_guidance
 from qwen_runtime.guidance import Guidance
+from qwen_runtime.info import ModelInfo
 from qwen_runtime.logits import Candidate, TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
@@ -32,12 +33,13 @@ from qwen_runtime.serve.schema.messages import (
 from qwen_runtime.serve.structure import Structure, structure_of
 from qwen_runtime.serve.tool_check import Check, held_to_schemas
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
+from qwen_runtime.template import begins_thought
 
 
 async def chat_completions(http: HttpRequest) -> Response:
     asked = parse(ChatRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    request, parser = await while_connected(http, request_for(asked, http.app.state.thinking))
+    request, parser = await while_connected(http, request_for(asked, engine.info, http.app.state.thinking))
     answers = Answers(engine, variants(request, asked.n), asked.n)
     await while_connected(http, answers.start())
     head = head_of("chatcmpl", engine)
@@ -56,48 +58,63 @@ async def answer_for(
     Raises:
         ApiError: the request cannot be obeyed, or has to wait for too many others.
     """
-    request, parser = await request_for(asked, thinking_default)
+    request, parser = await request_for(asked, engine.info, thinking_default)
     return await engine.submit(request), parser
 
 
-async def request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, AnswerParser]:
+async def request_for(
+    asked: ChatRequest, info: ModelInfo, thinking_default: bool, raw: str | None = None
+) -> tuple[Request, AnswerParser]:
     """What the model is asked, and what takes its answer apart.
+
+    Args:
+        raw: the prompt, where it is not what the chat template makes of the messages.
 
     Raises:
         ApiError: the request cannot be obeyed.
     """
     # In a thread, for to check a large schema takes seconds.
-    return await asyncio.to_thread(_request_for, asked, thinking_default)
+    return await asyncio.to_thread(_request_for, asked, info, thinking_default, raw)
 
 
-def _request_for(asked: ChatRequest, thinking_default: bool) -> tuple[Request, AnswerParser]:
+def _request_for(
+    asked: ChatRequest, info: ModelInfo, thinking_default: bool, raw: str | None
+) -> tuple[Request, AnswerParser]:
     template_kwargs = _template_kwargs(asked, thinking_default)
     start = begun(asked, template_kwargs["enable_thinking"])
-    template_kwargs["enable_thinking"] = start.template_thinking
-    if start.text or asked.add_generation_prompt is False:
-        template_kwargs["add_generation_prompt"] = bool(start.text)
+    template_kwargs["enable_thinking"] = start.thinking
+    if start or asked.add_generation_prompt is False:
+        template_kwargs["add_generation_prompt"] = bool(start)
     structure = structure_of(asked)
-    if start.text and structure:
+    if start and structure:
         raise ApiError(400, "messages: an answer that is begun can have no other form", parameter="messages")
-    tools, guidance, call_checks = _tools(asked, structure, start.in_thought)
     ordered = in_order_of_calls(start.messages)
+    messages = [_for_template(message, at) for at, message in enumerate(ordered)]
+    told = (
+        []
+        if asked.tool_choice == "none"
+        else [tool.model_dump(exclude_unset=True) for tool in asked.tools or ()]
+    )
+    opened = raw is None and begins_thought(info.templates, messages, told, template_kwargs)
+    in_thought = start.in_thought(opened)
+    guidance, call_checks = _held(asked, told, structure, in_thought)
     request = Request(
-        prompt=[_for_template(message, at) for at, message in enumerate(ordered)],
+        prompt=messages if raw is None else raw,
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         sampling=sampling(asked),
         stop=asked.stops,
         stop_token_ids=asked.stop_token_ids,
         min_tokens=asked.min_tokens,
         ignore_eos=asked.ignore_eos,
-        thinking=start.template_thinking,
-        begun=start.text,
+        thinking=start.thinking,
+        begun=start.text(opened),
         template_kwargs=template_kwargs,
-        tools=tools,
+        tools=told,
         guidance=guidance,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
     check = structure.check if structure else None
-    return request, AnswerParser(start.in_thought, tools, _several(asked), check, call_checks)
+    return request, AnswerParser(in_thought, told, _several(asked), check, call_checks)
 
 
 async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:
@@ -165,14 +182,15 @@ def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None}
 
 
-def _tools(
-    asked: ChatRequest, structure: Structure | None, thinking: bool
-) -> tuple[list[dict[str, Any]], Guidance | None, Mapping[str, Check]]:
-    """The tools that the model is told of, what its answer is held to, and checks of what it calls."""
-    tools = [tool.model_dump(exclude_unset=True) for tool in asked.tools or ()]
+def _held(
+    asked: ChatRequest, tools: list[dict[str, Any]], structure: Structure | None, thinking: bool
+) -> tuple[Guidance | None, Mapping[str, Check]]:
+    """What the answer is held to, and checks of what it calls.
+
+    Args:
+        tools: those that the model is told of.
+    """
     choice = asked.tool_choice
-    if choice == "none":
-        tools = []
     callable_ = tools
     if isinstance(choice, NamedTool):
         callable_ = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
@@ -184,7 +202,7 @@ def _tools(
     held, checks = held_to_schemas(callable_, every=forced or structure is not None)
     if not forced and structure is None:
         guidance = make_guidance(thinking=thinking, tools=held, forced=False) if checks else None
-        return tools, guidance, checks
+        return guidance, checks
     answer = None if forced else structure
     guidance = make_guidance(
         thinking=thinking,
@@ -194,7 +212,7 @@ def _tools(
         regex=answer.regex if answer else None,
         choices=answer.choices if answer else (),
     )
-    return tools, guidance, checks
+    return guidance, checks
 
 
 def _several(asked: ChatRequest) -> bool:

@@ -55,7 +55,7 @@ async def apply_template(http: HttpRequest) -> Response:
     """The prompt that `/v1/chat/completions` makes of the same body."""
     asked = parse(ChatRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    request, _ = await while_connected(http, request_for(asked, http.app.state.thinking))
+    request, _ = await while_connected(http, request_for(asked, engine.info, http.app.state.thinking))
     return JSONResponse({"prompt": await while_connected(http, engine.ask(queries.prompt_text, request))})
 
 

@@ -40,7 +40,9 @@ async def messages(http: HttpRequest) -> Response:
 async def count_tokens(http: HttpRequest) -> Response:
     asked = parse(CountRequest, await read_json(http))
     engine = engine_for(http, asked.model)
-    request, _ = await while_connected(http, request_for(asked.as_chat(), http.app.state.thinking))
+    request, _ = await while_connected(
+        http, request_for(asked.as_chat(), engine.info, http.app.state.thinking)
+    )
     count = await while_connected(http, engine.ask(queries.prompt_tokens, request))
     return JSONResponse({"input_tokens": count})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +32,9 @@ async def chat(http: HttpRequest) -> Response:
     engine = engine_for(http, asked.model)
     if not asked.messages:
         return _loaded(asked, engine, _as_message)
-    request, parser = await while_connected(http, request_for(asked.as_chat(), http.app.state.thinking))
+    request, parser = await while_connected(
+        http, request_for(asked.as_chat(), engine.info, http.app.state.thinking)
+    )
     return await _answered(http, engine, request, parser, asked.stream, _as_message)
 
 
@@ -45,9 +46,8 @@ async def generate(http: HttpRequest) -> Response:
     if asked.raw and (asked.images or asked.system or asked.think):
         raise ApiError(400, "raw: a raw prompt has no images, no system and no think beside it")
     thinking = http.app.state.thinking and not asked.raw
-    request, parser = await while_connected(http, request_for(asked.as_chat(), thinking))
-    if asked.raw:
-        request = replace(request, prompt=asked.prompt)
+    raw = asked.prompt if asked.raw else None
+    request, parser = await while_connected(http, request_for(asked.as_chat(), engine.info, thinking, raw))
     return await _answered(http, engine, request, parser, asked.stream, _as_response)
 
 

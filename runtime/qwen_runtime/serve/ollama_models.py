@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,11 +18,10 @@ from qwen_runtime.serve.common import engine_for
 from qwen_runtime.serve.http import read_json
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.ollama import ShowRequest
+from qwen_runtime.template import begins_thought
 
 # Of Ollama's API as it is spoken here. Editors refuse servers that are older than what they need.
 API_VERSION = "0.12.11"
-# What a chat template has in it that can do something.
-_CAPABILITIES = {"tools": "tools", "thinking": "enable_thinking"}
 
 
 async def tags(http: HttpRequest) -> Response:
@@ -49,17 +49,14 @@ async def show(http: HttpRequest) -> Response:
     asked = parse(ShowRequest, await read_json(http, undeclared=True))
     info = engine_for(http, asked.model or asked.name).info
     artifact = Artifact.open(info.path)
-    templates = artifact.chat_templates.values()
+    templates = info.templates
     family = artifact.manifest["model"]["model_type"]
     decoder = artifact.genai_config["model"].get("decoder", {})
     shape = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers"}
     capabilities = [
         "completion",
-        *(
-            name
-            for name, word in _CAPABILITIES.items()
-            if any(word in template for template in templates) and (info.calls or name != "tools")
-        ),
+        *(["tools"] if info.calls and any("tools" in template for template in templates.values()) else []),
+        *(["thinking"] if _thinks(templates) else []),
         *(["vision"] if info.images else []),
         *(["embedding"] if has_hidden_states(artifact) else []),
     ]
@@ -67,7 +64,7 @@ async def show(http: HttpRequest) -> Response:
         {
             "modelfile": f"FROM {info.name}",
             "parameters": "",
-            "template": next(iter(templates), ""),
+            "template": next(iter(templates.values()), ""),
             "details": _details(artifact),
             "model_info": {
                 "general.architecture": family,
@@ -83,6 +80,12 @@ async def show(http: HttpRequest) -> Response:
 
 async def version(http: HttpRequest) -> Response:
     return JSONResponse({"version": API_VERSION})
+
+
+def _thinks(templates: Mapping[str, str]) -> bool:
+    """Whether the model can be asked to think, or does so in any case."""
+    asked = any("enable_thinking" in template for template in templates.values())
+    return asked or begins_thought(templates, [{"role": "user", "content": "A"}])
 
 
 def _entry(info: ModelInfo) -> dict[str, Any]:

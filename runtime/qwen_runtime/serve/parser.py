@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_runtime.template import THOUGHT, THOUGHT_END
 from qwen_runtime.tool_calls.qwen3_5 import CallReader, Opening, after_call, find_call
 
 Delta = dict[str, Any]
-
-_THOUGHT_END = "</think>"
 
 
 @dataclass
@@ -36,8 +35,9 @@ class Call:
 class AnswerParser:
     """Turns an answer's text into the deltas of OpenAI's chat completion chunks.
 
-    A call inside a thought is one if its function is known: models forget to end their thoughts. The thought
-    goes on after it.
+    A thought begins with the answer, with a mark where the template leaves that to the model, and ends with
+    one. A call inside a thought is one if its function is known: models forget to end their thoughts. The
+    thought goes on after it.
 
     Args:
         thinking: the prompt ended inside a thought.
@@ -70,7 +70,7 @@ class AnswerParser:
         self._blank = thinking  # nothing but white space since the last mark, and none of it is passed on
         self._reader: CallReader | None = None
         # Each takes what it can from `_rest`, and returns False when it needs more text.
-        self._state: Callable[[list[Delta]], bool] = self._prose
+        self._state: Callable[[list[Delta]], bool] = self._beginning
 
     def fresh(self) -> AnswerParser:
         """One for another answer to the same request."""
@@ -131,16 +131,27 @@ class AnswerParser:
         """Whether nothing more is taken from the answer."""
         return self._state == self._nothing
 
+    def _beginning(self, deltas: list[Delta]) -> bool:
+        """The mark of a thought, or anything else."""
+        text = self._rest.lstrip()
+        if text.startswith(THOUGHT):
+            self._rest = text.removeprefix(THOUGHT)
+            self._thinking = self._blank = True
+        elif THOUGHT.startswith(text) and not self._final:
+            return False
+        self._state = self._prose
+        return True
+
     def _prose(self, deltas: list[Delta]) -> bool:
         """A thought, or text for the user."""
         text, kind = self._rest, "reasoning_content" if self._thinking else "content"
         call = Opening(len(text), len(text), None)
         if self._functions:
             call = find_call(text, self._functions, self._final, strict=self._thinking)
-        end = text.find(_THOUGHT_END) if self._thinking else -1
+        end = text.find(THOUGHT_END) if self._thinking else -1
         if end >= 0 and (call.name is None or end < call.start):
             deltas += self._say(kind, text[:end].rstrip())
-            self._rest = text[end + len(_THOUGHT_END) :]
+            self._rest = text[end + len(THOUGHT_END) :]
             self._thinking, self._blank = False, True
             return True
         if call.name is not None:
@@ -150,7 +161,7 @@ class AnswerParser:
             return True
         if not self._final:
             text = text[: call.start]
-            text = (text[: _unfinished(text, _THOUGHT_END)] if self._thinking else text).rstrip()
+            text = (text[: _unfinished(text, THOUGHT_END)] if self._thinking else text).rstrip()
         deltas += self._say(kind, text.rstrip() if self._thinking else text)
         self._rest = "" if self._final else self._rest[len(text) :]
         return False

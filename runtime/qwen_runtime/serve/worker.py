@@ -29,6 +29,7 @@ from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.resident import release_freed
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.states import StateSettings
+from qwen_runtime.template import begins_thought
 
 _log = logging.getLogger(__name__)
 
@@ -292,7 +293,10 @@ class _ReadAhead:
         request = self._request
         if request.conversation is None:
             return
-        parser = AnswerParser(request.thinking, request.tools)
+        variables = {"enable_thinking": request.thinking, **request.template_kwargs}
+        templates = self._model.info.templates
+        opened = begins_thought(templates, request.conversation, request.tools, variables)
+        parser = AnswerParser(opened, request.tools)
         parser.feed(request.begun + self._answered)
         parser.finish()
         if parser.calls:  # a result comes next, and no word of the user

@@ -71,9 +71,28 @@ def test_answer_anew(ask: Callable[..., Any], model: Model) -> None:
 def test_thoughts(
     last: dict[str, Any], thinking: bool, text: str, template_thinking: bool, in_thought: bool
 ) -> None:
+    """With a template that does as it is asked."""
     found = begun(ChatRequest.model_validate({"messages": [USER, last]}), thinking)
-    assert (found.text, found.template_thinking, found.in_thought) == (text, template_thinking, in_thought)
+    opened = found.thinking
+    assert (found.text(opened), opened, found.in_thought(opened)) == (text, template_thinking, in_thought)
     assert len(found.messages) == (1 if text else 2)
+
+
+@pytest.mark.parametrize(
+    "last,thinking,opened,text,in_thought",
+    [
+        (assistant("It"), False, True, "\n</think>\n\nIt", False),
+        (assistant(None, reasoning_content="Hm"), True, False, "<think>\nHm", True),
+        (assistant("It", reasoning_content="Hm"), True, False, "<think>\nHm\n</think>\n\nIt", False),
+        (USER, False, True, "", True),
+        (USER, True, False, "", False),
+    ],
+)
+def test_thoughts_by_a_template_of_its_own_mind(
+    last: dict[str, Any], thinking: bool, opened: bool, text: str, in_thought: bool
+) -> None:
+    found = begun(ChatRequest.model_validate({"messages": [USER, last]}), thinking)
+    assert (found.text(opened), found.in_thought(opened)) == (text, in_thought)
 
 
 def test_thought_goes_on(ask: Callable[..., Any], model: Model) -> None:

@@ -79,6 +79,18 @@ def test_values(name: str, written: str, value: Any, size: int) -> None:
     assert calls_of(parse(call("look", argument(name, written)), size)) == [("look", {name: value})]
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_thought_that_the_model_begins(thinking: bool, size: int) -> None:
+    """As it does with a template that leaves it to the model; some write the mark although it is there."""
+    text = "<think>\nHm.\n</think>\n\nYes <think>, no."
+    for begin in ("", "\n", " "):
+        message = parse(begin + text, size, thinking=thinking)
+        assert (message["reasoning_content"], message["content"]) == ("Hm.", "Yes <think>, no.")
+    for other in ("<thin", "<thinking>", "a <think>"):
+        assert parse(other, size)["content"] == other
+
+
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_looser_forms(size: int) -> None:
     arguments = "<parameter=word>a b</parameter><parameter=limit>\n</parameter>"
