@@ -4,12 +4,14 @@
                                 [--builder] [--json F] [--plot F.png]
     python -m benchmarks.decode --size "35B-A3B, 4 layers" --profiles cpu-int4 --llama llama-env/bin/python
                                 --llama-forms Q4_0 Q4_K_M Q2_K
+    python -m benchmarks.decode --profiles cpu-int4 --llama llama-env/bin/python --prompt 512 8192 --rounds 3
 
 Random weights of a published geometry, made as they are read (OpenVINO and the builder want them on the
-disk), one prompt, tokens decoded greedily. Each peer is a process of its own that stays loaded; the peers
-take turns, round by round, so that what else the machine does meets them all. A ratio is taken within a
-round, and the median of the rounds counts. The bandwidth is that of reading memory with every core, in the
-same rounds; a peer's ceiling is that bandwidth by the bytes of the weights that a token reads.
+disk), a prompt of each length, tokens decoded greedily after it. Each peer is a process of its own that
+stays loaded; the peers take turns, round by round, so that what else the machine does meets them all. A
+ratio is taken within a round, and the median of the rounds counts. The bandwidth is that of reading memory
+with every core, in the same rounds; a peer's ceiling is that bandwidth by the bytes of the weights that a
+token reads.
 
 llama.cpp is another environment, built for this machine:
 
@@ -58,8 +60,8 @@ from benchmarks.geometry import GEOMETRIES, generated_checkpoint, write_checkpoi
 from benchmarks.support.artifacts import Quiet
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
-PROMPT = 512
 LLAMA = "llama.cpp"
+LENGTH = "{prompt}"  # in a peer's command
 BANDWIDTH = "bandwidth"
 SPEEDS = ("prefill", "decode")
 # What must stay in memory, and pages of files, which the system may drop and read again.
@@ -87,9 +89,11 @@ class Peer:
     memory: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, prompt: int) -> Iterator[None]:
+        """Loaded for prompts of `prompt` tokens; what an earlier process measured is forgotten."""
+        self.turns = []
         with subprocess.Popen(
-            self.command,
+            [part.replace(LENGTH, str(prompt)) for part in self.command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=sys.stderr,
@@ -177,7 +181,7 @@ def openvino_peer(checkpoint: Path, output: Path, asked: argparse.Namespace) -> 
 
 
 def _lengths(asked: argparse.Namespace) -> list[str]:
-    return ["--prompt", str(PROMPT), "--tokens", str(asked.tokens)]
+    return ["--prompt", LENGTH, "--tokens", str(asked.tokens)]
 
 
 def profiles(names: list[str]) -> Iterator[tuple[str, Profile]]:
@@ -238,10 +242,29 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def report(peers: list[Peer], base: Peer, console: Console) -> dict[str, Any]:
+def measure(peers: list[Peer], prompt: int, rounds: int) -> None:
+    """Let the peers take turns; the first round warms up and is left out."""
+    with ExitStack() as stack:
+        for peer in peers:
+            stack.enter_context(peer.running(prompt))
+        with suppress(KeyboardInterrupt):  # Ctrl-C: what was measured so far is told
+            for _ in range(rounds + 1):
+                for peer in peers:
+                    peer.take_turn()
+    whole = min(len(peer.turns) for peer in peers)
+    if whole < 2:
+        raise SystemExit("no round was finished")
+    for peer in peers:
+        peer.turns = peer.turns[1:whole]
+
+
+def report(peers: list[Peer], base: Peer, prompt: int, console: Console) -> dict[str, Any]:
     bandwidth, *models = peers
     speed = statistics.median(turn["bandwidth"] for turn in bandwidth.turns)
-    console.print(f"read bandwidth {speed / 1e9:.1f} GB/s; ratios to {base.name}; median (least to most)")
+    console.print(
+        f"prompt of {prompt} tokens, read bandwidth {speed / 1e9:.1f} GB/s; ratios to {base.name}; "
+        "median (least to most)"
+    )
     table = Table(
         "peer", "MB", "prefill tok/s", "decode tok/s", "prefill ratio", "decode ratio", "of ceiling"
     )
@@ -310,35 +333,32 @@ def main() -> None:
     parser.add_argument("--llama-forms", nargs="+", default=["Q4_0"], metavar="FORM", help="Q4_K_M, Q2_K ...")
     parser.add_argument("--openvino", help="a Python with the extras export and openvino")
     parser.add_argument("--builder", action="store_true", help="GenAI's model builder, its default int4")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=COMMAND", help=f"{LENGTH} in it is the length"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", type=int, default=[512], metavar="N", help="tokens; a table for each length"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")
     parser.add_argument(
         "--folder", type=Path, help="keep checkpoint and artifacts there, and take those that are there"
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="of the first length")
     asked = parser.parse_args()
     with ExitStack() as stack:
         folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = prepare(asked, folder)
         base = next((peer for peer in peers if peer.name.startswith(LLAMA)), peers[1])
-        for peer in peers:
-            stack.enter_context(peer.running())
-        with suppress(KeyboardInterrupt):  # Ctrl-C: what was measured so far is told
-            for _ in range(asked.rounds + 1):
-                for peer in peers:
-                    peer.take_turn()
-        whole = min(len(peer.turns) for peer in peers)
-        if whole < 2:
-            raise SystemExit("no round was finished")
-        for peer in peers:
-            peer.turns = peer.turns[1:whole]  # the first one warms up
-        results = report(peers, base, Console(width=150))
+        results = {}
+        for prompt in asked.prompt:
+            measure(peers, prompt, asked.rounds)
+            results[prompt] = report(peers, base, prompt, Console(width=150))
     if asked.json:
         asked.json.write_text(json.dumps(results, indent=2) + "\n")
     if asked.plot:
-        plot(results, base.name, asked.plot)
+        plot(results[asked.prompt[0]], base.name, asked.plot)
 
 
 if __name__ == "__main__":

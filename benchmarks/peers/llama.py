@@ -25,7 +25,8 @@ def load(file: str, prompt: int, tokens: int) -> tuple[Measure, dict[str, Any]]:
         raise SystemExit(f"llama.cpp cannot read {file}")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = prompt + tokens + 2
-    params.n_batch = params.n_ubatch = prompt
+    params.n_batch = prompt
+    params.n_ubatch = min(prompt, params.n_ubatch)  # its default, which it takes long prompts by
     params.n_threads = params.n_threads_batch = os.cpu_count() or 1
     context = llama_cpp.llama_init_from_model(model, params)
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
