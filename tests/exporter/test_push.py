@@ -112,9 +112,7 @@ def test_what_is_no_artifact_or_a_damaged_one(hub: HubServer, artifact: Path, tm
     assert not hub.exists
 
 
-@pytest.mark.parametrize(
-    "repo", ["name", "a/b/c", "oci://host/name:tag", "my-org/name@v1", "my org/na me", "../x"]
-)
+@pytest.mark.parametrize("repo", ["name", "a/b/c", "my-org/name@v1", "my org/na me", "../x"])
 def test_names_that_are_none(repo: str, hub: HubServer, artifact: Path) -> None:
     assert "give it as org/name" in refusal(push(artifact, repo=repo))
 

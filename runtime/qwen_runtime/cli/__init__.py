@@ -9,6 +9,7 @@ from qwen_common.version import DISTRIBUTION
 from qwen_runtime.cli.answer import EPILOG, answer
 from qwen_runtime.cli.bench import bench
 from qwen_runtime.cli.devices import devices
+from qwen_runtime.cli.pull import pull
 from qwen_runtime.cli.serve import serve
 from qwen_runtime.kiosk.commands import COMMANDS as KIOSK_COMMANDS
 
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for _command in (answer, bench, devices, serve, *KIOSK_COMMANDS):
+for _command in (answer, bench, devices, pull, serve, *KIOSK_COMMANDS):
     main.add_command(_command)

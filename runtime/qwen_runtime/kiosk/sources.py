@@ -10,33 +10,21 @@ update back. They cannot change one: the list is signed, and every file is compa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
 
 from qwen_common.errors import UserError, one_line
 from qwen_common.files import parse_json
 from qwen_common.manifest import FileEntry
 from qwen_launcher.bundle import CONTENTS, MOST_BYTES, SIGNATURE, VERSION, at_once, read_bounded
 
-from qwen_runtime.kiosk.web import Web, is_url
+from qwen_runtime.fetch import Place, blocks_of, fetch
+from qwen_runtime.web import Web, is_url
 
 RINGS = "rings.json"
 RING = "all"  # for devices of which nothing else was said
-BLOCK = 1024 * 1024
 _SMALL = 64 * 1024
-
-
-class Place(Protocol):
-    """Files by their path with forward slashes."""
-
-    def read(self, path: str, most: int) -> bytes:
-        """A file of at most `most` bytes."""
-
-    def open(self, path: str, offset: int) -> AbstractContextManager[tuple[int, Iterator[bytes]]]:
-        """A file's blocks, and the offset at which they begin: `offset`, or 0 where that cannot be had."""
 
 
 class Folder:
@@ -53,7 +41,7 @@ class Folder:
         with open(self.root / path, "rb", opener=at_once) as file:
             if offset:
                 file.seek(offset)
-            yield offset, _blocks(file)
+            yield offset, blocks_of(file)
 
 
 class Source:
@@ -97,31 +85,8 @@ class Source:
         Raises:
             UserError: other bytes came than were signed; nothing of them is left.
         """
-        have = to.stat().st_size if to.exists() else 0
-        if not 0 < have < entry["size"] or not self._copy(name, entry, to, have, note):
-            if self._copy(name, entry, to, 0, note):
-                return
+        if not fetch(self._place, self._path(name, entry), entry, to, note):
             raise UserError(f"{one_line(name)} is not as it was signed: copy the bundle there again")
-
-    def _copy(self, name: str, entry: FileEntry, to: Path, have: int, note: Callable[[int], None]) -> bool:
-        """Whether the file is then as it was signed; else it is removed."""
-        digest = hashlib.sha256()
-        opened = self._place.open(self._path(name, entry), have)
-        with opened as (offset, blocks), to.open("r+b" if offset else "wb") as file:
-            for block in _blocks(file) if offset else ():
-                digest.update(block)
-            size = offset
-            for block in blocks:
-                size += len(block)
-                if size > entry["size"]:
-                    break
-                file.write(block)
-                digest.update(block)
-                note(len(block))
-        same = size == entry["size"] and digest.hexdigest() == entry["sha256"]
-        if not same:
-            to.unlink()
-        return same
 
 
 def bundle_folder(folder: Path) -> Source:
@@ -150,8 +115,3 @@ def store(where: str, ring: str) -> Source:
 def object_path(name: str, entry: FileEntry) -> str:
     """Where a store has a file, whatever it is called."""
     return f"objects/{entry['sha256'][:2]}/{entry['sha256']}"
-
-
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(BLOCK):
-        yield block

@@ -20,6 +20,7 @@ from qwen_common.files import replace, sha256
 from qwen_common.manifest import FileEntry
 from qwen_launcher.bundle import CONTENTS, SIGNATURE, Bundle, files_in
 
+from qwen_runtime.fetch import tenths
 from qwen_runtime.kiosk.sources import Source
 
 _BLOCK = 4096  # what a file system gives out at a time
@@ -72,7 +73,7 @@ def stage(folder: Path, bundle: Bundle, source: Source, others: Sequence[Bundle]
         )
     link = free < new + copies
     moved = Moved(total=sum(entry["size"] for entry in missing.values()))
-    tell = _tenths(moved.total, note)
+    tell = tenths("copying", moved.total, note)
     for name, entry in missing.items():
         to = folder / name
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -95,19 +96,6 @@ def stage(folder: Path, bundle: Bundle, source: Source, others: Sequence[Bundle]
     for name, data in zip((CONTENTS, SIGNATURE), bundle.signed, strict=True):
         replace(folder / name, data)
     return moved
-
-
-def _tenths(total: int, note: Note) -> Callable[[int], None]:
-    """What says a line for every tenth of the whole, when told how many bytes are done."""
-    said = -1
-
-    def tell(done: int) -> None:
-        nonlocal said
-        if (tenths := 10 * done // max(1, total)) > said:
-            said = tenths
-            note(f"copying: {10 * tenths}% of {total / 1e9:.2f} GB")
-
-    return tell
 
 
 def _clean(folder: Path, files: Mapping[str, FileEntry]) -> set[str]:

@@ -18,7 +18,7 @@ from qwen_common.errors import UserError
 from qwen_export.bundle.publish import publish
 from qwen_runtime.kiosk.install import Installation
 from qwen_runtime.kiosk.sources import store
-from qwen_runtime.kiosk.web import Web, is_url
+from qwen_runtime.web import Web, is_url
 
 from tests.support.small_kiosk import WEIGHTS, new_key, small_bundle
 from tests.support.web_store import web_store
@@ -53,7 +53,7 @@ def kiosk(key: Path, tmp_path: Path) -> Installation:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_runtime.kiosk.web._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("qwen_runtime.web._PAUSES", (0.01, 0.01))
     monkeypatch.setattr("qwen_runtime.kiosk.sources.Web", lambda url: Web(url, (0.01, 0.01)))
 
 
@@ -210,7 +210,7 @@ def test_answers_that_are_none(answer: bytes) -> None:
 
 
 def test_a_server_that_sends_a_byte_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_runtime.kiosk.web._WINDOW", 0.3)
+    monkeypatch.setattr("qwen_runtime.web._WINDOW", 0.3)
     parts = [OK + b"Content-Length: 1000\r\n\r\n", *[b" "] * 1000]
     with answering(*parts, pause=0.05) as url, pytest.raises(UserError, match="comes too slowly"):
         store(url, "all")

@@ -1,0 +1,166 @@
+"""An artifact from a registry into a folder, which appears when it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from qwen_common.artifact_folder import open_folder
+from qwen_common.errors import UserError, mended_by, one_line
+from qwen_common.files import partial, sha256
+from qwen_common.manifest import MANIFEST, FileEntry, check_files
+from qwen_common.manifest import read as read_manifest
+
+from qwen_runtime.fetch import tenths
+from qwen_runtime.registry import image
+from qwen_runtime.registry.reference import Reference
+from qwen_runtime.registry.registry import Registry
+
+_LOCK, _STAGED = "lock", "pulled"  # in the hidden folder, beside the one that is wanted
+_MOST_MANIFEST = 16 * 1024 * 1024  # bytes of the artifact's own manifest
+_KEPT_FREE = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Attributes:
+    digest: of the manifest in the registry; the same artifact can be had by it again.
+    files: by name.
+    fetched: bytes that came.
+    new: whether the folder was not there before, with the same content.
+    """
+
+    digest: str
+    files: Mapping[str, FileEntry]
+    fetched: int
+    new: bool
+
+
+def pull(reference: Reference, folder: Path, plain_http: bool, note: Callable[[str], None]) -> Pulled:
+    """Make `folder` from what `reference` names; a folder that is the same already is left as it is.
+
+    A tag is looked up once. Every file is compared with its SHA-256 while it is written. What was interrupted
+    lies in a hidden folder beside `folder`, and is gone on with.
+
+    Args:
+        plain_http: without TLS, also to other machines.
+        note: told lines about how far it is.
+
+    Raises:
+        UserError: there is no such artifact, something else is in `folder`, there is no room for it, the
+            registry does not answer, or it is no artifact that may be opened.
+    """
+    folder = Path(os.path.abspath(folder))
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is a link or a file: give a folder that is not there yet")
+    registry = Registry(reference, plain_http=plain_http)
+    data, digest = registry.manifest()
+    files = image.read(data, f"{reference}")
+    if MANIFEST not in files or files[MANIFEST]["size"] > _MOST_MANIFEST:
+        raise UserError(f"{reference} has no {MANIFEST}: it is no artifact that qwen-export pushed")
+    if folder.exists() and any(folder.iterdir()):
+        _check_same(folder, files[MANIFEST], reference)
+        return Pulled(digest, files, 0, new=False)
+    work = partial(folder)
+    _open_work(work)
+    try:
+        with FileLock(work / _LOCK, timeout=0):
+            fetched = _fill(work / _STAGED, files, registry, note)
+            open_folder(work / _STAGED)
+            _put_in_place(work / _STAGED, folder)
+    except Timeout as error:
+        raise UserError(f"{folder} is being pulled by another qwen-run: wait for it") from error
+    shutil.rmtree(work, ignore_errors=True)
+    return Pulled(digest, files, fetched, new=True)
+
+
+def _check_same(folder: Path, manifest: FileEntry, reference: Reference) -> None:
+    """Raises:
+    UserError: `folder` is not the artifact with that manifest.
+    """
+    found = folder / MANIFEST
+    if found.is_file() and found.stat().st_size == manifest["size"] and sha256(found) == manifest["sha256"]:
+        check_files(folder, read_manifest(folder))
+        return
+    raise UserError(
+        f"{folder} has something else than {reference}: give a folder that is not there yet, or move that one"
+    )
+
+
+def _open_work(work: Path) -> None:
+    """Raises:
+    UserError: something of somebody else's has the name of the hidden folder, or it cannot be made.
+    """
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise UserError(f"{work} is in the way: move it elsewhere")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(mended_by(error) or f"cannot write {work}: {error.strerror}") from error
+    found = {path.name for path in work.iterdir()}
+    if strange := sorted(found - {_LOCK, _STAGED}) or sorted(found if _LOCK not in found else ()):
+        raise UserError(f"{work} has {strange[0]}, which no pull made: move it elsewhere")
+
+
+def _fill(
+    staged: Path, files: Mapping[str, FileEntry], registry: Registry, note: Callable[[str], None]
+) -> int:
+    """Make `staged` the folder of exactly `files`; what is right of its content is kept.
+
+    Returns:
+        Bytes that came.
+    """
+    staged.mkdir(exist_ok=True)
+    for path in staged.iterdir():
+        if path.is_symlink() or path.name not in files:
+            path.unlink()
+    # The smallest of all says what the others must be, before any of them comes.
+    _fetch(registry, files[MANIFEST], staged / MANIFEST, lambda _: None)
+    listed = read_manifest(staged)["files"]
+    others = {name: entry for name, entry in files.items() if name != MANIFEST}
+    for name in sorted(others.keys() | listed.keys()):
+        if others.get(name) != listed.get(name):
+            raise UserError(
+                f"{registry.reference} and its {MANIFEST} do not agree about {one_line(name)}: push it again"
+            )
+    missing = {name: entry for name, entry in others.items() if not _is_whole(staged / name, entry)}
+    total = sum(entry["size"] for entry in missing.values())
+    have = sum((staged / name).stat().st_size for name in missing if (staged / name).exists())
+    if (free := shutil.disk_usage(staged).free) < total - have + _KEPT_FREE:
+        raise UserError(
+            f"{total - have + _KEPT_FREE:,} bytes are still to come and {staged.parent.parent} has {free:,} "
+            "free: make room for it"
+        )
+    came = 0
+    tell = tenths("pulling", total - have, note)
+
+    def count(size: int) -> None:
+        nonlocal came
+        came += size
+        tell(min(came, total - have))
+
+    for name, entry in missing.items():
+        _fetch(registry, entry, staged / name, count)
+    return came
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]
+
+
+def _fetch(registry: Registry, entry: FileEntry, to: Path, count: Callable[[int], None]) -> None:
+    if _is_whole(to, entry):
+        return
+    registry.fetch(entry, to, count)
+    with to.open("r+b") as file:
+        os.fsync(file.fileno())  # its bytes are on the disk before the folder has its name
+
+
+def _put_in_place(staged: Path, folder: Path) -> None:
+    if folder.exists():
+        folder.rmdir()  # it was empty: else the system refuses
+    os.replace(staged, folder)
