@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from qwen_common.errors import UserError
 from qwen_common.manifest import Manifest
+from qwen_common.replacing import put_in_place
 from qwen_profiles.schema import Profile
 
 from qwen_export.backends.protocol import ExportOptions
@@ -22,7 +23,7 @@ from qwen_export.backends.registry import export_backend
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.text_files import check_text_files
 from qwen_export.describe import describe, model_name
-from qwen_export.output import STAGED, check_output, put_in_place, work_folder
+from qwen_export.output import ADVICE, STAGED, check_output, work_folder
 from qwen_export.progress import Progress
 
 
@@ -82,7 +83,7 @@ def export(
         with FileLock(work / "lock", timeout=0):
             staged = work / STAGED
             manifest = describe(checkpoint, profile, staged, write(work, progress))
-            put_in_place(staged, output)
+            put_in_place(staged, output, ADVICE)
     except Timeout as error:
         raise UserError(f"another export is writing {output}: wait for it to end") from error
     except OSError as error:

@@ -1,21 +1,18 @@
-"""The folder that an export writes: refused where it would replace what is not ours, put in place at once."""
+"""The folder that an export writes, and the hidden one beside it in which it is made."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 from qwen_common.errors import UserError, mended_by
-from qwen_common.files import partial
-from qwen_common.manifest import listed_files
+from qwen_common.replacing import FILE_MANAGERS, REPLACED, check_replaceable
 
 STAGED = "artifact"  # in the hidden folder of an export, what becomes the output
 # What an export keeps in its hidden folder until it is done.
-_WORK = {"lock", "fingerprint", "journal.jsonl", "weights", "replaced", STAGED}
-# What file managers leave in every folder that they show.
-_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+_WORK = {"lock", "fingerprint", "journal.jsonl", "weights", REPLACED, STAGED}
+ADVICE = "choose another folder with -o"
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
@@ -42,7 +39,7 @@ def check_output(output: Path, source: Path, force: bool) -> None:
             raise UserError(
                 f"{output} already exists: choose another folder with -o, or replace it with --force"
             )
-        _check_replaceable(output)
+        check_replaceable(output, ADVICE)
     work = _work(output)
     if not work.is_file():  # `work_folder` has more to say
         _check_writable(work)
@@ -84,53 +81,6 @@ def work_folder(output: Path) -> Path:
         raise UserError(f"{work} is in the way of the export: move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
     found = {path.name for path in work.iterdir()}
-    if strange := sorted(found - _WORK - _FILE_MANAGERS) or sorted(found if "lock" not in found else ()):
+    if strange := sorted(found - _WORK - FILE_MANAGERS) or sorted(found if "lock" not in found else ()):
         raise UserError(f"{work} has {strange[0]}, which no export made: move it elsewhere")
     return work
-
-
-def put_in_place(staged: Path, output: Path) -> None:
-    """Rename `staged` to `output`; an older artifact of that name goes away only then.
-
-    Raises:
-        UserError: what is at `output` by now is no artifact.
-    """
-    if not output.exists():
-        os.replace(staged, output)
-        return
-    _check_replaceable(output)
-    old = staged.parent / "replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        os.replace(output, old)
-        os.replace(staged, output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            os.replace(old, output)
-        raise
-
-
-def _check_replaceable(output: Path) -> None:
-    """Only an artifact is replaced, and an empty folder.
-
-    Raises:
-        UserError: it is neither, or has something that its manifest does not name.
-    """
-    if not output.is_dir():
-        raise UserError(f"{output} is a file: choose another folder with -o")
-    found = {path.relative_to(output).as_posix() for path in output.rglob("*")}
-    found = {name for name in found if Path(name).name not in _FILE_MANAGERS}
-    if not found:
-        return
-    ours = listed_files(output)
-    if ours is None:
-        raise UserError(
-            f"{output} is not an artifact of qwen-export, and is not replaced: choose another folder with "
-            "-o, or remove it yourself"
-        )
-    ours |= {partial(output / name).name for name in ours}  # of a verification that was killed
-    if strange := sorted(found - ours):
-        raise UserError(
-            f"{output} has {strange[0]}, which no export made, and is not replaced: move that elsewhere, or "
-            "choose another folder with -o"
-        )

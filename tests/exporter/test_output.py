@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from qwen_common.errors import UserError
+from qwen_common.replacing import put_in_place
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.export import export
-from qwen_export.output import check_output, put_in_place, work_folder
+from qwen_export.output import ADVICE, check_output, work_folder
 from qwen_profiles.schema import load_profile
 from qwen_runtime.artifact import Artifact
 
@@ -140,7 +141,7 @@ def test_the_older_artifact_comes_back_where_the_last_step_fails(
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        put_in_place(staged, output)
+        put_in_place(staged, output, ADVICE)
     assert hashes(output) == before
 
 
@@ -152,5 +153,5 @@ def test_what_came_while_the_export_ran_is_not_lost(tmp_path: Path) -> None:
     staged = tmp_path / "work" / "artifact"
     staged.mkdir(parents=True)
     with pytest.raises(UserError, match="is not an artifact"):
-        put_in_place(staged, output)
+        put_in_place(staged, output, ADVICE)
     assert (output / "letter.txt").read_text() == "mine" and staged.exists()

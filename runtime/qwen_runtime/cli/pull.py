@@ -14,6 +14,7 @@ _EPILOG = """\b
 Examples:
   qwen-run pull oci://registry.example/models/qwen3.5-4b:stable model
   qwen-run pull oci://registry.example/models/qwen3.5-4b@sha256:1f0e... model --json
+  qwen-run pull oci://registry.example/models/qwen3.5-4b:stable model --force
   qwen-run pull oci://localhost:5000/qwen3.5-4b:1 model && qwen-run model "Hello"
 """
 
@@ -21,15 +22,27 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.argument("reference", metavar="oci://HOST/NAME[:TAG][@DIGEST]")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--force", is_flag=True, help="Replace another artifact; what is the same is not fetched again."
+)
+@click.option("--verify", is_flag=True, help="Compare every file of a FOLDER that is there already.")
 @click.option("--plain-http", is_flag=True, help="Without TLS; to this machine it always is.")
 @JSON
 @DEBUG
-def pull(reference: str, folder: Path, plain_http: bool, as_json: bool, debug: bool) -> None:
+def pull(
+    reference: str,
+    folder: Path,
+    force: bool,
+    verify: bool,
+    plain_http: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
     """Make FOLDER from an artifact that `qwen-export push` put into an OCI registry.
 
-    FOLDER appears when it is whole and every file is as it was pushed; one that has something else is left
-    alone. A pull that was stopped goes on when the same command is run again. Prints the digest, by which
-    other machines get exactly the same.
+    FOLDER appears when it is whole and every file is as it was pushed. One that has something else is left
+    alone, unless it is an artifact and --force is given. A pull that was stopped goes on when the same
+    command is run again. Prints the digest, by which other machines get exactly the same.
 
     Logins are those of docker login, podman login and REGISTRY_AUTH_FILE.
     """
@@ -38,7 +51,9 @@ def pull(reference: str, folder: Path, plain_http: bool, as_json: bool, debug: b
         from qwen_runtime.registry.reference import Reference
 
         named = Reference.parse(reference)
-        done = fetch(named, folder, plain_http, lambda line: click.echo(line, err=True))
+        done = fetch(
+            named, folder, lambda line: click.echo(line, err=True), plain_http, force=force, verify=verify
+        )
         if as_json:
             told = {"reference": reference, "digest": done.digest, "folder": str(folder), "new": done.new}
             sizes = {name: entry["size"] for name, entry in done.files.items()}

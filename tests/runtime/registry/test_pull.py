@@ -82,7 +82,7 @@ def test_the_same_again(registry: RegistryServer, pushed: str, tmp_path: Path) -
     assert json.loads(pull(registry, tmp_path / "a", "--json").stdout)["new"] is False
     assert registry.bytes_out == before and (tmp_path / "a" / "notes.md").read_text() == "mine"
     (tmp_path / "a" / "genai_config.json").write_text("{}")
-    assert "changed since the export" in refusal(pull(registry, tmp_path / "a"))
+    assert "mend it with --force" in refusal(pull(registry, tmp_path / "a"))
 
 
 def test_what_is_there_stays(registry: RegistryServer, layers: Layers, pushed: str, tmp_path: Path) -> None:
@@ -101,6 +101,83 @@ def test_what_is_there_stays(registry: RegistryServer, layers: Layers, pushed: s
         assert "is a link or a file" in refusal(pull(registry, tmp_path / name))
     assert "Not a directory" in refusal(pull(registry, tmp_path / "file" / "a"))
     assert hashes(tmp_path) == before and not work(tmp_path / "mine").exists()
+
+
+def test_another_version_in_its_place(
+    registry: RegistryServer, layers: Layers, pushed: str, cpu_artifact: Path, tmp_path: Path
+) -> None:
+    """Only what changed is fetched; a folder with something of somebody's stays."""
+    folder = tmp_path / "a"
+    assert pull(registry, folder).exit_code == 0
+    new = dict(layers)
+    new["chat_template.jinja"] += b"{# new #}"
+    manifest = json.loads(new["manifest.json"])
+    manifest["files"]["chat_template.jinja"] = {
+        "size": len(new["chat_template.jinja"]),
+        "sha256": digest_of(new["chat_template.jinja"])[7:],
+    }
+    new["manifest.json"] = json.dumps(manifest).encode()
+    registry.put("2", list(new.items()))
+    assert "or replace an artifact with --force" in refusal(pull(registry, folder, version=":2"))
+    (folder / "thesis.txt").write_text("years")
+    assert "has thesis.txt" in refusal(pull(registry, folder, "--force", version=":2"))
+    (folder / "thesis.txt").unlink()
+    done = json.loads(pull(registry, folder, "--force", "--json", version=":2").stdout)
+    assert (done["fetched"], done["new"]) == (len(new["chat_template.jinja"]), True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == new
+    assert all(path.stat().st_nlink == 1 for path in folder.iterdir()) and not work(folder).exists()
+    assert pull(registry, folder, "--force", version=":1").exit_code == 0
+    assert hashes(folder) == hashes(cpu_artifact)
+
+
+def test_a_damaged_folder_is_mended(
+    registry: RegistryServer,
+    pushed: str,
+    cpu_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "a"
+    assert pull(registry, folder).exit_code == 0
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    monkeypatch.setattr("qwen_common.manifest.HASHED_BYTES", 0)
+    assert pull(registry, folder).exit_code == 0, "of its size"
+    assert "mend it with --force" in refusal(pull(registry, folder, "--verify"))
+    (folder / "vocab.json").unlink()
+    assert "mend it with --force" in refusal(pull(registry, folder))
+    done = json.loads(pull(registry, folder, "--force", "--verify", "--json").stdout)
+    assert done["fetched"] == done["files"]["model.onnx.data"] + done["files"]["vocab.json"]
+    assert hashes(folder) == hashes(cpu_artifact)
+
+
+def test_a_file_that_was_taken_is_never_written_to(
+    registry: RegistryServer, pushed: str, cpu_artifact: Path, tmp_path: Path
+) -> None:
+    """A pull that was stopped has a link to the older artifact's file, whose owner changes it then."""
+    folder = tmp_path / "a"
+    assert pull(registry, folder).exit_code == 0
+    (folder / "genai_config.json").write_text("{}")
+    staged = work(folder) / "pulled"
+    staged.mkdir(parents=True)
+    (staged.parent / "lock").touch()
+    (folder / "vocab.json").write_text("mine")
+    (staged / "vocab.json").hardlink_to(folder / "vocab.json")
+    (tmp_path / "kept").hardlink_to(folder / "vocab.json")
+    assert pull(registry, folder, "--force").exit_code == 0
+    assert hashes(folder) == hashes(cpu_artifact) and (tmp_path / "kept").read_text() == "mine"
+
+
+def test_the_older_one_stays_until_the_new_one_is_whole(
+    registry: RegistryServer, layers: Layers, pushed: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    assert pull(registry, folder).exit_code == 0
+    before = hashes(folder)
+    registry.put("2", [*layers[:-1], (layers[-1][0], b"{}")])
+    assert "do not agree" in refusal(pull(registry, folder, "--force", version=":2"))
+    assert hashes(folder) == before
 
 
 @pytest.mark.parametrize("redirects", [False, True])
