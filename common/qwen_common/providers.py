@@ -51,6 +51,8 @@ class Provider:
         casts_float16: ONNX Runtime casts to float32 what it has no float16 kernel for.
         weight_bits: of a code of MatMulNBits and QMoE, what a run has shown right. A profile with another
             width is refused.
+        fp4_experts: the ONNX Runtime from which on its QMoE reads MXFP4 and NVFP4 experts (run); None: it
+            does not.
         zero_points_required, exact_blocks, silu_inside: as in the exporter's `graph.targets.Target`.
     """
 
@@ -80,6 +82,7 @@ class Provider:
     wrong: frozenset[str] = frozenset()
     casts_float16: bool = False
     weight_bits: frozenset[int] = frozenset({4, 8})
+    fp4_experts: str | None = None
     zero_points_required: bool = False
     exact_blocks: bool = False
     silu_inside: bool = True
@@ -100,6 +103,8 @@ CPU = Provider(
     casts_float16=True,
     # tests/exporter/graph/test_experts_kernel.py, tests/exporter/quantize/test_blockwise.py
     weight_bits=frozenset({2, 4, 8}),
+    # tests/exporter/graph/test_fp4_experts_kernel.py; 1.31 has no such kernel (run).
+    fp4_experts="1.32",
     # Its kernels apply SiLU value by value, several times slower than QuickGelu, which is vectorised.
     silu_inside=False,
 )

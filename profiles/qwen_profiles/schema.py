@@ -164,6 +164,10 @@ class Profile(_Frozen):
     layer_weights: dict[int, dict[Role, WeightFormat]] = {}
     """By layer, the formats of roles that differ there, as `--auto-precision` chooses them."""
 
+    carry_over: bool = True
+    """Weights that a checkpoint has in codes already keep them, whatever `weights` says, where a kernel takes
+    them. False: they are dequantised, and stored as `weights` says."""
+
     compression: Literal["data-free", "scale-estimation", "awq", "gptq"] = "data-free"
     """How scales and codes of 2- and 4-bit weights are found: from the weights alone, or from activations on
     a calibration text too. For ONNX Runtime that is `gptq`, layer by layer; for OpenVINO it is NNCF's, with

@@ -20,7 +20,6 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.head import settle_head
 from qwen_export.checkpoint.tensors.fused import join_fused, split_fused
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 
 _NAMED = 3  # modules that a note names
 _OWN_FILES = ("chat_template.jinja", "tokenizer.json")
@@ -54,18 +53,11 @@ def with_adapters(checkpoint: Checkpoint, given: Sequence[str]) -> Checkpoint:
             _refuse_clash(name, (adapter, update), before)
             before.append((adapter, update))
         notes += _notes(checkpoint, adapter, placed)
-    codes = 0
     for name, found in changes.items():
         base = tensors[name]
         if isinstance(base, PlainTensor) and base.dtype not in FLOATS:
             continue  # `Checkpoint.check` says what is wrong with it
-        codes += isinstance(base, PrequantizedTensor) and base.scheme is not None
         tensors[name] = MergedTensor(base, name, tuple(update for _, update in found))
-    if codes:
-        notes.append(
-            f"{codes} tensors that an adapter changes are integer codes in the checkpoint: dequantised, "
-            "merged, and quantised again by the profile"
-        )
     if tied and changes.get(EMBEDDING) == changes.get(LM_HEAD):
         del tensors[LM_HEAD]
     elif tied and (config := settle_head(config, tensors)) is not checkpoint.config:

@@ -11,7 +11,7 @@ from qwen_export.gguf.tensors import FLOATS, KEPT
 
 
 def inspect_gguf(source: str, mmproj: Path | None = None) -> dict[str, Any]:
-    """Geometry, tensors by type, tokenizer and template, and the notes that an export would give.
+    """Geometry, tensors by type, tokenizer and template, and what is not read.
 
     Raises:
         UserError: as `open_gguf`.

@@ -8,21 +8,19 @@ Source: llama.cpp's conversion/qwen.py and src/models/qwen35.cpp.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD, TextConfig
 from qwen_export.architecture.mtp import MTP
 from qwen_export.checkpoint.tensors.experts import stack_experts
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.gguf.file import Stored
-from qwen_export.gguf.tensors import FLOATS, Mapped, joined, rows, tensor
+from qwen_export.gguf.tensors import Mapped, joined, rows, tensor
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _NAMES = {
@@ -86,12 +84,10 @@ class Layout(NamedTuple):
     Attributes:
         tensors: the model's, and those of its MTP head, by name.
         unread: llama.cpp's names of those that are none of the model's.
-        notes: what is not kept as it is stored: a line for each.
     """
 
     tensors: dict[str, CheckpointTensor]
     unread: list[str]
-    notes: list[str]
 
 
 def lay_out(stored: Mapping[str, Stored], config: TextConfig) -> Layout:
@@ -109,19 +105,18 @@ def lay_out(stored: Mapping[str, Stored], config: TextConfig) -> Layout:
                 f"{stored[name].file}: {name} is a scale of NVFP4's, which is not supported yet: give a file "
                 "in another quantisation"
             )
-    return Layout(stack_experts(reader.tensors), unread, _dequantised(stored, reader))
+    return Layout(stack_experts(reader.tensors), unread)
 
 
 class _Reader:
     def __init__(self, config: TextConfig) -> None:
         self._config = config
         self.tensors: dict[str, CheckpointTensor] = {}
-        self.origins: dict[str, list[str]] = {}
 
     def take(self, name: str, stored: Stored) -> bool:
         """Whether `stored` is one of the model's."""
         if ours := _NAMES.get(name):
-            self._put(name, ours, stored)
+            self._put(ours, stored)
             return True
         if not (found := _BLOCK.fullmatch(name)):
             return False
@@ -131,16 +126,16 @@ class _Reader:
         elif layer == self._config.num_hidden_layers:
             prefix = f"{MTP}layers.0."
             if part in _NEXTN:
-                self._put(name, MTP + _NEXTN[part], stored)
+                self._put(MTP + _NEXTN[part], stored)
                 return True
         else:
             return False
         if part in _EXPERTS:
-            self._experts(name, f"{prefix}mlp.experts.", _EXPERTS[part], stored)
+            self._experts(f"{prefix}mlp.experts.", _EXPERTS[part], stored)
         elif part == "attn_qkv.weight" and self._attends(layer):
-            self._fused_attention(name, prefix, stored)
+            self._fused_attention(prefix, stored)
         elif part in _PARTS:
-            self._put(name, prefix + _PARTS[part], stored)
+            self._put(prefix + _PARTS[part], stored)
         else:
             return False
         return True
@@ -149,11 +144,10 @@ class _Reader:
         types = self._config.layer_types
         return layer >= len(types) or types[layer] == "full_attention"
 
-    def _put(self, origin: str, name: str, stored: Stored) -> None:
+    def _put(self, name: str, stored: Stored) -> None:
         self.tensors[name] = self._read(name, stored)
-        self.origins.setdefault(origin, []).append(name)
 
-    def _experts(self, origin: str, prefix: str, kinds: tuple[str, ...], stored: Stored) -> None:
+    def _experts(self, prefix: str, kinds: tuple[str, ...], stored: Stored) -> None:
         if len(stored.shape) != 3 or stored.shape[1] % len(kinds):
             raise _wrong_shape(stored)
         count, height = stored.shape[0], stored.shape[1] // len(kinds)
@@ -161,16 +155,16 @@ class _Reader:
             whole = replace(rows(stored, expert, expert + 1), shape=stored.shape[1:])
             for place, kind in enumerate(kinds):
                 part = rows(whole, place * height, (place + 1) * height)
-                self._put(origin, f"{prefix}{expert}.{kind}_proj.weight", part)
+                self._put(f"{prefix}{expert}.{kind}_proj.weight", part)
 
-    def _fused_attention(self, origin: str, prefix: str, stored: Stored) -> None:
+    def _fused_attention(self, prefix: str, stored: Stored) -> None:
         sizes = (self._config.query_gate_dim, self._config.kv_dim, self._config.kv_dim)
         if stored.shape[0] != sum(sizes):
             raise _wrong_shape(stored)
         start = 0
         for kind, height in zip("qkv", sizes, strict=True):
             part = rows(stored, start, start + height)
-            self._put(origin, f"{prefix}self_attn.{kind}_proj.weight", part)
+            self._put(f"{prefix}self_attn.{kind}_proj.weight", part)
             start += height
 
     def _read(self, name: str, stored: Stored) -> CheckpointTensor:
@@ -224,21 +218,6 @@ def _less_one(values: np.ndarray) -> np.ndarray:
 def _logarithm(values: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):  # the caller looks for NaN
         return np.log(-values.astype(np.float64)).astype(np.float32)
-
-
-def _dequantised(stored: Mapping[str, Stored], reader: _Reader) -> list[str]:
-    """A line for each type of which no kernel takes the codes."""
-    kinds: Counter[GGMLQuantizationType] = Counter()
-    for origin, names in reader.origins.items():
-        found = reader.tensors[names[0]]
-        keeps = isinstance(found, PrequantizedTensor) and found.scheme
-        if stored[origin].kind not in FLOATS and not keeps:
-            kinds[stored[origin].kind] += 1
-    return [
-        f"{count} tensors in {kind.name} are dequantised, because no kernel here takes their codes; then "
-        "they are stored as the profile says"
-        for kind, count in sorted(kinds.items())
-    ]
 
 
 def _wrong_shape(stored: Stored) -> UserError:

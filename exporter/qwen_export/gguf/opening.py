@@ -60,7 +60,8 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
         )
     text["eos_token_id"] = tokenizer.ends
     config = _checked(file, lambda: config_class(text["model_type"])(**text))
-    tensors, unread, notes = lay_out(file.tensors, config)
+    tensors, unread = lay_out(file.tensors, config)
+    notes = []
     vision: VisionConfig | None = None
     files = {"config.json": text, GENERATION_CONFIG: _generation(file, tokenizer)}
     if mmproj:

@@ -5,6 +5,7 @@ Source of the types' layouts: ggml-common.h; those that are not kept are dequant
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -24,6 +25,7 @@ from qwen_export.checkpoint.tensors.tensor import (
     Scheme,
     common_scheme,
     float32,
+    forms_of,
 )
 from qwen_export.gguf.file import Stored
 from qwen_export.quantize.blockwise import Quantization, pack_codes
@@ -54,6 +56,10 @@ class GgufTensor:
     shape: tuple[int, ...]
     words: PlainTensor
     heads: tuple[int, ...] = ()
+
+    @property
+    def forms(self) -> Counter[str]:
+        return Counter() if self.kind in FLOATS else Counter([self.kind.name])
 
     @property
     def nbytes(self) -> int:
@@ -156,6 +162,10 @@ class Joined:
     @property
     def files(self) -> frozenset[Path]:
         return frozenset().union(*(part.files for part in self.parts))
+
+    @property
+    def forms(self) -> Counter[str]:
+        return sum((forms_of(part) for part in self.parts), Counter())
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.concatenate([part.read(first, last) for part, first, last in self._inside(start, stop)])

@@ -30,6 +30,8 @@ DATA_TYPES = {
     "bool": 9,
     "float16": 10,
     "float64": 11,
+    "float8_e4m3fn": 17,
+    "float8_e8m0fnu": 24,
 }
 # Large tensors start on Windows' mapping granularity so that ONNX Runtime can map instead of copy them.
 _SMALL_ALIGNMENT = 64

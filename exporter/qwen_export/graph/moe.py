@@ -16,7 +16,7 @@ from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.silu import silu
 from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import Storage, Weight, interleave_gate_up
-from qwen_export.quantize.blockwise import Quantization
+from qwen_export.quantize.fp4 import Fp4
 
 
 def mixture_of_experts(g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, name: str, x: Value) -> Value:
@@ -43,7 +43,9 @@ def _fused_experts(
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     # QMoE has one block size, which must divide the rows of both projections.
     stacks = first, second = f"{name}.gate_up_proj", f"{name}.down_proj"
-    storage = recipe.storage(recipe.role(first), math.gcd(hidden, inner), stacks, whole_blocks=True)
+    storage = recipe.fp4_experts(stacks) or recipe.storage(
+        recipe.role(first), math.gcd(hidden, inner), stacks, whole_blocks=True
+    )
     gate_up = replace(_stack(recipe, first, storage), transform=interleave_gate_up)
     down = _stack(recipe, second, storage)
     # swiglu(gate, up) = gate * sigmoid(alpha * gate) * (up + beta), with the two in turn along the rows.
@@ -57,9 +59,22 @@ def _fused_experts(
     }
     logits = g.reshape(logits, -1, config.num_experts)
     rows, columns = g.weight(gate_up), g.weight(down)
-    if not isinstance(storage, Quantization):
+    if isinstance(storage, np.dtype):
         return g.op("MoE", x, logits, *rows, None, *columns, None, **common)
     inputs: list[Value | None] = [x, logits, *rows[:2], None, *columns[:2], None]
+    if isinstance(storage, Fp4):
+        return g.op(
+            "QMoE",
+            *inputs,
+            *[None] * 7,
+            rows[2],
+            columns[2],
+            **common,
+            expert_weight_bits=4,
+            block_size=storage.block_size,
+            quant_type=storage.quant_type,
+            weights_prepacked=1,  # along K, which is the only layout that the CPU takes
+        )
     if not storage.symmetric:
         inputs += [None, None, None, rows[2], columns[2]]
     return g.op(

@@ -9,10 +9,11 @@ import numpy as np
 from qwen_profiles.schema import Role, WeightFormat
 
 from qwen_export.architecture.tensors import TensorSpec, layer_of
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, common_scheme
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, Fp4Experts, common_scheme
 from qwen_export.graph.targets import Target
 from qwen_export.graph.weights import Rows, Storage, Transform, Weight
 from qwen_export.quantize.blockwise import Quantization
+from qwen_export.quantize.fp4 import Fp4
 
 # MatMulNBits' schema; the smallest of 2 bits that has a quick kernel.
 _SMALLEST_BLOCK = {2: 32, 4: 16, 8: 16}
@@ -26,8 +27,9 @@ class Recipe:
     Attributes:
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
         scale_dtype: of quantised weights' scales; None: the activations'.
-        tensors: the checkpoint's. Those that are integer codes already keep them.
+        tensors: the checkpoint's.
         layers: by layer, the formats of roles that differ there.
+        carry_over: tensors that are codes already keep them, where the target has a kernel for them.
         specs: shapes and roles of the model's tensors.
         switched: tensors that an adapter changes at run time.
     """
@@ -39,6 +41,7 @@ class Recipe:
     scale_dtype: np.dtype | None = None
     tensors: Mapping[str, CheckpointTensor] = field(default_factory=dict)
     layers: Mapping[int, Mapping[Role, WeightFormat]] = field(default_factory=dict)
+    carry_over: bool = True
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     switched: Collection[str] = ()
 
@@ -87,13 +90,21 @@ class Recipe:
             self._format(role, tensors), in_features, whole, even
         )
 
+    def fp4_experts(self, stacks: Collection[str]) -> Fp4 | None:
+        """The form of experts that are 4-bit floats already, where the target's QMoE reads it."""
+        if not (self.carry_over and self.target.fp4_experts):
+            return None
+        found = [self.tensors.get(name) for name in stacks]
+        forms = {tensor.fp4_experts if isinstance(tensor, Fp4Experts) else None for tensor in found}
+        return forms.pop() if len(forms) == 1 else None
+
     def _prequantized(self, in_features: int, tensors: Collection[str], even: bool) -> Quantization | None:
         """The form that takes the codes of all `tensors` as they are; None if there is none.
 
         A group of codes may be cut into smaller blocks, which share its scale and zero point.
         """
         scheme = common_scheme(self.tensors[name] for name in tensors if name in self.tensors)
-        if scheme is None:
+        if scheme is None or not self.carry_over:
             return None
         block = min(scheme.group_size & -scheme.group_size, _LARGEST_BLOCK)
         return self._fitting(scheme.bits, block, scheme.symmetric, in_features, True, even, prequantized=True)

@@ -22,6 +22,7 @@ class Target:
         operators: com.microsoft operators that the graph may use.
         zero_points_required: MatMulNBits must be given its zero points.
         exact_blocks: MatMulNBits' block size must divide K, and into an even number of blocks.
+        fp4_experts: the ONNX Runtime from which on QMoE reads 4-bit floats; None: it does not.
         silu_inside: GatedRMSNorm and CausalConvWithState apply SiLU themselves.
     """
 
@@ -30,6 +31,7 @@ class Target:
     operators: frozenset[str]
     zero_points_required: bool = False
     exact_blocks: bool = False
+    fp4_experts: str | None = None
     silu_inside: bool = True
 
     def has(self, operator: str) -> bool:
@@ -82,4 +84,9 @@ CONTRIB_OPERATORS = FUSED.operators | PORTABLE.operators
 def target_for(lowering: str, provider: str) -> Target:
     """The lowering's target, without the operators that the provider lacks."""
     target, record = {FUSED.name: FUSED, PORTABLE.name: PORTABLE}[lowering], PROVIDERS[provider]
-    return replace(target, operators=target.operators - record.lacks, silu_inside=record.silu_inside)
+    return replace(
+        target,
+        operators=target.operators - record.lacks,
+        fp4_experts=record.fp4_experts,
+        silu_inside=record.silu_inside,
+    )

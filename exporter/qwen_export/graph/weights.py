@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qwen_export.quantize.blockwise import Quantization
+from qwen_export.quantize.fp4 import Fp4
 
 Transform = Callable[[np.ndarray], np.ndarray]
-Storage = np.dtype | Quantization
+Storage = np.dtype | Quantization | Fp4
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Weight:
     """One weight of the graph: `rows` stacked along axis 0, transformed, stored.
 
     Attributes:
-        name: initializer name; a quantised weight adds `.scales` and `.zero_points` to it.
+        name: initializer name; a quantised weight adds `.scales` and `.zero_points` to it, 4-bit floats
+            `.scales` and `.factors`.
         role: as in the model's table of tensors (`mlp`, `attention`, `norm`, ...), for sizes by role.
         rows: runs of rows, in the order in which they are stacked.
         row_shape: shape of one row; `(in_features,)` for a projection, `()` for a vector,
             `(out_features, in_features)` for fused experts, of which each is a row.
-        storage: a float dtype, or a `Quantization` of the last axis.
+        storage: a float dtype, a `Quantization` of the last axis, or 4-bit floats of experts.
         transform: what is done to rows before they are stored; gives them `row_shape`. None: nothing.
         reshaped: the shape it is stored in, where that is not rows by row; same number of elements.
         side_by_side: rows that are matrices [N, K] are put beside each other, as one [N, rows * K].
@@ -75,12 +77,14 @@ class Weight:
     @property
     def of_experts(self) -> bool:
         """Each row is an expert's quantised matrix."""
-        return isinstance(self.storage, Quantization) and len(self.row_shape) == 2
+        return not isinstance(self.storage, np.dtype) and len(self.row_shape) == 2
 
     @property
     def prequantized(self) -> bool:
         """Stored with the checkpoint's own codes and scales."""
-        return isinstance(self.storage, Quantization) and self.storage.prequantized
+        return isinstance(self.storage, Fp4) or (
+            isinstance(self.storage, Quantization) and self.storage.prequantized
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,11 +95,17 @@ class Weight:
 
     def layout(self) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
         """(initializer name, dtype, shape) of each tensor that this weight is stored as, in file order."""
-        if not isinstance(self.storage, Quantization):
+        if isinstance(self.storage, np.dtype):
             return [(self.name, self.storage, self.shape)]
         *experts, n, k = self.shape
         form = self.storage
         uint8 = np.dtype(np.uint8)
+        if isinstance(form, Fp4):
+            return [
+                (self.name, uint8, (*experts, n, k // 2)),
+                (f"{self.name}.scales", form.scale_dtype, (*experts, n, k // form.block_size)),
+                (f"{self.name}.factors", np.dtype(np.float32), tuple(experts)),
+            ]
         packed: tuple[int, ...] = form.packed_shape(n, k)
         if experts:  # com.microsoft::QMoE has no axis of blocks
             packed = (n, packed[1] * packed[2])

@@ -29,7 +29,8 @@ from qwen_runtime.provider import Choice, load_first
 from qwen_runtime.resident import release_mapped
 from qwen_runtime.tokenizer import Tokenizer
 
-_UNKNOWN_OPERATOR = "is not a registered function/op"  # ONNX Runtime, of a graph that it is too old for
+# ONNX Runtime, of a graph that it is too old for; the second, 1.31 of experts in 4-bit floats.
+_TOO_OLD = ("is not a registered function/op", "Could not find an implementation for QMoE(")
 
 
 class GenAIGenerator(LogitsGenerator, ImageGenerator, RewindableGenerator, OutputGenerator, Protocol):
@@ -136,7 +137,7 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
     except Exception as error:
         if (advice := damaged(artifact, error)) is not None:
             raise advice from error
-        if _UNKNOWN_OPERATOR not in str(error):
+        if not any(text in str(error) for text in _TOO_OLD):
             raise
         needed = (further_graphs(artifact.manifest, name) or artifact.manifest)["onnxruntime"]
         raise UserError(

@@ -1,6 +1,6 @@
 """QMoE of ONNX Runtime's CPU provider reads MXFP4 and NVFP4 experts as ml_dtypes decodes them.
 
-No recipe makes them: docs/kernels.md says what they are good for.
+No recipe makes them; those of checkpoints are carried over: docs/checkpoints.md.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from qwen_export.backends.onnx.stream import (
 from qwen_export.backends.onnx.switched import check_switched, write_switched
 from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.dequantised import dequantised
 from qwen_export.graph.attention import check_heads
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.output import STAGED
@@ -50,6 +51,13 @@ def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, pr
         check_heads(checkpoint.config, target)
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
     check_switched(checkpoint, graphs)
+    sources = graphs.sources()
+    for line in dequantised(
+        {name: checkpoint.tensors[name] for name in sources},
+        [name for name, kept in sources.items() if kept],
+        *([] if profile.carry_over else ["as carry_over = false asks"]),
+    ):
+        progress.note(line)
     text = None
     if profile.compression == "gptq":
         text = calibration_samples(checkpoint, options.calibration, SAMPLES)
@@ -100,7 +108,7 @@ def _write(
     config = genai_config(checkpoint, profile)
     (staged / GENAI_CONFIG).write_bytes(as_json(config))
     context = config["model"]["context_length"]
-    runs_on: RunsOn = {"lowering": graphs.target.name, "onnxruntime": graphs.target.onnxruntime}
+    runs_on: RunsOn = {"lowering": graphs.target.name, "onnxruntime": graphs.onnxruntime()}
     if graphs.further:
         runs_on["further_graphs"] = [_further(checkpoint, other, context, staged) for other in graphs.further]
     return Written(

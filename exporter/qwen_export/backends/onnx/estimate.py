@@ -23,11 +23,13 @@ from qwen_export.backends.onnx.files import MODEL_FILE, MTP_FILE, SPECULATIVE_FI
 from qwen_export.backends.onnx.graphs import Graphs, build_graphs, targets
 from qwen_export.backends.onnx.proto import model_size
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import Fp4Experts, PrequantizedTensor
 from qwen_export.graph.builder import Node
 from qwen_export.graph.model import cache_bytes_per_token, states
 from qwen_export.graph.weights import ExternalTensor, Weight
 from qwen_export.planner.estimate import Estimate
+from qwen_export.quantize.blockwise import Quantization
+from qwen_export.quantize.fp4 import Fp4
 
 # Python, ONNX Runtime, GenAI and a session of a few small layers, before any weight (measured, Linux x86-64).
 _RUNTIME_BYTES = 79_000_000
@@ -122,9 +124,9 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
 def _graphs_depend_on(checkpoint: Checkpoint, profile: Profile) -> str:
     """All that graphs depend on, as text."""
     schemes = {
-        name: tensor.scheme
+        name: tensor.scheme if isinstance(tensor, PrequantizedTensor) else tensor.fp4_experts
         for name, tensor in checkpoint.tensors.items()
-        if isinstance(tensor, PrequantizedTensor)
+        if isinstance(tensor, PrequantizedTensor | Fp4Experts)
     }
     return repr(
         (
@@ -185,10 +187,12 @@ def _cpu_bytes(graphs: Graphs) -> tuple[int, int]:
         scales = tensor.name.endswith(".scales")
         if scales and node.op_type == "Cast":  # for a MatMulNBits
             copied += (FLOATS_PER_BLOCK + 1) * floats
-        elif scales and node.op_type in _REPACKING:
+        elif scales and node.op_type in _REPACKING and "quant_type" not in node.attributes:
             two_bits = node.attributes.get("expert_weight_bits") == 2
             copied += int((FLOATS_PER_TWO_BIT_BLOCK if two_bits else FLOATS_PER_BLOCK) * floats)
             let_go[tensor.name] = size
+        elif "quant_type" in node.attributes:  # 4-bit floats, which QMoE reads as they lie (measured)
+            mapped[tensor.name] = size
         elif node.op_type in _REPACKING:
             copied += size
             codes.append((tensor.name, size, copied))
@@ -226,7 +230,11 @@ def _precisions(graphs: Graphs) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for weight, _ in graphs.placed:
         storage = weight.storage
-        form = "float" if isinstance(storage, np.dtype) else f"int{storage.bits}/{storage.block_size}"
+        form = "float"
+        if isinstance(storage, Fp4):
+            form = storage.name.lower()
+        elif isinstance(storage, Quantization):
+            form = f"int{storage.bits}/{storage.block_size}"
         found.setdefault(weight.role, set()).add(form)
     return {role: ", ".join(sorted(forms)) for role, forms in found.items()}
 

@@ -26,6 +26,7 @@ from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.targets import PORTABLE, Target, target_for
 from qwen_export.graph.vision import vision_tower
 from qwen_export.graph.weights import PlacedWeight
+from qwen_export.quantize.fp4 import Fp4
 
 # A prompt with images goes to the decoder in one run, whatever `search.chunk_size` says: ONNX Runtime GenAI
 # cannot cut their positions. So the portable graph must take longer runs. Its work grows with the cube of the
@@ -78,6 +79,15 @@ class Graphs:
     def prequantized_roles(self) -> list[str]:
         """Roles with weights whose codes are the checkpoint's own."""
         return sorted({weight.role for weight, _ in self.placed if weight.prequantized})
+
+    def onnxruntime(self) -> str:
+        """The versions that can load the graphs for the profile's provider."""
+        has_fp4 = any(isinstance(weight.storage, Fp4) for weight, _ in self.placed)
+        return f">={self.target.fp4_experts}" if has_fp4 else self.target.onnxruntime
+
+    def sources(self) -> dict[str, bool]:
+        """The checkpoint's tensors that weights are made of, and whether those keep their codes."""
+        return {rows.tensor: weight.prequantized for weight, _ in self.placed for rows in weight.rows}
 
     def bytes_by_role(self) -> dict[str, int]:
         totals: dict[str, int] = {}
@@ -135,8 +145,12 @@ def targets(profile: Profile) -> dict[str, Target]:
         found[provider] = target_for(profile.lowering if has else PORTABLE.name, provider)
     zero_points = any(target.zero_points_required for target in found.values())
     exact = any(target.exact_blocks for target in found.values())
+    fp4 = {target.fp4_experts if target.has("QMoE") else None for target in found.values()}
+    fp4_experts = fp4.pop() if len(fp4) == 1 else None
     return {
-        provider: replace(target, zero_points_required=zero_points, exact_blocks=exact)
+        provider: replace(
+            target, zero_points_required=zero_points, exact_blocks=exact, fp4_experts=fp4_experts
+        )
         for provider, target in found.items()
     }
 
@@ -151,6 +165,7 @@ def _recipe(checkpoint: Checkpoint, profile: Profile, target: Target) -> Recipe:
         np.dtype(profile.scale_dtype or profile.activation_dtype),
         checkpoint.tensors,
         profile.layer_weights,
+        profile.carry_over,
         {**config.tensors(), **mtp_tensors(config), **(vision.tensors() if vision else {})},
         frozenset(name for adapter in checkpoint.kept_apart for name in adapter.updates),
     )

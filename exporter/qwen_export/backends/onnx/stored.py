@@ -16,6 +16,7 @@ from qwen_export.checkpoint.tensors.plain import PlainTensor
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.graph.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
+from qwen_export.quantize.fp4 import Fp4, dequantize_fp4
 
 _UNDONE: dict[Transform | None, Transform] = {
     None: lambda rows: rows,
@@ -51,6 +52,8 @@ class _Segment:
         k = self.weight.row_shape[-1]
         form = self.weight.storage
         parts = [self._read(part, first, count) for part in self.parts]
+        if isinstance(form, Fp4):
+            return dequantize_fp4(parts[0], parts[1], parts[2], form).reshape(-1, k)
         if not isinstance(form, Quantization):
             return parts[0].astype(np.float32).reshape(-1, k)
         rows = parts[0].size // (form.blocks(k) * form.block_size * form.bits // 8)
@@ -82,7 +85,7 @@ class OnnxTensor:
 
     @property
     def quantised(self) -> bool:
-        return any(isinstance(segment.weight.storage, Quantization) for segment in self.segments)
+        return not all(isinstance(segment.weight.storage, np.dtype) for segment in self.segments)
 
     @property
     def nbytes(self) -> int:

@@ -21,9 +21,10 @@ from qwen_common.errors import UserError
 from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.streamed import StreamedShards
-from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import Fp4Experts, PrequantizedTensor
 from qwen_export.graph.weights import ExternalTensor, PlacedWeight, Rows, Weight
 from qwen_export.quantize.blockwise import Compensation, Quantization, quantize
+from qwen_export.quantize.fp4 import Fp4
 from qwen_export.quantize.gptq import Compensations
 
 # A weight, its place, and what finds how its codes make up for each other.
@@ -191,7 +192,7 @@ def _convert(
         with lock:
             for line, stripe in enumerate(stripes):
                 file.seek(tensor.offset + (line * piece.weight.row_count + piece.first_row) * row_bytes)
-                file.write(stripe.data)
+                file.write(stripe.view(np.uint8).data)  # 8-bit floats have no buffer of their own
     return _bytes(checkpoint, piece.rows)
 
 
@@ -200,8 +201,14 @@ def _stored_form(
 ) -> list[np.ndarray]:
     """The piece as the arrays that its weight's `layout()` names, contiguous."""
     weight, (tensor, start, stop) = piece.weight, astuple(piece.rows)
+    source = checkpoint.tensors[tensor]
+    if isinstance(weight.storage, Fp4):
+        assert isinstance(source, Fp4Experts)
+        *matrices, factors = source.packed_fp4_experts(start, stop)
+        if weight.transform is not None:  # puts rows in another order
+            matrices = [weight.transform(part) for part in matrices]
+        return [np.ascontiguousarray(part) for part in (*matrices, factors)]
     if isinstance(weight.storage, Quantization) and weight.prequantized:
-        source = checkpoint.tensors[tensor]
         assert isinstance(source, PrequantizedTensor)
         parts = source.packed(start, stop, weight.storage)
         if weight.transform is not None:  # puts rows in another order, whatever they hold

@@ -29,6 +29,7 @@ from qwen_export.backends.openvino.load import load_model
 from qwen_export.backends.openvino.repair import repair
 from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.dequantised import dequantised
 from qwen_export.output import STAGED
 
 if TYPE_CHECKING:
@@ -44,9 +45,12 @@ _VISION_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id")
 _IMAGES = "image_processor.json"
 
 
-def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions) -> Write:
+def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress) -> Write:
     """See `ExportBackend.prepare`."""
     _require_libraries()
+    expected = {**checkpoint.config.tensors(), **(checkpoint.vision.tensors() if checkpoint.vision else {})}
+    for line in dequantised({name: checkpoint.tensors[name] for name in expected}):
+        progress.note(line)
     return partial(_write, checkpoint, profile, options.calibration)
 
 

@@ -42,7 +42,7 @@ class OpenVINOBackend(ExportBackend):
 
         if (reason := self.why_not(checkpoint)) is not None:
             raise UserError(f"{reason}: choose another profile than {profile.name}")
-        return prepare(checkpoint, profile, options)
+        return prepare(checkpoint, profile, options, progress)
 
     def estimate(self, checkpoint: Checkpoint, profile: Profile) -> Estimate:
         """As an ONNX artifact of the same recipe: the stored weights are alike, byte for byte of codes."""

@@ -6,6 +6,7 @@ Source: bitsandbytes 0.50 (functional.py: QuantState; nn/modules.py: Linear8bitL
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -63,6 +64,10 @@ class FourBitTensor:
     scales: PlainTensor
     block: int
     nested: _Nested | None
+
+    @property
+    def forms(self) -> Counter[str]:
+        return Counter([self.form])
 
     @property
     def nbytes(self) -> int:

@@ -6,6 +6,7 @@ MatMulNBits' order. How the codes lie in words is each method's own (`Codes`).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +67,9 @@ class IntegerTensor:
         return Scheme(group, self.symmetric, self.bits)
 
     @property
-    def form(self) -> str:
-        if self.group_of is not None:
-            return f"{self.bits}-bit integers in groups out of order (desc_act)"
-        return f"{self.bits}-bit integers in groups of {self._group}"
+    def forms(self) -> Counter[str]:
+        how = f"of {self._group}" if self.group_of is None else "out of order (desc_act)"
+        return Counter([f"{self.bits}-bit integers in groups {how}"])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         values = self.codes.read(start, stop).astype(np.float32)

@@ -8,6 +8,7 @@ sanitize; utils.py: quantize_model), mlx-vlm (models/qwen3_5).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,8 +128,8 @@ class AffineTensor:
     biases: Scales
 
     @property
-    def form(self) -> str:
-        return f"MLX's {self.codes.width}-bit groups of {self._group}"
+    def forms(self) -> Counter[str]:
+        return Counter([f"MLX's {self.codes.width}-bit groups of {self._group}"])
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import ValidationError
@@ -21,7 +20,7 @@ from qwen_export.checkpoint.forms.modelopt import ModelOptConfig
 from qwen_export.checkpoint.forms.torchao import TorchAoConfig
 from qwen_export.checkpoint.tensors.experts import stack_experts
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, CodedTensor, PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 
 class Form(Protocol):
@@ -54,7 +53,7 @@ _FORMS: Mapping[str, type[Any]] = {
 
 
 class Assembled(NamedTuple):
-    """The model's tensors by name, and a line for each thing that is not kept as it is stored."""
+    """The model's tensors by name, and a line for each thing that is left out."""
 
     tensors: dict[str, CheckpointTensor]
     notes: list[str]
@@ -74,28 +73,13 @@ def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> Ass
     rest = dict(stored)
     left_out = drop_activation_scales(rest) if form else []
     made = form.assemble(rest) if form else {}
-    notes = [*_dequantised(made.values()), *left_out]
     others = {name: rest.pop(name) for name, tensor in list(rest.items()) if tensor.dtype not in FLOATS}
-    return Assembled({**others, **stack_experts({**rest, **made})}, notes)
+    return Assembled({**others, **stack_experts({**rest, **made})}, left_out)
 
 
 def method_name(quantization_config: Any) -> str:
     """For messages: the method that config.json declares, which `assemble` takes."""
     return "no quantization_config" if quantization_config is None else quantization_config["quant_method"]
-
-
-def _dequantised(tensors: Iterable[CheckpointTensor]) -> list[str]:
-    """A line for each form of which no kernel takes the codes."""
-    forms = Counter(
-        tensor.form
-        for tensor in tensors
-        if isinstance(tensor, CodedTensor) and not (isinstance(tensor, PrequantizedTensor) and tensor.scheme)
-    )
-    return [
-        f"{count} {'weights' if count > 1 else 'weight'} in {form} {'are' if count > 1 else 'is'} "
-        "dequantised, because no kernel here takes the codes; then stored as the profile says"
-        for form, count in sorted(forms.items())
-    ]
 
 
 def _form(quantization_config: Any) -> Form | None:

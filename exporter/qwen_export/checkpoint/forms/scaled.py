@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.forms.scales import E4M3, Scales, values_of
 from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.quantize.fp4 import Fp4, unpack
 
 E4M3_VALUES = values_of(E4M3)
-# float4_e2m1fn: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same below zero.
-E2M1_VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class ScaledTensor:
-    """[N, K] or experts' [E, N, K], dequantised as it is read.
+    """[N, K] or experts' [E, N, K], dequantised as it is read; an `Fp4Tensor`.
 
     Attributes:
         form: in words for a message.
         codes: a byte for each number, or for two, the first in its lower half.
         scales: of blocks of `width` columns.
         values: float32 of each code; 16 of them where a byte has two.
+        fp4: the form of a matrix [N, K] whose codes the CPU's QMoE takes; None for others.
     """
 
     form: str
@@ -33,6 +33,11 @@ class ScaledTensor:
     scales: Scales
     width: int
     values: np.ndarray
+    fp4: Fp4 | None = None
+
+    @property
+    def forms(self) -> Counter[str]:
+        return Counter([self.form])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,7 +56,7 @@ class ScaledTensor:
         """float32 rows."""
         octets = self.codes.read(start, stop).view(np.uint8)
         if len(self.values) == 16:
-            octets = np.stack([octets & 15, octets >> 4], axis=-1).reshape(*octets.shape[:-1], -1)
+            octets = unpack(octets)
         values = self.values[octets]
         if not np.isfinite(values).all():
             raise UserError(f"tensor {self.codes.name} holds NaN: download the checkpoint again")
@@ -63,3 +68,12 @@ class ScaledTensor:
             scales = np.repeat(scales, self.width, axis=-1)[..., : values.shape[-1]]
         values *= scales
         return values
+
+    def packed_fp4(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `Fp4Tensor`."""
+        n = self.shape[0]
+        return self.codes.read(0, n), self.scales.stored(0, n)
+
+    def fp4_factor(self) -> float:
+        """See `Fp4Tensor`."""
+        return self.scales.factor()

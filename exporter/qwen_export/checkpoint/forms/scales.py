@@ -69,22 +69,45 @@ class Scales:
         return np.repeat(found, self.height, axis=1)[:, :n] if self.height > 1 else found
 
     def _floats(self, stored: np.ndarray, start: int, stop: int) -> np.ndarray:
-        if self.kind is None:
-            factors = stored.astype(np.float32)
-        else:
-            factors = _BYTES[self.kind][stored.view(np.uint8)]
-            if not np.isfinite(factors).all():
-                raise UserError(f"tensor {self.tensor.name} holds NaN: download the checkpoint again")
+        factors = stored.astype(np.float32) if self.kind is None else self._of_bytes(stored)
         if self.whole is not None:
             whole = self.whole.read(start, stop).astype(np.float32)
             whole = whole.reshape(-1, *[1] * (factors.ndim - 1))
             with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
                 factors = factors / whole if self.divides else factors * whole
-            if not np.isfinite(factors).all():
-                raise UserError(
-                    f"tensor {self.whole.name} makes scales infinite: download the checkpoint again"
-                )
+            self._check_finite(factors)
         return factors
+
+    def stored(self, start: int, stop: int) -> np.ndarray:
+        """[n, columns] as they are stored, in `kind`, for rows `start` to `stop` of a matrix whose rows share
+        no factor."""
+        assert self.kind is not None and self.height == 1 and not self.outputs_last
+        stored = self.tensor.read(start, stop)
+        self._of_bytes(stored)
+        return stored.view(self.kind)
+
+    def factor(self) -> float:
+        """That of the whole matrix, to multiply by."""
+        if self.whole is None:
+            return 1.0
+        (whole,) = self.whole.read(0, 1).astype(np.float64)
+        with np.errstate(divide="ignore"):
+            factor = 1 / whole if self.divides else whole
+        self._check_finite(factor.astype(np.float32))
+        return float(factor)
+
+    def _of_bytes(self, stored: np.ndarray) -> np.ndarray:
+        """float32."""
+        assert self.kind is not None
+        factors = _BYTES[self.kind][stored.view(np.uint8)]
+        if not np.isfinite(factors).all():
+            raise UserError(f"tensor {self.tensor.name} holds NaN: download the checkpoint again")
+        return factors
+
+    def _check_finite(self, factors: np.ndarray) -> None:
+        assert self.whole is not None
+        if not np.isfinite(factors).all():
+            raise UserError(f"tensor {self.whole.name} makes scales infinite: download the checkpoint again")
 
 
 def are_scales(tensor: PlainTensor, *bytes_may_be: np.dtype) -> bool:

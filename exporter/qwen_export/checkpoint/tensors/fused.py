@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.tensors import Fused
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, PrequantizedTensor, Scheme
+from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, PrequantizedTensor, Scheme, forms_of
 from qwen_export.quantize.blockwise import Quantization
 
 
@@ -38,6 +39,10 @@ class RowRuns:
     @property
     def files(self) -> frozenset[Path]:
         return self.source.files
+
+    @property
+    def forms(self) -> Counter[str]:
+        return forms_of(self.source)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.concatenate([self.source.read(part.start, part.stop) for part in self._parts(start, stop)])

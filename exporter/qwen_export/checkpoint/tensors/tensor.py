@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_export.quantize.blockwise import Quantization
+from qwen_export.quantize.fp4 import Fp4
 
 
 class CheckpointTensor(Protocol):
@@ -55,6 +57,10 @@ class DerivedTensor:
     def files(self) -> frozenset[Path]:
         return self.source.files
 
+    @property
+    def forms(self) -> Counter[str]:
+        return forms_of(self.source)
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -73,11 +79,11 @@ class Scheme:
 
 @runtime_checkable
 class CodedTensor(Protocol):
-    """A checkpoint's tensor that is stored as codes for numbers."""
+    """A checkpoint's tensor that is stored, or has parts that are stored, as codes for numbers."""
 
     @property
-    def form(self) -> str:
-        """How, in words for a message."""
+    def forms(self) -> Counter[str]:
+        """How, in words for a message, and how many parts each way; empty if all are floats."""
 
 
 @runtime_checkable
@@ -98,6 +104,49 @@ class PrequantizedTensor(Protocol):
         Raises:
             UserError: as `CheckpointTensor.read`, or a zero point that the form cannot hold.
         """
+
+
+@runtime_checkable
+class Fp4Tensor(Protocol):
+    """A matrix [N, K] of 4-bit floats, which the CPU's QMoE takes as they are."""
+
+    @property
+    def fp4(self) -> Fp4 | None:
+        """None if it is another."""
+
+    def packed_fp4(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codes uint8 [N, K / 2], and scales [N, blocks] in the form's dtype.
+
+        Raises:
+            UserError: as `CheckpointTensor.read`.
+        """
+
+    def fp4_factor(self) -> float:
+        """What all scales are multiplied by.
+
+        Raises:
+            UserError: as `CheckpointTensor.read`.
+        """
+
+
+@runtime_checkable
+class Fp4Experts(Protocol):
+    """The matrices [E, N, K] of all experts, in 4-bit floats of one form."""
+
+    @property
+    def fp4_experts(self) -> Fp4: ...
+
+    def packed_fp4_experts(self, start: int, stop: int) -> list[np.ndarray]:
+        """Of experts `start` to `stop` codes uint8 [E, N, K / 2], scales [E, N, blocks], factors float32 [E].
+
+        Raises:
+            UserError: as `CheckpointTensor.read`.
+        """
+
+
+def forms_of(tensor: CheckpointTensor) -> Counter[str]:
+    """As `CodedTensor.forms`, of any tensor."""
+    return tensor.forms if isinstance(tensor, CodedTensor) else Counter()
 
 
 def common_scheme(tensors: Iterable[CheckpointTensor]) -> Scheme | None:

@@ -13,6 +13,7 @@ import torch
 from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.checkpoint import Checkpoint
+from qwen_export.checkpoint.dequantised import dequantised
 from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.reference import Weights
 from safetensors.torch import load_file, save_file
@@ -60,7 +61,10 @@ def test_weights_answer_as_the_librarys(form: str) -> None:
     kept, said = KEPT[form]
     schemes = [t.scheme for t in checkpoint.tensors.values() if isinstance(t, PrequantizedTensor)]
     assert sum(scheme is not None for scheme in schemes) == kept
-    notes = " ".join(checkpoint.notes)
+    integers = [
+        name for name, t in checkpoint.tensors.items() if isinstance(t, PrequantizedTensor) and t.scheme
+    ]
+    notes = " ".join(dequantised(checkpoint.tensors, integers))
     assert said in notes and ("are dequantised" in notes) == bool(said)
 
 
