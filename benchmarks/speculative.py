@@ -1,28 +1,40 @@
-"""What speculative decoding costs and when it pays: python -m benchmarks.speculative [--size 0.8B]
+"""What speculative decoding brings: python -m benchmarks.speculative [--size 0.8B] [--profile cpu cpu-int4]
 
-Real answers of the trained checkpoint with its head, and the time of single runs at a published geometry. Its
-weights are random, so that the head is never right; the speed at a rate of acceptance follows from the times
-of a run of two tokens and of the head.
+- Acceptance of real answers of the trained checkpoint, with its trained MTP head.
+- At a published geometry with random weights, in turns: the time of runs of k tokens at once, of a pair with
+  the bits of single tokens, and of the head, against a token of plain decoding.
+- At that geometry, whole answers whose tokens are given: a text, an edited source file, and JSON. Drafts,
+  acceptance, times and the automatic switch are real; which tokens come next is not the model's choice.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import json
 import tempfile
+import textwrap
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
-from qwen_runtime.artifact import Artifact
-from qwen_runtime.speculative import Sessions, StatefulSession, zeros
+from qwen_runtime.prefill import append
+from qwen_runtime.sampling import GREEDY
+from qwen_runtime.speculative import Speculative
+from qwen_runtime.speculative.acceptance import Acceptance
+from qwen_runtime.speculative.generator import SpeculativeGenerator, SpeculativeOrt
+from qwen_runtime.speculative.sessions import Sessions, StatefulSession, zeros
+from qwen_runtime.speculative.switch import Switch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -32,106 +44,160 @@ from benchmarks.support.artifacts import Quiet
 from benchmarks.support.checkpoints import TINY, TRAINED_HEAD, copy_tokenizer
 from benchmarks.support.mtp import with_head
 
-PROMPT_TOKENS, TOKENS = 128, 16
-RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
+CONTEXT, RUNS = 128, 8
+LENGTHS = (1, 2, 3, 4, 8)
+PROMPT, ANSWER = 400, 160  # tokens at most
 
 
-def artifact(checkpoint: Path, output: Path) -> Path:
-    export(Checkpoint.open(str(checkpoint)), load_profile("cpu"), output, Quiet())
+def exported(checkpoint: Path, profile: str, output: Path) -> Path:
+    """Codes from the weights alone: they are as quick as any."""
+    if not output.exists():
+        settings = ["compression=data-free"]
+        export(Checkpoint.open(str(checkpoint)), load_profile(profile, settings), output, Quiet())
     return output
 
 
+@contextmanager
+def speculating(
+    artifact: Path, how: Speculative, always: bool = False
+) -> Iterator[tuple[Model, SpeculativeOrt]]:
+    with Model.load(artifact, speculative=how) as model:
+        backend = model._backend
+        assert isinstance(backend, SpeculativeOrt)
+        backend.switch = Switch(backend.sessions.most, always)
+        yield model, backend
+
+
 def trained(folder: Path, console: Console) -> None:
-    """Acceptance, and how many answers are the same as without."""
-    head = load_file(TRAINED_HEAD)
-    whole = with_head(TINY, head, folder / "tiny")
-    drafted = accepted = same = 0
-    prompts = [text.strip()[:200] for text in list(topics.values())[:60]]
-    with Model.load(artifact(whole, folder / "tiny-cpu")) as model:
-        for prompt in prompts:
-            plain = model.generate(prompt, max_tokens=80, sampling=Sampling(temperature=0))
-            guessed = model.generate(prompt, max_tokens=80, speculative=True)
-            list(plain), list(guessed)
-            assert guessed.acceptance is not None
-            drafted += guessed.acceptance.drafted
-            accepted += guessed.acceptance.accepted
-            same += plain.tokens == guessed.tokens
-    console.print(
-        f"trained checkpoint, profile cpu: {accepted / drafted:.0%} of {drafted} guesses accepted; "
-        f"{same} of {len(prompts)} answers of 80 tokens the same as without"
-    )
+    """How often drafts for real answers are right, and how many answers are the same as without."""
+    whole = with_head(TINY, load_file(TRAINED_HEAD), folder / "tiny")
+    artifact = exported(whole, "cpu", folder / "tiny-cpu")
+    prompts = [text.strip()[:200] for text in list(topics.values())[:30]]
+    options: dict[str, Any] = {"max_tokens": 80, "sampling": Sampling(temperature=0)}
+    with Model.load(artifact) as plain:
+        expected = [tokens_of(plain, prompt, options) for prompt in prompts]
+    for how in Speculative:
+        drafted = accepted = same = 0
+        with speculating(artifact, how, always=True) as (model, _):
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                generation = model.generate(prompt, **options)
+                list(generation)
+                assert generation.acceptance is not None
+                drafted += generation.acceptance.drafted
+                accepted += generation.acceptance.accepted
+                same += generation.tokens == tokens
+        console.print(
+            f"trained checkpoint, profile cpu, {how}: {accepted / drafted:.0%} of {drafted} drafted tokens "
+            f"accepted; {same} of {len(prompts)} answers of 80 tokens the same as without"
+        )
 
 
-def seconds(run: StatefulSession, tokens: list[int], **inputs: np.ndarray) -> float:
-    started = time.perf_counter()
-    run(tokens, **inputs)
-    return time.perf_counter() - started
+def tokens_of(model: Model, prompt: str, options: dict[str, Any]) -> list[int]:
+    generation = model.generate(prompt, **options)
+    list(generation)
+    return generation.tokens
 
 
-def geometry(size: str, folder: Path, rounds: int, console: Console) -> None:
-    config = {**GEOMETRIES[size], "mtp_num_hidden_layers": 1}
-    checkpoint = write_checkpoint(folder / "checkpoint", config)
-    copy_tokenizer(TINY, checkpoint)
-    made = artifact(checkpoint, folder / "cpu")
-    process = psutil.Process()
-    with Model.load(made) as model:
-        prompt = model_prompt(config)
-        plain_seconds(model, prompt)  # warm
-        before = process.memory_full_info().uss
-        sessions = Sessions.load(Artifact.open(made), "cpu")
-        states = zeros(sessions.decoder, PROMPT_TOKENS + 2), zeros(sessions.head, PROMPT_TOKENS + 2)
-        at_once = StatefulSession(sessions.decoder, states[0], PROMPT_TOKENS, all_at_once(sessions))
-        decoder = StatefulSession(sessions.decoder, states[0], PROMPT_TOKENS, sessions.rows)
-        head = StatefulSession(sessions.head, states[1], PROMPT_TOKENS)
-        hidden = np.zeros((1, 1, config["hidden_size"]), np.float32)
-        runs: dict[str, list[float]] = {"pair": [], "pair, all rows at once": [], "head": []}
-        plain: list[float] = []
-        for _ in range(rounds):  # in turn, because other work on the machine comes and goes
-            plain.append(plain_seconds(model, prompt))
-            time.sleep(0.1)  # GenAI's threads spin for a while
-            for _ in range(TOKENS):
-                runs["pair"].append(seconds(decoder, [1, 2]))
-                runs["head"].append(seconds(head, [1], hidden_states=hidden))
-            for _ in range(TOKENS):
-                runs["pair, all rows at once"].append(seconds(at_once, [1, 2]))
-        memory = process.memory_full_info().uss - before
-    one = median(plain)
-    costs = {name: median(times) / one for name, times in runs.items()}
-    apart = [name for name, counts in sessions.rows.items() if counts[1]]
-    console.print(
-        f"{size}, random weights, profile cpu: {1 / one:.1f} tokens/s without; rows apart: "
-        f"{', '.join(apart) or 'none'}; private memory {memory / 1e6:.0f} MB more"
-    )
-    console.print(
-        f"against a token of ONNX Runtime GenAI ({one * 1e3:.1f} ms): "
-        + ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
-    )
-    table = Table("guesses accepted", "tokens/s against without")
-    for rate in RATES:
-        table.add_row(f"{rate:.0%}", f"{(1 + rate) / (costs['pair'] + costs['head']):.2f}")
+def costs(artifact: Path, rounds: int, console: Console) -> None:
+    """Medians, and least and greatest, of each round's times against a plain token's of that round."""
+    with Model.load(artifact) as plain, speculating(artifact, Speculative.FAST) as (_, backend):
+        pair = Sessions.load(backend.artifact, Speculative.EXACT)
+        several, exact = (
+            StatefulSession(sessions.decoder, zeros(sessions.decoder, CONTEXT + 8), CONTEXT, sessions.rows)
+            for sessions in (backend.sessions, pair)
+        )
+        runs: dict[str, Callable[[], object]] = {
+            f"{length} at once": lambda length=length: several(range(length)) for length in LENGTHS
+        }
+        runs["a pair, exact"] = lambda: exact(range(2))
+        if pair.head is not None:
+            head = StatefulSession(pair.head, zeros(pair.head, CONTEXT), CONTEXT - 1)
+            (shape,) = (value.shape for value in pair.head.get_inputs() if value.name == "hidden_states")
+            hidden = np.zeros((1, 1, shape[2]), np.float32)
+            runs["the MTP head"] = lambda: head([1], hidden_states=hidden)
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for _ in range(rounds):  # in turns, because other work on the machine comes and goes
+            one = plain_seconds(plain)
+            time.sleep(0.1)  # its threads spin for a while
+            for name, run in runs.items():
+                run()
+                ratios[name].append(median(seconds(run) for _ in range(RUNS)) / one)
+    apart = [name for name, counts in pair.rows.items() if counts[1]]
+    console.print(f"{artifact.name}: an exact pair takes the rows apart of {', '.join(apart) or 'nothing'}")
+    table = Table("run", "time, a plain token = 1", "least", "most")
+    for name, found in ratios.items():
+        table.add_row(name, *(f"{value:.2f}" for value in (median(found), min(found), max(found))))
     console.print(table)
 
 
-def all_at_once(sessions: Sessions) -> dict[str, np.ndarray]:
-    """What runs would take if every kernel rounded two rows as it rounds one."""
-    return dict.fromkeys(sessions.rows, np.array([2, 0]))
+def seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
 
 
-def model_prompt(config: dict[str, Any]) -> list[int]:
-    return np.random.default_rng(0).integers(0, config["vocab_size"], PROMPT_TOKENS).tolist()
-
-
-def plain_seconds(model: Model, prompt: list[int]) -> float:
+def plain_seconds(model: Model) -> float:
     """Median seconds for a token of ONNX Runtime GenAI's greedy decoding."""
-    generator = model._backend.generator({"do_sample": False}, None, PROMPT_TOKENS + TOKENS + 1)
-    generator.append_tokens(np.asarray(prompt, np.int32))
+    generator = model._backend.generator(GREEDY, None, CONTEXT + RUNS + 1)
+    generator.append_tokens(np.arange(CONTEXT, dtype=np.int32))
     generator.generate_next_token()
-    times = []
-    for _ in range(TOKENS):
-        started = time.perf_counter()
+    return median(seconds(generator.generate_next_token) for _ in range(RUNS))
+
+
+def tasks(model: Model) -> dict[str, tuple[list[int], list[int]]]:
+    """Prompts and answers."""
+    text = topics["classes"]
+    code = inspect.getsource(textwrap.TextWrapper._split_chunks) + inspect.getsource(textwrap.dedent)
+    records = [
+        {"id": 7 * n, "name": f"part {n}", "price": 3 * n + 1, "in_stock": n % 3 > 0} for n in range(12)
+    ]
+    changed = [{**record, "price": record["price"] * 2} for record in records]
+    found = {
+        "text": (text[:1000], text[1000:1600]),
+        "code, a name changed": (f"Rename text to words.\n{code}\n", code.replace("text", "words")),
+        "JSON, a field changed": (f"Double the prices.\n{json.dumps(records)}\n", json.dumps(changed)),
+    }
+    return {
+        name: (model.encode(prompt)[-PROMPT:], model.encode(answer)[:ANSWER])
+        for name, (prompt, answer) in found.items()
+    }
+
+
+def forced(model: Model, prompt: Sequence[int], answer: Sequence[int]) -> tuple[float, Any]:
+    """Seconds of an answer that is made to have these tokens, and its generator."""
+    generator = model._backend.logits_generator(GREEDY, None, len(prompt) + len(answer) + 1)
+    append(generator, prompt, model._backend.chunk_size, lambda done: False)
+    started = time.perf_counter()
+    for token in answer:
+        logits = generator.get_logits()
+        logits[...] = -np.inf
+        logits[..., token] = 0
+        generator.set_logits(logits)
         generator.generate_next_token()
-        times.append(time.perf_counter() - started)
-    return median(times)
+    return time.perf_counter() - started, generator
+
+
+def answers(artifact: Path, rounds: int, console: Console) -> None:
+    table = Table("answer", "decoding", "speed, plain = 1", "least", "most", "drafted", "accepted")
+    with ExitStack() as stack:
+        plain = stack.enter_context(Model.load(artifact))
+        models = {how: stack.enter_context(speculating(artifact, how))[0] for how in Speculative}
+        for task, (prompt, answer) in tasks(plain).items():
+            ratios: dict[str, list[float]] = defaultdict(list)
+            accepted: dict[str, Acceptance] = {}
+            for _ in range(rounds):
+                base, _generator = forced(plain, prompt, answer)
+                time.sleep(0.1)
+                for how, model in models.items():
+                    took, generator = forced(model, prompt, answer)
+                    assert isinstance(generator, SpeculativeGenerator)
+                    ratios[how].append(base / took)
+                    accepted[how] = generator.acceptance
+            for how, found in ratios.items():
+                shown = (f"{value:.2f}" for value in (median(found), min(found), max(found)))
+                drafts = accepted[how]
+                table.add_row(task, how, *shown, str(drafts.drafted), f"{drafts.rate:.0%}")
+    console.print(artifact.name, table)
 
 
 def main() -> None:
@@ -139,12 +205,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=GEOMETRIES, default="0.8B")
+    parser.add_argument("--profile", nargs="+", default=["cpu", "cpu-int4"], help="profiles to export with")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="keeps what is exported, and takes what is there already")
+    parser.add_argument("--trained", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
     console = Console(width=140)
-    with tempfile.TemporaryDirectory() as folder:
-        trained(Path(folder), console)
-        geometry(arguments.size, Path(folder), arguments.rounds, console)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        if arguments.trained:
+            trained(Path(temporary), console)
+        checkpoint = folder / "checkpoint"
+        if not all((folder / profile).exists() for profile in arguments.profile):
+            write_checkpoint(checkpoint, {**GEOMETRIES[arguments.size], "mtp_num_hidden_layers": 1})
+            copy_tokenizer(TINY, checkpoint)
+        for profile in arguments.profile:
+            artifact = exported(checkpoint, profile, folder / profile)
+            costs(artifact, arguments.rounds, console)
+            answers(artifact, arguments.rounds, console)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,13 @@ class Profile(_Frozen):
     accuracy_level: int = Field(default=0, ge=0, le=4)
     """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
 
+    speculative: bool = False
+    """Exports the decoder for several tokens in a run too, for speculative decoding: ONNX Runtime itself,
+    without GenAI, must run the provider, and attention write into the cache that it is given (lowering
+    `fused`)."""
+
     mtp: bool = False
-    """Exports the checkpoint's MTP head, for speculative decoding: ONNX Runtime itself, without GenAI, must
-    run the provider, and attention write into the cache that it is given (lowering `fused`)."""
+    """Exports the checkpoint's MTP head, to draft tokens for speculative decoding, which it implies."""
 
     prefill_chunk: Literal[16, 32, 64, 128, 256, 512, 1024, 2048]
     """Tokens of a prompt that are processed in one run."""

@@ -14,7 +14,7 @@ from qwen_runtime.backends.protocol import Generator, Logits, LogitsGenerator
 from qwen_runtime.echo import Echo
 from qwen_runtime.logits import LogitsProcessor, TokenLogprob, token_logprob, within
 from qwen_runtime.prefill import Prefill
-from qwen_runtime.speculative import Acceptance
+from qwen_runtime.speculative.acceptance import Acceptance
 from qwen_runtime.stop import StopFilter
 from qwen_runtime.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ class Generation:
         text: the pieces yielded so far.
         prompt_tokens: number of tokens of the prompt.
         cached_tokens: how many of them did not have to be read, because an earlier answer had read them.
-        acceptance: how the MTP head's guesses fare; None unless decoding is speculative.
+        acceptance: how many drafted tokens were right; None unless decoding is speculative.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from qwen_runtime.info import ModelInfo
 from qwen_runtime.prepacked import with_prepacked
 from qwen_runtime.prompt import PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
+from qwen_runtime.speculative import Speculative
 from qwen_runtime.states import States, StateSettings
 
 Parts = tuple[Artifact, ModelInfo, Backend, PromptBuilder, PromptReader]
@@ -26,12 +27,15 @@ def load_parts(
     states: StateSettings | None,
     image_pixels: int | None,
     prepacked: Path | None,
+    speculative: Speculative | None,
 ) -> Parts:
     """Arguments and errors as of `Model.load`."""
     artifact = Artifact.open(path, verify)
     if prepacked is not None:
         artifact = with_prepacked(artifact, provider, prepacked, verify)
-    ort = None if states is None else load_ort(artifact, provider)
+    if speculative is not None and states is None:
+        states = StateSettings()
+    ort = None if states is None else load_ort(artifact, provider, speculative)
     backend = ort or load(artifact, provider, keep)
     info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
     text, room, pixels = backend.tokenizer, info.context_length, image_pixels or MOST_PIXELS

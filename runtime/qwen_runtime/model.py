@@ -15,11 +15,7 @@ import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.backends.protocol import (
-    Backend,
-    Logits,
-    OutputGenerator,
-)
+from qwen_runtime.backends.protocol import Backend, Logits
 from qwen_runtime.echo import Echo
 from qwen_runtime.ending import Ending
 from qwen_runtime.generation import Decoding, Generation
@@ -28,13 +24,13 @@ from qwen_runtime.info import ModelInfo as ModelInfo
 from qwen_runtime.loading import load_parts
 from qwen_runtime.logits import LogitsProcessor
 from qwen_runtime.pooling import Pooler, Pooling, Vector
-from qwen_runtime.prefill import prefill_tokens
 from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.reading import PromptReader
 from qwen_runtime.request import Message, Request
-from qwen_runtime.sampling import GREEDY, Sampling
+from qwen_runtime.sampling import Sampling
 from qwen_runtime.scoring import Scorer
-from qwen_runtime.speculative import Sessions, Speculator, check_greedy
+from qwen_runtime.speculative import Speculative
+from qwen_runtime.speculative.generator import SpeculativeGenerator
 from qwen_runtime.states import StateSettings
 from qwen_runtime.switched import activate
 
@@ -54,7 +50,6 @@ class Model:
         self._prompts, self._reader = prompts, reader
         self._artifact = artifact
         self._loaded: Backend | None = backend  # None once closed
-        self._sessions: Sessions | None = None
 
     @classmethod
     def load(
@@ -68,6 +63,7 @@ class Model:
         states: StateSettings | None = None,
         image_pixels: int | None = None,
         prepacked: Path | None = None,
+        speculative: Speculative | None = None,
     ) -> Model:
         """Load the artifact in the folder `path`.
 
@@ -88,18 +84,24 @@ class Model:
             prepacked: a folder for weights in the layout of this CPU, made there once with twice the
                 artifact's bytes. They are mapped and not copied: memory is the system's to take back, and a
                 model larger than the memory runs at the pace of the disk.
+            speculative: guess the next tokens and check several in a run, in ONNX Runtime itself on the CPU;
+                states are kept as with `states`. Off by itself where it does not pay.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
                 provider is not in this install, or cannot take or write `prepacked`.
         """
-        return cls(*load_parts(path, provider, verify, context_length, keep, states, image_pixels, prepacked))
+        return cls(
+            *load_parts(
+                path, provider, verify, context_length, keep, states, image_pixels, prepacked, speculative
+            )
+        )
 
     def close(self) -> None:
         """Free the model's memory, and write the states that are not on disk yet. Safe to call twice."""
         self._reader.flush()
         self._reader.clear()
-        self._loaded = self._sessions = None
+        self._loaded = None
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with an adapter that the artifact keeps apart, from now on; None: without one.
@@ -172,7 +174,6 @@ class Model:
         tools: Sequence[Mapping[str, Any]] = (),
         guidance: Guidance | None = None,
         logprobs: int | None = None,
-        speculative: bool = False,
     ) -> Generation:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
@@ -189,8 +190,6 @@ class Model:
             tools: for messages, the functions that the model is told of, as OpenAI describes them.
             guidance: what the answer must look like. Only tokens that can lead there are considered.
             logprobs: report how likely each token was, and as many of the likeliest at its place, 0 to 20.
-            speculative: take the likeliest tokens, guessed by the artifact's MTP head and checked by the
-                model several in a run. The first call loads the graphs for it.
 
         A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
         artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
@@ -202,8 +201,7 @@ class Model:
 
         Raises:
             UserError: the prompt is empty or does not fit the context, an option is out of range, an image or
-                a video cannot be read or is one too many for the artifact, or speculative decoding is not
-                possible with this artifact, provider or these options.
+                a video cannot be read or is one too many for the artifact.
         """
         return self.answer(
             Request(
@@ -218,7 +216,6 @@ class Model:
                 tools=tools,
                 guidance=guidance,
                 logprobs=logprobs,
-                speculative=speculative,
             )
         )
 
@@ -254,27 +251,20 @@ class Model:
         decoding = Decoding(max_tokens, ending.tokens, stop, processor, request.logprobs, request.echo)
         max_length = len(prompt.tokens) + max(max_tokens, 1)
         echo = Echo(prompt.tokens, self._backend.tokenizer) if request.echo else None
-        if request.speculative:
-            check_greedy(request, options, bool(prompt.images))
-            decoding = replace(decoding, processor=LogitsProcessor())
-            speculator = self._speculator(max_length)
-            acceptance = speculator.acceptance
-            prefill = prefill_tokens(speculator, prompt.tokens, self._backend.chunk_size)
+        open_generator = self._backend.logits_generator if logits else self._backend.generator
+        opened = partial(open_generator, options, request.guidance)
+        if echo is not None and request.logprobs is not None:
+            appends = self._backend.chunk_size is not None
+            prefill = echo.prefill(opened(max_length), request.logprobs, appends)
         else:
-            acceptance = None
-            open_generator = self._backend.logits_generator if logits else self._backend.generator
-            opened = partial(open_generator, options, request.guidance)
-            if echo is not None and request.logprobs is not None:
-                appends = self._backend.chunk_size is not None
-                prefill = echo.prefill(opened(max_length), request.logprobs, appends)
-            else:
-                prefill = self._reader.prefill(prompt, request, options, max_length, opened)
+            prefill = self._reader.prefill(prompt, request, options, max_length, opened)
+        generator = prefill.generator
         return Generation(
             prefill,
             decoding,
             self._backend.tokenizer,
             cancelled=cancelled,
-            acceptance=acceptance,
+            acceptance=generator.acceptance if isinstance(generator, SpeculativeGenerator) else None,
             echo=echo,
             on_prompt=on_prompt,
         )
@@ -389,10 +379,3 @@ class Model:
         if "top_k" in options:
             options["top_k"] = min(options["top_k"], vocab_size)
         return options
-
-    def _speculator(self, max_length: int) -> Speculator:
-        if self._sessions is None:
-            self._sessions = Sessions.load(self._artifact, self.info.provider)
-        generator = self._backend.generator(GREEDY, None, max_length)
-        assert isinstance(generator, OutputGenerator)  # `Sessions` come only with ONNX Runtime
-        return Speculator(self._sessions, generator, max_length)

@@ -67,7 +67,6 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     guidance: Guidance | None = None
     logprobs: int | None = None
-    speculative: bool = False
 
     @property
     def conversation(self) -> Sequence[Message] | None:

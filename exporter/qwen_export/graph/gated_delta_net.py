@@ -14,6 +14,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm
+from qwen_export.graph.pending import Pending
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.silu import silu
 from qwen_export.graph.tokens import each_token, joined
@@ -78,10 +79,12 @@ def gated_delta_net(
     x: Value,
     past: tuple[Value, Value],
     masks: Triangles | None,
+    pending: Pending | None = None,
 ) -> tuple[Value, list[tuple[Value, Value]]]:
     """x [B, T, hidden], past conv state [B, C, kernel - 1] and recurrent state float32 [B, Hv, dk, dv].
 
-    Returns the output [B, T, hidden], and both present states after each of `each_token`.
+    Returns the output [B, T, hidden], and both present states after each of `each_token`; before them, where
+    tokens are pending, the states after those.
     """
     past_conv, past_state = past
     in_proj = projection(
@@ -100,12 +103,15 @@ def gated_delta_net(
     decay, beta = _gates(g, recipe, name, x)
     recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
     outputs, presents = [], []
-    for entering, decays, betas in each_token(g, mixed, decay, beta):
+    runs = each_token(g, mixed, decay, beta)
+    if pending:
+        runs = [pending.exchange(mixed, decay, beta), *runs]
+    for entering, decays, betas in runs:
         convolved, past_conv = _causal_conv(g, config, recipe, name, entering, past_conv)
         output, past_state = recurrence(g, config, convolved, decays, betas, past_state, masks)
         outputs.append(output)
         presents.append((past_conv, past_state))
-    output = joined(g, outputs)
+    output = joined(g, outputs[1:] if pending else outputs)
 
     # In float32, as the recurrence before it gives it.
     norm = recipe.floats(f"{name}.norm.weight", _FLOAT32)

@@ -15,6 +15,7 @@ from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
+from qwen_export.graph.pending import Pending
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
 from qwen_export.graph.weights import Weight
@@ -29,12 +30,14 @@ class GraphOptions:
         all_logits: logits for every position, for evaluation; else for the last one only.
         embeddings: the input is embeddings, which another graph makes from tokens and images.
         hidden_states: the final hidden states are an output, for the MTP head.
+        pending: tokens may be taken back after a run, see `pending.py`.
     """
 
     max_run_tokens: int
     all_logits: bool = False
     embeddings: bool = False
     hidden_states: bool = False
+    pending: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class State:
     dtype: np.dtype
     past_shape: Shape
     present_shape: Shape
+
+    @property
+    def settled(self) -> str:
+        """The present state's name before tokens that may be taken back."""
+        return self.present.replace("present", "settled", 1)
 
 
 def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, State]:
@@ -88,7 +96,9 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     [batch, total] (all ones), position_ids int64 [3, batch, sequence], and each layer's past states.
     Outputs: logits float32 [batch, sequence or 1, vocab] and each layer's present states; hidden_states
     [batch, sequence, hidden] where they are asked for. In a graph of pairs the sequence is two tokens, there
-    are logits for both, and states after one token and after two, as `present.*.1` and `present.*.2`.
+    are logits for both, and states after one token and after two, as `present.*.1` and `present.*.2`. Where
+    tokens are pending there are logits for all, and the states of Gated DeltaNets before this run's tokens
+    too, as `settled.*`.
     """
     int64 = np.dtype(np.int64)
     tokens = ("batch_size", "sequence_length")
@@ -105,6 +115,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     table = rotation(g, config, position_ids)
     visible = spans(g, config, attention_mask, run)
     masks = triangles(g, run, options.max_run_tokens)
+    pending = Pending(g, config) if options.pending else None
 
     residual = run if options.embeddings else take_rows(g, run, embedding)
     update: Value | None = None
@@ -121,11 +132,10 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
             else:
                 with g.scope("linear_attn"):
                     update, presents = gated_delta_net(
-                        g, config, recipe, f"{name}.linear_attn", x, (first_past, second_past), masks
+                        g, config, recipe, f"{name}.linear_attn", x, (first_past, second_past), masks, pending
                     )
-            for count, present in enumerate(presents, 1):
-                for state, value in zip(carried[layer], present, strict=True):
-                    called = f"{state.present}.{count}" if g.pairs else state.present
+            for state, *values in zip(carried[layer], *presents, strict=True):
+                for called, value in zip(_present_names(g, state, len(values)), values, strict=True):
                     g.output(value, called, state.dtype, state.present_shape)
             x, residual = _next_norm(g, config, recipe, f"{name}.post_attention_layernorm", update, residual)
             update = feed_forward(g, config, recipe, f"{name}.mlp", x)
@@ -134,12 +144,21 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     length: int | str
     if options.hidden_states:
         g.output(x, "hidden_states", g.dtype, ("batch_size", "sequence_length", config.hidden_size))
-    if options.all_logits or g.pairs:
+    if pending:
+        pending.output()
+    if options.all_logits or g.pairs or pending:
         length = "sequence_length"
     else:
         x, length = last_positions(g, x, 1), 1
     logits = vocabulary_logits(g, recipe, x, lm_head)
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
+
+
+def _present_names(g: GraphBuilder, state: State, count: int) -> list[str]:
+    """Of a state after each of `count` parts of a run."""
+    if g.pairs:
+        return [f"{state.present}.{number}" for number in range(1, count + 1)]
+    return [state.settled, state.present][-count:]
 
 
 def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: Value, lm_head: Weight) -> Value:

@@ -15,6 +15,7 @@ from qwen_runtime.backends.protocol import Backend
 
 if TYPE_CHECKING:
     from qwen_runtime.backends.ort import Ort
+    from qwen_runtime.speculative import Speculative
 
 
 _PACKAGES = Path(__file__).parents[2]
@@ -43,12 +44,18 @@ def load(artifact: Artifact, provider: str, keep: int) -> Backend:
     return GenAI.load(artifact, provider)
 
 
-def load_ort(artifact: Artifact, provider: str) -> Ort:
-    """The artifact in ONNX Runtime itself, for states that are kept as arrays.
+def load_ort(artifact: Artifact, provider: str, speculative: Speculative | None) -> Ort:
+    """The artifact in ONNX Runtime itself, for states that are kept as arrays, and for speculative decoding.
 
     Raises:
         UserError: the artifact or the provider is not one for that.
     """
+    if speculative is not None:
+        from qwen_runtime.speculative.generator import BACKENDS
+
+        if artifact.backend == BackendName.OPENVINO:
+            raise UserError("OpenVINO artifacts are not decoded speculatively: leave --speculative off")
+        return BACKENDS[speculative].load(artifact, provider)
     from qwen_runtime.backends.ort import Ort
 
     if artifact.backend == BackendName.OPENVINO:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class Ort:
 
     provider = CPU.key
     reason = f"{CPU.title}: ONNX Runtime itself, so that states can be kept"
+    asked_for = "states are kept", "--state-dir"  # what needs it, and by which option
     rewinds = False
     shows_logits = True
 
@@ -76,7 +77,7 @@ class Ort:
         release_mapped(*artifact.folders)
 
     @classmethod
-    def load(cls, artifact: Artifact, provider: str) -> Ort:
+    def load(cls, artifact: Artifact, provider: str) -> Self:
         """Args:
             provider: `cpu`, or `auto` of an artifact that was made for it.
 
@@ -86,12 +87,15 @@ class Ort:
         wanted = artifact.manifest["provider"] if provider == "auto" else provider
         if wanted != CPU.key:
             known = PROVIDERS.get(wanted)
+            what, option = cls.asked_for
             raise UserError(
-                f"states are kept on the CPU only, not on {known.title if known else wanted}: "
-                "take --provider cpu, or leave --state-dir off"
+                f"{what} on the CPU only, not on {known.title if known else wanted}: "
+                f"take --provider cpu, or leave {option} off"
             )
         try:
             return cls(artifact)
+        except UserError:
+            raise
         except Exception as error:
             raise damaged(artifact, error) or UserError(
                 f"ONNX Runtime could not load {artifact.root}: {' '.join(str(error).split())}"
@@ -104,9 +108,12 @@ class Ort:
             name: value for name, value in self.artifact.genai_config["search"].items() if name in DEFAULTS
         }
         guide = None if guidance is None else self._guides.make(guidance)
-        return OrtGenerator(self, {**defaults, **options}, max_length, guide)
+        return self._open({**defaults, **options}, max_length, guide)
 
     logits_generator = generator
+
+    def _open(self, settings: Mapping[str, Any], max_length: int, guide: Guide | None) -> OrtGenerator:
+        return OrtGenerator(self, settings, max_length, guide)
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         raise NotImplementedError("its logits say it")

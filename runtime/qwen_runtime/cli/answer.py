@@ -21,6 +21,7 @@ from qwen_runtime.load_progress import shown_load
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
+from qwen_runtime.speculative import Speculative
 
 EPILOG = """\b
 Examples:
@@ -88,8 +89,9 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
 @click.option(
     "--speculative",
     is_flag=True,
-    help="Take the likeliest tokens, guessed by the MTP head and checked several in a run.",
+    help="Guess the next tokens and check several in a run, on the CPU, while it pays.",
 )
+@click.option("--exact", is_flag=True, help="With --speculative, answers are the same to the bit; slower.")
 @PROVIDER
 @PREPACKED
 @VERIFY
@@ -116,6 +118,7 @@ def answer(
     thinking: bool,
     template_kwargs: dict[str, Any],
     speculative: bool,
+    exact: bool,
     adapter: str | None,
     provider: str,
     prepacked: Path | None,
@@ -128,6 +131,8 @@ def answer(
         raise click.UsageError("--raw and --json need a PROMPT.")
     if (images or videos) and (raw or prompt is None):
         raise click.UsageError("--image and --video need a PROMPT, and not --raw.")
+    if exact and not speculative:
+        raise click.UsageError("--exact needs --speculative.")
     _speak_utf8()
     with reported(debug):
         request = Request(
@@ -139,7 +144,6 @@ def answer(
             template_kwargs=template_kwargs,
             max_image_tokens=max_image_tokens,
             video_frames=video_frames,
-            speculative=speculative,
         )
         request.check()  # so that a mistake is known before a large model is loaded
         _check_name(artifact)
@@ -149,7 +153,10 @@ def answer(
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
         with shown_load(artifact):
-            loaded = Model.load(artifact, provider, verify, prepacked=prepacked)
+            how = Speculative.EXACT if exact else Speculative.FAST
+            loaded = Model.load(
+                artifact, provider, verify, prepacked=prepacked, speculative=how if speculative else None
+            )
         with loaded as model:
             click.echo(model.info.reason, err=True)
             if adapter is not None:
@@ -200,7 +207,7 @@ def _answer(model: Model, request: Request, as_json: bool) -> None:
         _stream(generation)
         if guesses := generation.acceptance:
             counts = f"{guesses.accepted} of {guesses.drafted}"
-            click.echo(f"guesses accepted: {counts} ({guesses.rate:.0%})", err=True)
+            click.echo(f"drafted tokens accepted: {counts} ({guesses.rate:.0%})", err=True)
         return
     for _ in generation:
         pass

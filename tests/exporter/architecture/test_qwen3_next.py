@@ -30,7 +30,7 @@ from benchmarks.support.mtp import with_head
 from benchmarks.support.session import Session, cosine
 from tests.exporter.adapters.test_merge import assert_answers_as
 from tests.exporter.graph.test_moe import assert_same
-from tests.runtime.test_speculative import named, random_head, run, with_mtp
+from tests.runtime.speculative.test_sessions import named, random_head, run, with_mtp
 from tests.support.adapters import train
 from tests.support.greedy_tokens import check_greedy_tokens
 from tests.support.quantized_checkpoints import Method, awq, gptq, write_quantized_checkpoint

@@ -158,7 +158,7 @@ def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bo
             return True
         except UserError as error:
             reason = str(error)
-    progress.note(f"no MTP head, so no speculative decoding: {reason}")
+    progress.note(f"no MTP head to draft tokens: {reason}")
     return False
 
 

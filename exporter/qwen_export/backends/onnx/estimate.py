@@ -19,7 +19,7 @@ from qwen_profiles.schema import Profile
 
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.backends.copied_files import COPIED_FILES
-from qwen_export.backends.onnx.files import MODEL_FILE, MTP_FILE, SPECULATIVE_FILE
+from qwen_export.backends.onnx.files import MODEL_FILE, MTP_FILE, PAIRS_FILE, SPECULATIVE_FILE
 from qwen_export.backends.onnx.graphs import Graphs, build_graphs, targets
 from qwen_export.backends.onnx.proto import model_size
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ _REPACKING = {"MatMulNBits", "QMoE"}
 FLOATS_PER_BLOCK = 2
 FLOATS_PER_TWO_BIT_BLOCK = 1.25  # of QMoE, whose kernel for 2 bits holds less (measured at 64 and 128)
 # Graphs that a runtime loads only for speculative decoding.
-_ON_DEMAND = {SPECULATIVE_FILE, MTP_FILE}
+_ON_DEMAND = {SPECULATIVE_FILE, PAIRS_FILE, MTP_FILE}
 # Fields of a profile that no graph depends on; of `provider` it depends on the target.
 _NOT_IN_GRAPHS = {
     *("name", "description", "backend", "provider", "device", "provider_options", "compression"),

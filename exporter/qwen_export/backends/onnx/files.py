@@ -7,6 +7,7 @@ MODEL_FILE = "model.onnx"
 EMBEDDING_FILE = "embedding.onnx"
 VISION_FILE = "vision.onnx"
 SPECULATIVE_FILE = "speculative.onnx"
+PAIRS_FILE = "pairs.onnx"
 MTP_FILE = "mtp.onnx"
 # The others are for speculative decoding.
 ANSWERING_FILES = (MODEL_FILE, EMBEDDING_FILE, VISION_FILE)

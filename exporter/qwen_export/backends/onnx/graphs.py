@@ -13,6 +13,7 @@ from qwen_export.backends.onnx.files import (
     EMBEDDING_FILE,
     MODEL_FILE,
     MTP_FILE,
+    PAIRS_FILE,
     SPECULATIVE_FILE,
     VISION_FILE,
     provider_file,
@@ -23,7 +24,7 @@ from qwen_export.graph.embedding import embedding
 from qwen_export.graph.model import GraphOptions, decoder
 from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.targets import PORTABLE, Target, target_for
+from qwen_export.graph.targets import FUSED, PORTABLE, Target, target_for
 from qwen_export.graph.vision import vision_tower
 from qwen_export.graph.weights import PlacedWeight
 from qwen_export.quantize.fp4 import Fp4
@@ -101,6 +102,9 @@ def build_graphs(
 ) -> Graphs:
     """Build the graphs from the config and lay out the data file; reads no weight.
 
+    Args:
+        mtp: the MTP head is among them.
+
     Raises:
         UserError: the graphs of two of the profile's providers cannot share the weights.
     """
@@ -111,8 +115,14 @@ def build_graphs(
     options = GraphOptions(run, all_logits, embeddings=checkpoint.vision is not None, hidden_states=mtp)
     recipe = _recipe(checkpoint, profile, main)
     by_file = _answering(checkpoint, recipe, layout, options)
+    if mtp or speculates(checkpoint, profile):
+        by_file |= _speculative(
+            checkpoint, recipe, layout, replace(options, all_logits=False, embeddings=False)
+        )
     if mtp:
-        by_file |= _speculative(checkpoint, recipe, layout, run)
+        g = GraphBuilder(recipe.target, recipe.dtype, layout)
+        mtp_head(g, checkpoint.config, recipe)
+        by_file[MTP_FILE] = g.graph("qwen3_5_mtp")
 
     providers: dict[Target, list[str]] = {}
     for provider, target in asked.items():
@@ -130,6 +140,12 @@ def build_graphs(
             own = {file: own[name] for name, file in replaced.items()}
             further.append(FurtherGraphs(tuple(takers), target, replaced, own, _longest(target, run)))
     return Graphs(main, by_file, further, layout.placed, layout.end, _longest(main, run))
+
+
+def speculates(checkpoint: Checkpoint, profile: Profile) -> bool:
+    """Whether the decoder is exported for several tokens in a run too. It takes no adapter at run time."""
+    runs = PROVIDERS[profile.provider].speculative and profile.lowering == FUSED.name
+    return profile.speculative and runs and not checkpoint.kept_apart
 
 
 def _longest(target: Target, run: int) -> int | None:
@@ -189,14 +205,18 @@ def _answering(
     return by_file
 
 
-def _speculative(checkpoint: Checkpoint, recipe: Recipe, layout: DataLayout, run: int) -> dict[str, Graph]:
-    g = GraphBuilder(recipe.target, recipe.dtype, layout, pairs=True)
-    decoder(g, checkpoint.config, recipe, GraphOptions(run, hidden_states=True))
-    by_file = {SPECULATIVE_FILE: g.graph("qwen3_5_speculative")}
-    g = GraphBuilder(recipe.target, recipe.dtype, layout)
-    mtp_head(g, checkpoint.config, recipe)
-    by_file[MTP_FILE] = g.graph("qwen3_5_mtp")
-    return by_file
+def _speculative(
+    checkpoint: Checkpoint, recipe: Recipe, layout: DataLayout, options: GraphOptions
+) -> dict[str, Graph]:
+    """The decoder for several tokens in a run, and the one for two with the bits of single ones."""
+    several = GraphBuilder(recipe.target, recipe.dtype, layout)
+    decoder(several, checkpoint.config, recipe, replace(options, pending=True))
+    pairs = GraphBuilder(recipe.target, recipe.dtype, layout, pairs=True)
+    decoder(pairs, checkpoint.config, recipe, options)
+    return {
+        SPECULATIVE_FILE: several.graph("qwen3_5_speculative"),
+        PAIRS_FILE: pairs.graph("qwen3_5_pairs"),
+    }
 
 
 def _equal(one: Graph, other: Graph) -> bool:
