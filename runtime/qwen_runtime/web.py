@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -88,6 +89,7 @@ class Web:
         pauses: seconds to wait before each further try.
         handlers: what else looks at requests and answers.
         headers: of every request.
+        direct: whether no proxy is asked, whatever the environment says.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Web:
         pauses: tuple[float, ...] = _PAUSES,
         handlers: Sequence[urllib.request.BaseHandler] = (),
         headers: Mapping[str, str] = {},
+        direct: bool = False,
     ) -> None:
         self.url = url.rstrip("/")
         self.pauses = pauses
@@ -103,7 +106,7 @@ class Web:
         # No handler for file: and ftp: URLs, whoever asks for one.
         self._opener = urllib.request.OpenerDirector()
         for handler in (
-            urllib.request.ProxyHandler(),
+            urllib.request.ProxyHandler({} if direct else None),
             urllib.request.HTTPHandler(),
             urllib.request.HTTPSHandler(),
             urllib.request.HTTPDefaultErrorHandler(),
@@ -231,9 +234,14 @@ class Web:
             raise
 
     def _wait(self, tries: Iterator[float], url: str, error: Exception) -> None:
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, ssl.SSLCertVerificationError):  # which no further try would change
+            raise UserError(
+                f"{shown(url)} has a certificate that is not trusted ({reason.verify_message}): name the "
+                "file of its authority in SSL_CERT_FILE"
+            ) from error
         pause = next(tries, None)
         if pause is None:
-            reason = getattr(error, "reason", None) or error
             raise UserError(
                 f"{shown(url)} cannot be read ({reason}): try again later, and it goes on from there"
             ) from error

@@ -33,6 +33,7 @@ class RegistryServer(ThreadingHTTPServer):
         login: what has to be shown, `user:password`, for a token or (`basic`) by itself; None: nothing.
         pull_free: whether tokens to pull are for everybody.
         identity: a token for which the token server gives others.
+        realm: another address of the token server than its own.
         lifetime: requests that a token is good for.
         redirects: whether blobs are had at the second address.
         fails: statuses that are still answered, whatever is asked.
@@ -52,6 +53,7 @@ class RegistryServer(ThreadingHTTPServer):
         self.basic = self.pull_free = self.redirects = False
         self.identity = ""
         self.lifetime = 1000
+        self.realm = ""
         self.fails: list[int] = []
         self.retry_after = ""
         self.cuts = 0
@@ -251,7 +253,8 @@ class _Answer(_Handler):
             server.good[shown.removeprefix("Bearer ")] = (granted, left - 1)
             return True
         scope = f"repository:{server.name}:{actions}"
-        challenge = f'Bearer realm="http://{server.host}/token",service="here, there",scope="{scope}"'
+        realm = server.realm or f"http://{server.host}/token"
+        challenge = f'Bearer realm="{realm}",service="here, there",scope="{scope}"'
         self.answer(401, b'{"errors": [{"code": "UNAUTHORIZED"}]}', {"WWW-Authenticate": challenge})
         return False
 

@@ -20,6 +20,7 @@ from urllib.parse import urlencode, urlsplit
 from qwen_common.errors import UserError
 
 from qwen_runtime.registry.credentials import Credentials
+from qwen_runtime.registry.reference import is_loopback
 from qwen_runtime.web import check_next, shown
 
 _MOST = 1024 * 1024  # bytes of a token server's answer
@@ -89,6 +90,9 @@ class Authorization(urllib.request.BaseHandler):
         """A new one of the token server that the registry names."""
         realm = asked.get("realm", "")
         check_next(self._url, realm)
+        to, ours = urlsplit(realm), urlsplit(self._url)
+        if to.scheme == "http" and is_loopback(ours.netloc) and not is_loopback(to.netloc):
+            raise UserError(f"{shown(realm)} is no place for a password: it has no TLS, see to the registry")
         wanted = {"client_id": _CLIENT, "scope": asked.get("scope") or self._scope}
         if service := asked.get("service"):
             wanted["service"] = service

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError, mended_by, one_line
-from qwen_common.files import partial, sha256
+from qwen_common.files import partial, replace, sha256
 from qwen_common.manifest import MANIFEST, FileEntry, check_files
 from qwen_common.manifest import read as read_manifest
 from qwen_common.replacing import REPLACED, check_replaceable, put_in_place
@@ -22,7 +22,7 @@ from qwen_runtime.registry.reference import Reference
 from qwen_runtime.registry.registry import Registry
 
 _ADVICE = "give a folder that is not there yet"
-_LOCK, _STAGED = "lock", "pulled"  # in the hidden folder, beside the one that is wanted
+_LOCK, _DIGEST, _STAGED = "lock", "digest", "pulled"  # in the hidden folder, beside the one that is wanted
 _MOST_MANIFEST = 16 * 1024 * 1024  # bytes of the artifact's own manifest
 _KEPT_FREE = 16 * 1024 * 1024
 
@@ -87,6 +87,7 @@ def pull(
     _open_work(work)
     try:
         with FileLock(work / _LOCK, timeout=0):
+            _clear(work, files, digest)
             fetched = _fill(work / _STAGED, files, registry, folder, note)
             open_folder(work / _STAGED)
             put_in_place(work / _STAGED, folder, _ADVICE)
@@ -124,8 +125,25 @@ def _open_work(work: Path) -> None:
     except OSError as error:
         raise UserError(mended_by(error) or f"cannot write {work}: {error.strerror}") from error
     found = {path.name for path in work.iterdir()}
-    if strange := sorted(found - {_LOCK, _STAGED, REPLACED}) or sorted(found if _LOCK not in found else ()):
+    if strange := sorted(found - {_LOCK, _DIGEST, _STAGED, REPLACED}) or sorted(
+        found if _LOCK not in found else ()
+    ):
         raise UserError(f"{work} has {strange[0]}, which no pull made: move it elsewhere")
+
+
+def _clear(work: Path, files: Mapping[str, FileEntry], digest: str) -> None:
+    """Remove what an interrupted pull left and this one cannot use.
+
+    Beginnings of files are of use where it was the same image: else they might be anything's.
+    """
+    staged, known = work / _STAGED, work / _DIGEST
+    staged.mkdir(exist_ok=True)
+    same = known.is_file() and known.read_bytes() == digest.encode()
+    for path in staged.iterdir():
+        entry = files.get(path.name)
+        if path.is_symlink() or entry is None or not (same or _is_whole(path, entry)):
+            path.unlink()
+    replace(known, digest.encode())
 
 
 def _fill(
@@ -143,10 +161,6 @@ def _fill(
     Returns:
         Bytes that came.
     """
-    staged.mkdir(exist_ok=True)
-    for path in staged.iterdir():
-        if path.is_symlink() or path.name not in files:
-            path.unlink()
     # The smallest of all says what the others must be, before any of them comes.
     _fetch(registry, files[MANIFEST], staged / MANIFEST, lambda _: None)
     _check_layers(files, staged, registry.reference)

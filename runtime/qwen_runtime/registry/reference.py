@@ -66,13 +66,22 @@ class Reference:
 
     def url(self, plain_http: bool) -> str:
         """Below which the repository is. Plain HTTP for this machine alone, unless `plain_http`."""
-        scheme = "http" if plain_http or self._is_here() else "https"
+        scheme = "http" if plain_http or self.is_here else "https"
         host = _HUB_API if self.host == _HUB else self.host
         return f"{scheme}://{host}/v2/{self.name}"
 
-    def _is_here(self) -> bool:
-        address = re.sub(r":[0-9]+$", "", self.host).strip("[]")
-        try:
-            return ipaddress.ip_address(address).is_loopback
-        except ValueError:
-            return address == "localhost"
+    @property
+    def is_here(self) -> bool:
+        """Whether the registry is on this machine, so that nobody else sees what is sent."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Args:
+    host: a name or an address, perhaps with a port.
+    """
+    address = re.sub(r":[0-9]+$", "", host).strip("[]")
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

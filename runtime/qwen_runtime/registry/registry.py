@@ -38,9 +38,8 @@ class Registry:
         url = reference.url(plain_http)
         scope = f"repository:{reference.name}:{'pull,push' if push else 'pull'}"
         authorization = Authorization(url, scope, lambda: find(reference.repository))
-        self._web = Web(
-            url, PAUSES, handlers=[authorization], headers={"Accept": ", ".join((TYPE, *INDEX_TYPES))}
-        )
+        accept = {"Accept": ", ".join((TYPE, *INDEX_TYPES))}
+        self._web = Web(url, PAUSES, [authorization], accept, direct=reference.is_here)
 
     def manifest(self) -> tuple[bytes, str]:
         """The manifest that the reference names, and its digest.

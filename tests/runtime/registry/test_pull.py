@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
+import ssl
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,15 @@ def refusal(result: Result) -> str:
 
 def work(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.partial"
+
+
+def staging(folder: Path, digest: str) -> Path:
+    """Where a pull of `digest` into `folder` was stopped."""
+    staged = work(folder) / "pulled"
+    staged.mkdir(parents=True)
+    (staged.parent / "lock").touch()
+    (staged.parent / "digest").write_text(digest)
+    return staged
 
 
 def without_manifest(layers: Layers, name: str) -> bytes:
@@ -159,9 +171,7 @@ def test_a_file_that_was_taken_is_never_written_to(
     folder = tmp_path / "a"
     assert pull(registry, folder).exit_code == 0
     (folder / "genai_config.json").write_text("{}")
-    staged = work(folder) / "pulled"
-    staged.mkdir(parents=True)
-    (staged.parent / "lock").touch()
+    staged = staging(folder, pushed)
     (folder / "vocab.json").write_text("mine")
     (staged / "vocab.json").hardlink_to(folder / "vocab.json")
     (tmp_path / "kept").hardlink_to(folder / "vocab.json")
@@ -212,9 +222,7 @@ def test_what_was_left_there_may_be_wrong(
     registry: RegistryServer, pushed: str, cpu_artifact: Path, tmp_path: Path
 ) -> None:
     """Other beginnings, a whole file of other bytes, one too long, a link, a file of another tag."""
-    staged = work(tmp_path / "a") / "pulled"
-    staged.mkdir(parents=True)
-    (staged.parent / "lock").touch()
+    staged = staging(tmp_path / "a", pushed)
     size = (cpu_artifact / "tokenizer.json").stat().st_size
     (staged / "model.onnx.data").write_bytes(b"\1" * 1000)
     (staged / "tokenizer.json").write_bytes(b"\1" * size)
@@ -225,6 +233,19 @@ def test_what_was_left_there_may_be_wrong(
     result = pull(registry, tmp_path / "a")
     assert result.exit_code == 0, result.output
     assert hashes(tmp_path / "a") == hashes(cpu_artifact) and (tmp_path / "mine").read_text() == "x"
+
+
+def test_beginnings_of_another_version_are_of_no_use(
+    registry: RegistryServer, layers: Layers, pushed: str, cpu_artifact: Path, tmp_path: Path
+) -> None:
+    """They are not gone on with, for nothing; what is whole is."""
+    staged = staging(tmp_path / "a", "sha256:" + "0a" * 32)
+    (staged / "model.onnx.data").write_bytes(b"\1" * 1_000_000)
+    (staged / "tokenizer.json").write_bytes(dict(layers)["tokenizer.json"])
+    done = json.loads(pull(registry, tmp_path / "a", "--json").stdout)
+    sizes = done["files"]
+    assert done["fetched"] == sum(sizes.values()) - sizes["manifest.json"] - sizes["tokenizer.json"]
+    assert hashes(tmp_path / "a") == hashes(cpu_artifact)
 
 
 def test_a_hidden_folder_of_somebody_else(registry: RegistryServer, pushed: str, tmp_path: Path) -> None:
@@ -387,3 +408,44 @@ def test_no_plain_http_to_other_machines(registry: RegistryServer, tmp_path: Pat
     assert "https://0.0.0.0" in line and registry.asked == []
     plain = ["pull", f"oci://0.0.0.0:{registry.server_port}/team/tiny:1", str(tmp_path / "a"), "--plain-http"]
     assert "is not there" in CliRunner().invoke(main, plain).stderr
+
+
+def test_no_password_to_a_token_server_without_tls(
+    registry: RegistryServer, pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.login = "me:secret"
+    log_in(tmp_path, registry.host, auth=BASIC)
+    for realm, why in [
+        ("http://tokens.example/token", "it has no TLS"),
+        ("file:///etc/passwd", "only https"),
+    ]:
+        registry.realm = realm
+        said = refusal(pull(registry, tmp_path / "a"))
+        assert realm in said and why in said
+
+
+def test_no_proxy_for_this_machine(
+    registry: RegistryServer, pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert pull(registry, tmp_path / "a").exit_code == 0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_a_certificate_that_nobody_trusts(
+    registry: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said at once; and the file that SSL_CERT_FILE names is trusted."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=here"]
+    make += ["-addext", "subjectAltName=IP:0.0.0.0", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    registry.socket = context.wrap_socket(registry.socket, server_side=True)
+    monkeypatch.setattr("qwen_runtime.web.time.sleep", lambda _: pytest.fail("it waits"))
+    name = f"oci://0.0.0.0:{registry.server_port}/team/tiny:1"
+    said = CliRunner().invoke(main, ["pull", name, str(tmp_path / "a")])
+    assert said.exit_code == 2 and "not trusted (self-signed certificate)" in said.stderr
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert f"{name} is not there" in CliRunner().invoke(main, ["pull", name, str(tmp_path / "a")]).stderr
