@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,6 +115,24 @@ class ExportBackend(Protocol):
         Raises:
             UserError: `why_not`, a library is missing, or the calibration text cannot be used.
         """
+
+    def write_together(
+        self, writes: Sequence[tuple[Write, Path]], progress: Progress
+    ) -> Iterator[tuple[int, Written | Exception]]:
+        """Write several artifacts of one checkpoint, each to its hidden folder; what they read is read once
+        where the backend can do that.
+
+        Args:
+            writes: what `prepare` returned, and the hidden folders.
+
+        Yields:
+            Index in `writes`, and what came of it, as soon as it is whole or has failed.
+        """
+        for index, (write, work) in enumerate(writes):
+            try:
+                yield index, write(work, progress)
+            except Exception as error:
+                yield index, error
 
     def estimate(self, checkpoint: Checkpoint, profile: Profile) -> Estimate:
         """What the artifact will take and give; reads no weight."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,7 +44,7 @@ class StreamedShards:
         self._changing = threading.RLock()
         self._headers: dict[str, bytes] = {}
         self._readings: Counter[str] = Counter()
-        self._needed: Mapping[str, frozenset[Path]] = {}
+        self._needed: Mapping[Hashable, frozenset[Path]] = {}
         self._folder = root.parents[1] / _FOLDER / root.name
         self._process = FileLock(root.parents[1] / _LOCK, thread_local=False)
         # Those that may be deleted, the one that was not read for the longest time first; what a run that was
@@ -230,8 +230,8 @@ class StreamedShards:
                 if self._free() < reserved:
                     self._delete(name)
 
-    def expect(self, needed: Mapping[str, frozenset[Path]]) -> int:
-        """Plan the readings of an export: `needed` says of each weight which files it is read from.
+    def expect(self, needed: Mapping[Hashable, frozenset[Path]]) -> int:
+        """Plan the readings of an export: `needed` says of each weight which files must be there with it.
 
         A shard is deleted when the last of them is `done`. Returns the bytes of shards that must be there at
         once.
@@ -248,7 +248,7 @@ class StreamedShards:
         sums = (sum(self.sizes[name] for name in self.among(paths)) for paths in needed.values())
         return max(sums, default=0)
 
-    def done(self, weights: Iterable[str]) -> None:
+    def done(self, weights: Iterable[Hashable]) -> None:
         """The bytes of these weights are safely written."""
         with self._changing:
             for weight in weights:

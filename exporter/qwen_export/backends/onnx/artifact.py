@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,15 @@ from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.backends.onnx.proto import model_proto
 from qwen_export.backends.onnx.resume import fingerprint, open_journal
 from qwen_export.backends.onnx.stream import (
-    Compensated,
-    by_shard,
-    source_bytes,
+    Destination,
+    Step,
+    Wanted,
+    in_step,
     source_files,
     write_weights,
 )
 from qwen_export.backends.onnx.switched import check_switched, write_switched
-from qwen_export.backends.protocol import ExportOptions, Write, Written
+from qwen_export.backends.protocol import ExportOptions, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.dequantised import dequantised
 from qwen_export.graph.attention import check_heads
@@ -40,12 +42,67 @@ from qwen_export.graph.builder import DATA_FILE
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import calibration_samples
-from qwen_export.quantize.gptq import SAMPLES, nearest, with_compensations
+from qwen_export.quantize.gptq import SAMPLES, with_compensations
 
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
 
-def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress) -> Write:
+@dataclass(frozen=True)
+class OnnxWrite:
+    """Writes one artifact: `begin`, then the weights (`write_together`), then `finish`.
+
+    Attributes:
+        text: int64 [samples, tokens] for GPTQ; None: codes are found from the weights alone.
+    """
+
+    checkpoint: Checkpoint
+    profile: Profile
+    graphs: Graphs
+    all_logits: bool
+    text: np.ndarray | None
+
+    def __call__(self, work: Path, progress: Progress) -> Written:
+        """See `Write`."""
+        ((_, written),) = write_together([(self, work)], progress)
+        if isinstance(written, Exception):
+            raise written
+        return written
+
+    def begin(self, work: Path, progress: Progress) -> Destination:
+        mark = fingerprint(self.checkpoint, self.profile, self.graphs, self.text)
+        journal = open_journal(work, mark, progress)
+        data = work / STAGED / DATA_FILE
+        return Destination(self.checkpoint, self.graphs.placed, data, self.graphs.data_bytes, journal)
+
+    def finish(self, work: Path) -> Written:
+        checkpoint, graphs, staged = self.checkpoint, self.graphs, work / STAGED
+        copy_files(checkpoint.root, staged)
+        write_switched(checkpoint, graphs, staged)
+        for name, graph in graphs.every_file.items():
+            onnx.save(model_proto(graph), staged / name)
+        if checkpoint.vision:
+            (staged / PROCESSOR_CONFIG).write_bytes(as_json(processor_config(checkpoint.vision)))
+        config = genai_config(checkpoint, self.profile)
+        (staged / GENAI_CONFIG).write_bytes(as_json(config))
+        context = config["model"]["context_length"]
+        runs_on: RunsOn = {"lowering": graphs.target.name, "onnxruntime": graphs.onnxruntime()}
+        if graphs.further:
+            runs_on["further_graphs"] = [
+                _further(checkpoint, other, context, staged) for other in graphs.further
+            ]
+        return Written(
+            runs_on=runs_on,
+            context_length=context,
+            bytes_by_role=graphs.bytes_by_role(),
+            all_logits=self.all_logits,
+            image_prompt_tokens=_image_prompt_tokens(checkpoint, graphs, context),
+            carried_over=graphs.prequantized_roles(),
+        )
+
+
+def prepare(
+    checkpoint: Checkpoint, profile: Profile, options: ExportOptions, progress: Progress
+) -> OnnxWrite:
     """See `ExportBackend.prepare`."""
     for target in targets(profile).values():
         check_heads(checkpoint.config, target)
@@ -61,64 +118,88 @@ def prepare(checkpoint: Checkpoint, profile: Profile, options: ExportOptions, pr
     text = None
     if profile.compression == "gptq":
         text = calibration_samples(checkpoint, options.calibration, SAMPLES)
-    return partial(_write, checkpoint, profile, graphs, options.all_logits, text)
+    return OnnxWrite(checkpoint, profile, graphs, options.all_logits, text)
 
 
-def _write(
-    checkpoint: Checkpoint,
-    profile: Profile,
-    graphs: Graphs,
-    all_logits: bool,
-    text: np.ndarray | None,
-    work: Path,
-    progress: Progress,
-) -> Written:
-    staged = work / STAGED
-    journal = open_journal(work, fingerprint(checkpoint, profile, graphs, text), progress)
-    data = staged / DATA_FILE
-    placed = graphs.placed
-    if streamed := checkpoint.streamed:
-        if text is None:
-            placed = by_shard(checkpoint, placed, streamed)
-        left = [weight for weight, _ in placed if weight.name not in journal.done]
-        most = streamed.expect({weight.name: source_files(checkpoint, weight) for weight in left})
-        if streamed.root.stat().st_dev == staged.stat().st_dev:
-            streamed.reserved = partial(_unwritten, data, graphs.data_bytes)
-        else:
-            _check_space(data, graphs.data_bytes)
-        streamed.require(most)
-    else:
-        _check_space(data, graphs.data_bytes)
+def write_together(
+    writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress
+) -> Iterator[tuple[int, Written | Exception]]:
+    """See `ExportBackend.write_together`. Those for GPTQ, whose weights come in the order in which the model
+    runs, are written one by one."""
+    together = [index for index, (write, _) in enumerate(writes) if write.text is None]
+    alone = [[index] for index in range(len(writes)) if index not in together]
+    for indices in filter(None, [together, *alone]):
+        yield from zip(indices, _written([writes[index] for index in indices], progress), strict=True)
 
-    progress.start(sum(source_bytes(checkpoint, weight) for weight, _ in graphs.placed))
-    weights: Iterable[Compensated] = ((one, nearest) for one in placed)
+
+def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> list[Written | Exception]:
+    """All of `writes` in step, or the one for GPTQ."""
+    destinations = [write.begin(work, progress) for write, work in writes]
+    steps: Iterable[Step] = in_step(destinations)
+    _require_space(destinations, list(steps))
+    progress.start(sum(one.source_bytes(weight) for one in destinations for weight, _ in one.placed))
+    for one in destinations:
+        progress.advance(sum(one.source_bytes(weight) for weight, _ in one.placed if one.has(weight)))
+    text = writes[0][0].text
     if text is not None:
         progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
-        weights = with_compensations(checkpoint.config, checkpoint.tensors, graphs.placed, text)
-    write_weights(checkpoint, weights, data, graphs.data_bytes, journal, progress.advance)
-    if streamed:
+        steps = _calibrated(destinations[0], text)
+    write_weights(destinations, steps, progress.advance)
+    if streamed := destinations[0].checkpoint.streamed:
         streamed.reserved = lambda: 0
+    written: list[Written | Exception] = []
+    for (write, work), destination in zip(writes, destinations, strict=True):
+        if destination.fault is None:
+            with destination.faults():
+                written.append(write.finish(work))
+        if destination.fault is not None:
+            written.append(destination.fault)
+    return written
 
-    copy_files(checkpoint.root, staged)
-    write_switched(checkpoint, graphs, staged)
-    for name, graph in graphs.every_file.items():
-        onnx.save(model_proto(graph), staged / name)
-    if checkpoint.vision:
-        (staged / PROCESSOR_CONFIG).write_bytes(as_json(processor_config(checkpoint.vision)))
-    config = genai_config(checkpoint, profile)
-    (staged / GENAI_CONFIG).write_bytes(as_json(config))
-    context = config["model"]["context_length"]
-    runs_on: RunsOn = {"lowering": graphs.target.name, "onnxruntime": graphs.onnxruntime()}
-    if graphs.further:
-        runs_on["further_graphs"] = [_further(checkpoint, other, context, staged) for other in graphs.further]
-    return Written(
-        runs_on=runs_on,
-        context_length=context,
-        bytes_by_role=graphs.bytes_by_role(),
-        all_logits=all_logits,
-        image_prompt_tokens=_image_prompt_tokens(checkpoint, graphs, context),
-        carried_over=graphs.prequantized_roles(),
-    )
+
+def _calibrated(destination: Destination, text: np.ndarray) -> Iterator[Step]:
+    """In the order in which the model runs."""
+    checkpoint = destination.checkpoint
+    found = with_compensations(checkpoint.config, checkpoint.tensors, destination.placed, text)
+    return ([Wanted(destination, *one)] for one in found if not destination.has(one[0].weight))
+
+
+def _require_space(destinations: Sequence[Destination], steps: Sequence[Step]) -> None:
+    """Refuse before the work, not after it: whom there is no room for, beside those before it.
+
+    Raises:
+        UserError: there is no room for the shards that are fetched.
+    """
+    streamed = destinations[0].checkpoint.streamed
+    beside_shards = []
+    needed: Counter[int] = Counter()  # by disk
+    for destination in destinations:
+        folder = destination.path.parent
+        disk = folder.stat().st_dev
+        if streamed and disk == streamed.root.stat().st_dev:
+            beside_shards.append(destination)
+            continue
+        needed[disk] += _unwritten(destination) + _SPARE_BYTES
+        if (free := shutil.disk_usage(folder).free) < needed[disk]:
+            destination.fault = UserError(
+                f"the artifact needs {needed[disk] / 1e9:.1f} GB more and {folder.parent.parent} has "
+                f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
+            )
+    if streamed:
+        files = [(wanted, source_files(step)) for step in steps for wanted in step]
+        most = streamed.expect({wanted.destination.key(wanted.weight): read for wanted, read in files})
+        streamed.reserved = lambda: sum(map(_unwritten, beside_shards))
+        streamed.require(most)
+
+
+def _unwritten(destination: Destination) -> int:
+    """Bytes; the data file is sparse until it is written."""
+    if not destination.path.exists():
+        return destination.size
+    status = destination.path.stat()
+    # Windows gives a file the place of its length at once.
+    present = status.st_blocks * 512 if hasattr(os.stat_result, "st_blocks") else status.st_size
+    return max(0, destination.size - present)
 
 
 def _image_prompt_tokens(checkpoint: Checkpoint, graphs: Graphs | FurtherGraphs, context: int) -> int | None:
@@ -160,23 +241,3 @@ def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bo
             reason = str(error)
     progress.note(f"no MTP head to draft tokens: {reason}")
     return False
-
-
-def _check_space(data: Path, data_bytes: int) -> None:
-    """Refuse before the work, not after it. The data file is sparse until it is written."""
-    needed = _unwritten(data, data_bytes) + _SPARE_BYTES
-    free = shutil.disk_usage(data.parent).free
-    if free < needed:
-        raise UserError(
-            f"the artifact needs {needed / 1e9:.1f} GB more and {data.parent.parent.parent} has "
-            f"{free / 1e9:.1f} GB free: free some space, or choose another disk with -o"
-        )
-
-
-def _unwritten(data: Path, data_bytes: int) -> int:
-    if not data.exists():
-        return data_bytes
-    status = data.stat()
-    # Windows gives a file the place of its length at once.
-    present = status.st_blocks * 512 if hasattr(os.stat_result, "st_blocks") else status.st_size
-    return max(0, data_bytes - present)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from qwen_export.architecture.mtp import declares_mtp
 from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.onnx.estimate import estimate
 from qwen_export.backends.onnx.files import MTP_FILE, VISION_FILE
-from qwen_export.backends.protocol import ArtifactWeights, ExportBackend, ExportOptions, Write
+from qwen_export.backends.protocol import ArtifactWeights, ExportBackend, ExportOptions, Write, Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.planner.estimate import Estimate
 from qwen_export.progress import Progress
@@ -34,6 +34,15 @@ class OnnxBackend(ExportBackend):
         from qwen_export.backends.onnx.artifact import prepare
 
         return prepare(checkpoint, profile, options, progress)
+
+    def write_together(
+        self, writes: Sequence[tuple[Write, Path]], progress: Progress
+    ) -> Iterator[tuple[int, Written | Exception]]:
+        from qwen_export.backends.onnx.artifact import OnnxWrite, write_together
+
+        ours = [(write, work) for write, work in writes if isinstance(write, OnnxWrite)]
+        assert len(ours) == len(writes)
+        return write_together(ours, progress)
 
     def estimate(self, checkpoint: Checkpoint, profile: Profile) -> Estimate:
         return estimate(checkpoint, profile, profile.mtp and declares_mtp(checkpoint.config))
