@@ -1,4 +1,4 @@
-"""Exports of one checkpoint in step: each tensor is read once, and nobody's artifact is another one for it."""
+"""Exports of one checkpoint in step: each tensor is read once, and no artifact is another one for it."""
 
 from __future__ import annotations
 
