@@ -14,7 +14,8 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.grammar_schema import carried, repetitions
 from qwen_runtime.guidance import Guidance
-from qwen_runtime.tool_calls import qwen3_5_grammar as dialect
+from qwen_runtime.tool_calls.notation import SPACING, const, either, in_slashes, one_of, sequence
+from qwen_runtime.tool_calls.registry import DEFAULT, DIALECTS
 
 # llguidance forces what must come next as the tokenizer would write it, which is best for the answer. To ONNX
 # Runtime GenAI 0.18, though, the rest of a character that a token began is U+FFFD, and the answer fails; and
@@ -25,8 +26,6 @@ _PLACES = re.compile(r"^(Error creating grammar: |at \d+\(\d+\): |\[[\d:]+\] \S+
 _LONGEST_FORCED = 2000  # characters
 MOST_CHARACTERS = 500_000  # of a grammar
 _LONGEST_REASON = 300  # characters
-# A call inside a thought would be one.
-_THOUGHT = r'thought[suffix="</think>"]: /(.|\n)*/ & ~/(.|\n)*<function=(.|\n)*/'
 
 
 def make_guidance(
@@ -38,6 +37,7 @@ def make_guidance(
     regex: str | None = None,
     choices: Sequence[str] = (),
     forced: bool = True,
+    dialect: str | None = DEFAULT,
 ) -> Guidance:
     """An answer of one of these forms: JSON of this schema, calls of these tools, a text that this regular
     expression matches as a whole, or one of these texts.
@@ -49,6 +49,7 @@ def make_guidance(
         several: more than one call is allowed.
         forced: otherwise the answer may be anything, and only calls of tools that are `strict` are held to
             their schemas.
+        dialect: of the calls, by its name in `tool_calls.registry`; None where there are none.
     """
     functions = [
         {**tool["function"], "parameters": carried(tool["function"].get("parameters"))} for tool in tools
@@ -59,6 +60,7 @@ def make_guidance(
         "functions": functions,
         "several": several,
         "forced": forced,
+        "dialect": dialect or DEFAULT,
         "regex": regex,
         "choices": list(choices),
     }
@@ -72,26 +74,28 @@ def lark(answer: str) -> str:
         UserError: it would be too large, or nothing fits it.
     """
     asked = json.loads(answer)
+    calls = DIALECTS[asked["dialect"]].grammar
     bodies = []
     rules = []
     if asked["schema"] is not None:
         bodies.append("object")
-        rules.append(f"object: %json {json.dumps({**asked['schema'], 'x-guidance': dialect.SPACING})}")
+        rules.append(f"object: %json {json.dumps({**asked['schema'], 'x-guidance': SPACING})}")
     if not asked["forced"]:
         bodies.append("answer")
-        rules += dialect.lark_unforced(asked["functions"])
+        rules += calls.lark_unforced(asked["functions"])
     elif asked["functions"]:
         bodies.append('call ("\\n" call)*' if asked["several"] else "call")
-        rules += dialect.lark(asked["functions"])
+        rules += calls.lark(asked["functions"])
     if asked["regex"] is not None:
         bodies.append("matching")
-        rules.append(f"matching: /{dialect.in_slashes(asked['regex'])}/")
+        rules.append(f"matching: /{in_slashes(asked['regex'])}/")
     if asked["choices"]:
         bodies.append("chosen")
-        rules.append(f"chosen: /{dialect.one_of(asked['choices'])}/")
+        rules.append(f"chosen: /{one_of(asked['choices'])}/")
     thinking = asked["thinking"] and asked["forced"]
     if thinking:
-        rules.append(_THOUGHT)
+        # A call inside of it would be one.
+        rules.append(rf'thought[suffix="</think>"]: /(.|\n)*/ & ~/(.|\n)*{calls.BEGINS}(.|\n)*/')
     begin = 'thought "\\n\\n" ' if thinking else ""
     text = "\n".join([f"start: {begin}({' | '.join(bodies)})", *rules]) + "\n"
     if len(text) > MOST_CHARACTERS:
@@ -120,16 +124,17 @@ def why_refused(text: str) -> str:
 def structural_tag(answer: str) -> str:
     """The text of a guidance of kind `answer` as a structural tag for xgrammar, which is JSON."""
     asked = json.loads(answer)
+    calls = DIALECTS[asked["dialect"]].grammar
     bodies: list[Any] = []
     if asked["schema"] is not None:
         bodies.append({"type": "json_schema", "json_schema": asked["schema"]})
     if not asked["forced"]:
-        bodies.append(dialect.structural_tag_unforced(asked["functions"]))
+        bodies.append(calls.structural_tag_unforced(asked["functions"]))
     elif asked["functions"]:
         bodies.append(
             {
                 "type": "tags_with_separator",
-                "tags": [dialect.structural_tag(function) for function in asked["functions"]],
+                "tags": [calls.structural_tag(function) for function in asked["functions"]],
                 "separator": "\n",
                 "at_least_one": True,
                 "stop_after_first": not asked["several"],
@@ -137,9 +142,9 @@ def structural_tag(answer: str) -> str:
         )
     if asked["regex"] is not None:
         bodies.append({"type": "regex", "pattern": asked["regex"]})
-    bodies += [dialect.const(text) for text in asked["choices"]]
-    found = dialect.either(bodies)
+    bodies += [const(text) for text in asked["choices"]]
+    found = either(bodies)
     if asked["thinking"] and asked["forced"]:
         thought = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": "</think>"}
-        found = dialect.sequence(thought, dialect.const("\n\n"), found)
+        found = sequence(thought, const("\n\n"), found)
     return json.dumps({"type": "structural_tag", "format": found})

@@ -10,7 +10,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.template import chosen
-from qwen_runtime.tool_calls.qwen3_5 import asked_for_otherwise
+from qwen_runtime.tool_calls.registry import DEFAULT, dialect_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class ModelInfo:
         )
 
     @property
-    def calls(self) -> bool:
-        """Whether the calls of tools that its chat template asks for can be read."""
-        return not (self.templates and asked_for_otherwise(chosen(self.templates, tools=True)))
+    def dialect(self) -> str | None:
+        """In which calls of tools are written, as its chat template has them; None where it is not known."""
+        return dialect_of(chosen(self.templates, tools=True)) if self.templates else DEFAULT
 
 
 def _templates(artifact: Artifact) -> Mapping[str, str]:

@@ -18,10 +18,7 @@ from benchmarks.support.checkpoints import TINY
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
 REQUEST = Request(prompt=[{"role": "user", "content": "What is assert?"}], tools=TOOLS)
-# As published templates of Qwen3-Next say it.
-JSON_CALLS = """{%- if tools %}
-{{- '<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}\\n</tool_call>' }}
-{%- endif %}"""
+OTHER_CALLS = "{{- '<tool_call>' + call.name + '<arg_key>' }}"
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +39,14 @@ def info(folder: Path, template: bytes | None = None) -> ModelInfo:
 
 
 def test_calls_as_xml_are_read(artifact: Path) -> None:
-    assert info(artifact).calls
+    assert info(artifact).dialect == "qwen3_5"
     asyncio.run(admission.check(REQUEST, info(artifact)))
 
 
-def test_tools_are_refused_where_calls_are_json(artifact: Path) -> None:
-    found = info(artifact, JSON_CALLS.encode())
-    assert not found.calls
-    with pytest.raises(ApiError, match="calls of tools as JSON") as refused:
+def test_tools_are_refused_where_calls_cannot_be_read(artifact: Path) -> None:
+    found = info(artifact, OTHER_CALLS.encode())
+    assert found.dialect is None
+    with pytest.raises(ApiError, match="in a form that cannot be read") as refused:
         asyncio.run(admission.check(REQUEST, found))
     assert refused.value.status == 400 and refused.value.parameter == "tools"
     asyncio.run(admission.check(Request(prompt=REQUEST.prompt), found))
@@ -58,4 +55,4 @@ def test_tools_are_refused_where_calls_are_json(artifact: Path) -> None:
 @pytest.mark.parametrize("template", [b"{{- messages[0].content }}", b"\xff"], ids=["none", "damaged"])
 def test_templates_that_say_nothing_of_calls(template: bytes, artifact: Path) -> None:
     """One that cannot be read is told where it is needed."""
-    assert info(artifact, template).calls
+    assert info(artifact, template).dialect == "qwen3_5"

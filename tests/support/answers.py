@@ -17,6 +17,11 @@ def argument(name: str, value: str) -> str:
     return f"<parameter={name}>\n{value}\n</parameter>\n"
 
 
+def hermes_call(name: str, arguments: str) -> str:
+    """In the dialect of `tool_calls.hermes`."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
 def pieces(text: str, size: int) -> list[str]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 

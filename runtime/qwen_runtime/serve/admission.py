@@ -27,11 +27,11 @@ async def check(request: Request, info: ModelInfo) -> None:
     ApiError: the prompt cannot fit the context, the guidance is not valid or takes too long, or there are
         tools whose calls could not be read.
     """
-    if request.tools and not info.calls:
+    if request.tools and info.dialect is None:
         raise ApiError(
             400,
-            f"the chat template of {info.name} asks for calls of tools as JSON (as Hermes), which are not "
-            'read back yet: leave tools off, or say tool_choice "none"',
+            f"the chat template of {info.name} asks for calls of tools in a form that cannot be read: leave "
+            'tools off, or say tool_choice "none"',
             parameter="tools",
         )
     if request.conversation is not None:

@@ -34,6 +34,7 @@ from qwen_runtime.serve.structure import Structure, structure_of
 from qwen_runtime.serve.tool_check import Check, held_to_schemas
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
 from qwen_runtime.template import begins_thought
+from qwen_runtime.tool_calls.registry import DEFAULT
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -97,7 +98,7 @@ def _request_for(
     )
     opened = raw is None and begins_thought(info.templates, messages, told, template_kwargs)
     in_thought = start.in_thought(opened)
-    guidance, call_checks = _held(asked, told, structure, in_thought)
+    guidance, call_checks = _held(asked, told, structure, in_thought, info.dialect)
     request = Request(
         prompt=messages if raw is None else raw,
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
@@ -114,7 +115,8 @@ def _request_for(
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
     )
     check = structure.check if structure else None
-    return request, AnswerParser(in_thought, told, _several(asked), check, call_checks)
+    dialect = info.dialect or DEFAULT
+    return request, AnswerParser(in_thought, told, _several(asked), check, call_checks, dialect)
 
 
 async def _whole(answers: Answers, first: AnswerParser, head: Mapping[str, Any]) -> Response:
@@ -183,7 +185,11 @@ def _logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
 
 
 def _held(
-    asked: ChatRequest, tools: list[dict[str, Any]], structure: Structure | None, thinking: bool
+    asked: ChatRequest,
+    tools: list[dict[str, Any]],
+    structure: Structure | None,
+    thinking: bool,
+    dialect: str | None,
 ) -> tuple[Guidance | None, Mapping[str, Check]]:
     """What the answer is held to, and checks of what it calls.
 
@@ -201,8 +207,9 @@ def _held(
     forced = choice == "required" or isinstance(choice, NamedTool)
     held, checks = held_to_schemas(callable_, every=forced or structure is not None)
     if not forced and structure is None:
-        guidance = make_guidance(thinking=thinking, tools=held, forced=False) if checks else None
-        return guidance, checks
+        if not checks:
+            return None, checks
+        return make_guidance(thinking=thinking, tools=held, forced=False, dialect=dialect), checks
     answer = None if forced else structure
     guidance = make_guidance(
         thinking=thinking,
@@ -211,6 +218,7 @@ def _held(
         several=_several(asked),
         regex=answer.regex if answer else None,
         choices=answer.choices if answer else (),
+        dialect=dialect,
     )
     return guidance, checks
 

@@ -55,7 +55,7 @@ async def show(http: HttpRequest) -> Response:
     shape = {"embedding_length": "hidden_size", "block_count": "num_hidden_layers"}
     capabilities = [
         "completion",
-        *(["tools"] if info.calls and any("tools" in template for template in templates.values()) else []),
+        *(["tools"] if info.dialect and any("tools" in template for template in templates.values()) else []),
         *(["thinking"] if _thinks(templates) else []),
         *(["vision"] if info.images else []),
         *(["embedding"] if has_hidden_states(artifact) else []),

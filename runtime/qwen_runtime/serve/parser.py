@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_runtime.template import THOUGHT, THOUGHT_END
-from qwen_runtime.tool_calls.qwen3_5 import CallReader, Opening, after_call, find_call
+from qwen_runtime.tool_calls.protocol import CallReader, Opening
+from qwen_runtime.tool_calls.registry import DEFAULT, DIALECTS
 
 Delta = dict[str, Any]
 
@@ -45,7 +46,7 @@ class AnswerParser:
         several: more than one call is allowed; otherwise the answer ends after the first.
         check: says what is wrong with the text for the user; that becomes the message's refusal.
         call_checks: the same of the arguments of a function, by its name.
-
+        dialect: in which calls are written, by its name in `tool_calls.registry`.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class AnswerParser:
         several: bool = True,
         check: Callable[[str], str | None] | None = None,
         call_checks: Mapping[str, Callable[[str], str | None]] = {},
+        dialect: str = DEFAULT,
     ) -> None:
-        self._made_of = thinking, tools, several, check, call_checks
+        self._made_of = thinking, tools, several, check, call_checks, dialect
+        self._reading = DIALECTS[dialect].reading
         self._said: dict[str, list[str]] = {}
         self._calls: list[Call] = []
         self._blanks: list[str] = []  # pieces of nothing but white space, which wait for what follows them
@@ -147,7 +150,7 @@ class AnswerParser:
         text, kind = self._rest, "reasoning_content" if self._thinking else "content"
         call = Opening(len(text), len(text), None)
         if self._functions:
-            call = find_call(text, self._functions, self._final, strict=self._thinking)
+            call = self._reading.find_call(text, self._functions, self._final, strict=self._thinking)
         end = text.find(THOUGHT_END) if self._thinking else -1
         if end >= 0 and (call.name is None or end < call.start):
             deltas += self._say(kind, text[:end].rstrip())
@@ -179,7 +182,7 @@ class AnswerParser:
         return self._reader.ended
 
     def _after_call(self, deltas: list[Delta]) -> bool:
-        found = after_call(self._rest, self._final)
+        found = self._reading.after_call(self._rest, self._final)
         if found is None:
             return False
         self._rest = self._rest[found[0] :]
@@ -193,7 +196,7 @@ class AnswerParser:
         return False
 
     def _begin_call(self, name: str) -> Delta:
-        self._reader = CallReader(self._functions.get(name, {}).get("parameters"))
+        self._reader = self._reading.CallReader(self._functions.get(name, {}).get("parameters"))
         self._state = self._arguments
         call = Call(f"call_{uuid.uuid4().hex[:24]}", name)
         self._calls.append(call)

@@ -30,6 +30,7 @@ from qwen_runtime.resident import release_freed
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.states import StateSettings
 from qwen_runtime.template import begins_thought
+from qwen_runtime.tool_calls.registry import DEFAULT
 
 _log = logging.getLogger(__name__)
 
@@ -294,9 +295,9 @@ class _ReadAhead:
         if request.conversation is None:
             return
         variables = {"enable_thinking": request.thinking, **request.template_kwargs}
-        templates = self._model.info.templates
-        opened = begins_thought(templates, request.conversation, request.tools, variables)
-        parser = AnswerParser(opened, request.tools)
+        info = self._model.info
+        opened = begins_thought(info.templates, request.conversation, request.tools, variables)
+        parser = AnswerParser(opened, request.tools, dialect=info.dialect or DEFAULT)
         parser.feed(request.begun + self._answered)
         parser.finish()
         if parser.calls:  # a result comes next, and no word of the user

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from qwen_runtime.tool_calls import values
 from qwen_runtime.tool_calls.json_schema import (
@@ -30,6 +30,7 @@ from qwen_runtime.tool_calls.json_schema import (
     argument_schema,
     forms,
 )
+from qwen_runtime.tool_calls.protocol import Opening
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
@@ -60,35 +61,14 @@ _GOES_ON = {
 _BEGINNING = {PARAMETER_END: PARAMETER, FUNCTION_END: FUNCTION, CALL_END: CALL}
 
 
-def asked_for_otherwise(template: str) -> bool:
-    """Whether a chat template tells the model to write calls in another dialect: as JSON inside the marks."""
-    return CALL in template and FUNCTION not in template
-
-
-class Opening(NamedTuple):
-    """Where text ends and a call begins, or may begin.
-
-    Attributes:
-        start: before it there is no call.
-        end: where the call's arguments begin.
-        name: of the function; None where there is no call, or it takes more text to know.
-    """
-
-    start: int
-    end: int
-    name: str | None
+def asked_for(template: str) -> bool:
+    """Whether a chat template tells the model to write calls so."""
+    return FUNCTION in template
 
 
 def find_call(text: str, functions: Collection[str], final: bool, strict: bool = False) -> Opening:
-    """Where the first call in `text` begins.
-
-    Without `<tool_call>` only a known function is called, and only where the text goes on as a call does.
-
-    Args:
-        functions: the names that are known.
-        final: nothing comes after `text`.
-        strict: calls of unknown functions are none.
-    """
+    """As `protocol.Reading`. Without `<tool_call>` only a known function is called, and only where the text
+    goes on as a call does."""
     for found in _OPENING.finditer(text):
         undecided = Opening(found.start(), found.end(), None)
         if found["function"] is None:
@@ -110,8 +90,7 @@ def find_call(text: str, functions: Collection[str], final: bool, strict: bool =
 
 
 def after_call(text: str, final: bool) -> tuple[int, str | None] | None:
-    """What follows a call: how much of it belongs to it, and the function of one more call inside the same
-    `<tool_call>`. None where it takes more text to know."""
+    """As `protocol.Reading`."""
     start = _skip_space(text, 0)
     if found := _MARK.match(text, start):
         if found[0] == CALL_END:
@@ -124,17 +103,8 @@ def after_call(text: str, final: bool) -> tuple[int, str | None] | None:
 
 
 class CallReader:
-    """Reads the arguments of one call, to pieces of their JSON.
-
-    Of an argument that is given twice the first counts, for it may have been passed on.
-
-    Args:
-        parameters: the function's JSON schema; None where there is none.
-
-    Attributes:
-        ended: the call is whole.
-        rest: the text after its end.
-    """
+    """As `protocol.CallReader`. Of an argument that is given twice the first counts, for it may have been
+    passed on."""
 
     def __init__(self, parameters: Any) -> None:
         self.ended = False
@@ -146,11 +116,6 @@ class CallReader:
         self._value: _Value | None = None
 
     def feed(self, text: str, final: bool = False) -> str:
-        """The JSON that `text` adds.
-
-        Args:
-            final: nothing comes after `text`.
-        """
         self.rest += text
         return "".join(self._read(final))
 

@@ -17,6 +17,7 @@ from typing import Any
 from qwen_common.errors import UserError
 
 from qwen_runtime.tool_calls.json_schema import Allowed, Arguments, allowed, forms, kind_of, standalone
+from qwen_runtime.tool_calls.notation import SPACING, const, either, in_slashes, one_of, quoted, sequence
 from qwen_runtime.tool_calls.qwen3_5 import (
     CALL,
     CALL_END,
@@ -28,12 +29,11 @@ from qwen_runtime.tool_calls.qwen3_5 import (
 from qwen_runtime.tool_calls.texts import ANY, Text, texts, whole
 from qwen_runtime.tool_calls.values import without_surrogates
 
+BEGINS = FUNCTION
 _BEGIN, _END = f"{CALL}\n{FUNCTION}", f"{FUNCTION_END}\n{CALL_END}"
 _VALUE_END = f"\n{PARAMETER_END}\n"
 _OTHER_NAME = "[A-Za-z_][A-Za-z0-9_.-]{0,63}"  # where the schema leaves names free
 _MOST_OTHERS = 16  # such arguments, which small models would write without end
-# One line, spaced as models write it. With white space left free, small models write little else.
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _TYPED_ELSEWHERE = {"$ref", "allOf", "anyOf", "oneOf"}
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 _MARK = re.compile(r"</?(?:tool_call>|function|parameter)")
@@ -75,14 +75,14 @@ class _Lark:
 
     def forced(self, functions: Sequence[Mapping[str, Any]]) -> list[str]:
         bodies = [self._function(function) for function in functions]
-        return [f"call: {_quoted(_BEGIN)} ({' | '.join(bodies)}) {_quoted(_END)}", *self._named()]
+        return [f"call: {quoted(_BEGIN)} ({' | '.join(bodies)}) {quoted(_END)}", *self._named()]
 
     def unforced(self, functions: Sequence[Mapping[str, Any]]) -> list[str]:
         begin, mark = in_slashes(_BEGIN), in_slashes(FUNCTION)
         bodies = [
-            f"{self._function(function)} {_quoted(_END)}"
+            f"{self._function(function)} {quoted(_END)}"
             if function.get("strict")
-            else _quoted(f"{function['name']}>")
+            else quoted(f"{function['name']}>")
             for function in functions
         ]
         return [
@@ -101,7 +101,7 @@ class _Lark:
         return self._rules.setdefault(body, f"{kind}{len(self._rules)}")
 
     def _function(self, function: Mapping[str, Any]) -> str:
-        begin = _quoted(f"{function['name']}>\n")
+        begin = quoted(f"{function['name']}>\n")
         parameters = function.get("parameters") or {}
         # Each form once: some differ in nothing that the grammar knows of.
         bodies = dict.fromkeys(self._arguments(form, parameters) for form in forms(parameters, parameters))
@@ -115,12 +115,12 @@ class _Lark:
             if value is None and name in form.required:
                 raise UserError(f"argument '{name}': a call cannot have what its schema asks for")
             if value is not None:
-                argument = f"{_quoted(f'{PARAMETER}{name}>{chr(10)}')} {value}"
+                argument = f"{quoted(f'{PARAMETER}{name}>{chr(10)}')} {value}"
                 parts.append(argument if name in form.required else f"({argument})?")
         fewest, most = _others(form)
         if most:
             others = " | ".join(self._others(form, root))
-            parts.append(f"({_quoted(PARAMETER)} ({others})){{{fewest},{most}}}")
+            parts.append(f"({quoted(PARAMETER)} ({others})){{{fewest},{most}}}")
         return " ".join(parts)
 
     def _others(self, form: Arguments, root: Any) -> Iterator[str]:
@@ -150,7 +150,7 @@ class _Lark:
             kinds = known.containers
             choices += [self._rule(_text_rule(text, bool(kinds))) for text in texts(schema, root)]
             if known.null:
-                choices.append(_quoted(f"null{_VALUE_END}"))
+                choices.append(quoted(f"null{_VALUE_END}"))
         elif _TYPED_ELSEWHERE.isdisjoint(schema) and _BOUNDS.isdisjoint(schema):
             # Not as long as JSON may have them, which small models would use.
             number = _NUMBER if "number" in kinds else _INTEGER if "integer" in kinds else None
@@ -163,7 +163,7 @@ class _Lark:
             if known.text and not _TYPED_ELSEWHERE.isdisjoint(typed):  # which xgrammar cannot carry
                 definitions = {"$defs": typed["$defs"]} if "$defs" in typed else {}
                 typed = {**definitions, "allOf": [typed, {"type": sorted(kinds)}]}
-            choices.append(f"%json {json.dumps({**typed, 'x-guidance': options})} {_quoted(_VALUE_END)}")
+            choices.append(f"%json {json.dumps({**typed, 'x-guidance': options})} {quoted(_VALUE_END)}")
         return f"({' | '.join(dict.fromkeys(choices))})" if choices else None
 
 
@@ -174,7 +174,7 @@ def _text_rule(text: Text, beside_containers: bool) -> str:
     regexes = [*text.regexes, *([_PLAIN] if beside_containers else [])]
     conditions = [f"/{in_slashes(regex)}/" for regex in regexes]
     conditions.append(_NO_MARK if text.free else _FEW_MARKS)
-    return f"[suffix={_quoted(_VALUE_END)}]: {' & '.join(conditions)}"
+    return f"[suffix={quoted(_VALUE_END)}]: {' & '.join(conditions)}"
 
 
 def structural_tag(function: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,18 +243,6 @@ def _tagged_text(text: Text) -> dict[str, Any]:
 _NOTHING = {"type": "grammar", "grammar": 'root ::= ""'}  # xgrammar takes no empty literal
 
 
-def either(elements: list[Any]) -> Any:
-    return {"type": "or", "elements": elements} if len(elements) > 1 else elements[0]
-
-
-def sequence(*elements: Any) -> dict[str, Any]:
-    return {"type": "sequence", "elements": list(elements)}
-
-
-def const(text: str) -> dict[str, Any]:
-    return {"type": "const_string", "value": text}
-
-
 def _texts(known: Allowed) -> list[str]:
     """How the values are written that a value is one of; those that would be read otherwise are left out."""
     strings = [value for value in known.values if isinstance(value, str)]
@@ -287,18 +275,3 @@ def _others(form: Arguments) -> tuple[int, int]:
     most = _MOST_OTHERS if form.most is None else form.most - len(form.required)
     most = max(0, min(most, _MOST_OTHERS))
     return max(0, min(fewest, most)), most
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def one_of(texts: Sequence[str]) -> str:
-    """A regular expression in slashes. Of rules llguidance takes no more than 2000 side by side."""
-    return f"({'|'.join(in_slashes(re.escape(text)) for text in texts)})"
-
-
-def in_slashes(regex: str) -> str:
-    """A regular expression as Lark writes it, in which a slash ends it and a line cannot."""
-    special = {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n", "\\\r": r"\r"}
-    return re.sub(r"\\.|[/\n\r]", lambda found: special.get(found[0], found[0]), regex, flags=re.DOTALL)

@@ -46,6 +46,16 @@ def value_of(text: str, allowed: Allowed) -> Any:
     return value
 
 
+def read(text: str, allowed: Allowed) -> Any:
+    """The value of `text` in a dialect that writes texts in quotes: a text only if it is nothing else."""
+    try:
+        value = _parse(text.strip())
+    except (ValueError, RecursionError):
+        return without_surrogates(text)
+    whole = isinstance(value, float) and value.is_integer() and not allowed.has(value)
+    return int(value) if whole and allowed.has(int(value)) else value
+
+
 def grows(allowed: Allowed) -> bool:
     """Whether a value is its text, so that it can be passed on before its end is known."""
     return allowed.text and not allowed.containers
