@@ -38,12 +38,13 @@ class RegistryPush:
         return digest_of(self.image)
 
 
-def plan(artifact: Path, name: str, plain_http: bool) -> RegistryPush:
+def plan(artifact: Path, name: str, plain_http: bool, note: Callable[[str], None]) -> RegistryPush:
     """Look at both sides; changes nothing.
 
     Args:
         name: `oci://HOST/NAME:TAG`.
         plain_http: without TLS, also to other machines.
+        note: told a line where the registry does not answer and is asked again, also by `push`.
 
     Raises:
         UserError: no such name, not an artifact, a damaged one, or the registry does not answer.
@@ -53,7 +54,7 @@ def plan(artifact: Path, name: str, plain_http: bool) -> RegistryPush:
         raise UserError(f"{reference} is no place to push to: give oci://{reference.repository}:TAG")
     manifest = open_folder(artifact, every=True)
     files = {**manifest["files"], MANIFEST: file_entry(artifact / MANIFEST)}
-    registry = Registry(reference, push=True, plain_http=plain_http)
+    registry = Registry(reference, note, push=True, plain_http=plain_http)
     missing = [file for file, entry in files.items() if not registry.has(entry)]
     return RegistryPush(registry, image.build(files, _annotations(manifest)), files, missing)
 

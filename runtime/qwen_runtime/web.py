@@ -7,7 +7,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPMessage
@@ -23,6 +23,7 @@ _PAUSES = (1.0, 5.0, 15.0)  # seconds before each further try
 _LONGEST_PAUSE = 60.0  # that a server may ask for
 _BLOCK = 1024 * 1024
 _PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # OpenSSL's words, by its version
 _SAID = 64 * 1024  # bytes of a refusal that are read
 
 
@@ -90,6 +91,7 @@ class Web:
         handlers: what else looks at requests and answers.
         headers: of every request.
         direct: whether no proxy is asked, whatever the environment says.
+        note: told a line before each further try.
     """
 
     def __init__(
@@ -99,7 +101,9 @@ class Web:
         handlers: Sequence[urllib.request.BaseHandler] = (),
         headers: Mapping[str, str] = {},
         direct: bool = False,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self._note = note
         self.url = url.rstrip("/")
         self.pauses = pauses
         self._headers = {"Accept-Encoding": "identity", **headers}
@@ -240,6 +244,8 @@ class Web:
                 f"{shown(url)} has a certificate that is not trusted ({reason.verify_message}): name the "
                 "file of its authority in SSL_CERT_FILE"
             ) from error
+        if isinstance(reason, ssl.SSLError) and reason.reason in _NO_TLS:
+            raise UserError(f"{shown(url)} does not speak TLS: plain HTTP has to be asked for") from error
         pause = next(tries, None)
         if pause is None:
             raise UserError(
@@ -250,6 +256,7 @@ class Web:
             and (asked := error.headers.get("Retry-After", "")).isdecimal()
         ):
             pause = max(pause, min(float(asked), _LONGEST_PAUSE))
+        self._note(f"{urlsplit(url).netloc} does not answer ({reason}): asked again in {pause:.0f} s")
         time.sleep(pause)
 
 

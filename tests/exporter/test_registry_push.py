@@ -47,7 +47,8 @@ def pull(name: str, folder: Path) -> Result:
 
 def refusal(result: Result) -> str:
     assert result.exit_code == 2, result.output
-    (line,) = (line for line in result.stderr.strip().splitlines() if not line.startswith("pushing: "))
+    told = ("pushing: ", "127.0.0.1:")  # how far it is, and that it is tried again
+    (line,) = (line for line in result.stderr.strip().splitlines() if not line.startswith(told))
     return line
 
 
@@ -156,9 +157,13 @@ def test_a_file_that_changes_meanwhile(
     assert not registry.manifests
 
 
+# `htpasswd -nbB me secret`
+_ME = "me:$2y$05$mrUbtCknMg6ESr7XeKsxXuJdCnt49ha.4/SDqJq0o44QIh6jeARpe"
+
+
 @pytest.fixture
-def real(tmp_path: Path) -> Iterator[str]:
-    """Docker's own registry on this machine."""
+def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Docker's own registry on this machine; with the parameter "login" it is open to `me` alone."""
     if REAL is None:
         pytest.skip("docker-registry is not installed")
     with socket.socket() as probe:
@@ -168,12 +173,16 @@ def real(tmp_path: Path) -> Iterator[str]:
         f"version: 0.1\nhttp: {{addr: '{host}'}}\n"
         f"storage: {{filesystem: {{rootdirectory: '{tmp_path / 'registry'}'}}}}\n"
     )
+    (tmp_path / "htpasswd").write_text(_ME)
+    if getattr(request, "param", "") == "login":
+        with (tmp_path / "registry.yml").open("a") as file:
+            file.write(f"auth: {{htpasswd: {{realm: here, path: '{tmp_path / 'htpasswd'}'}}}}\n")
     with (tmp_path / "registry.log").open("wb") as log:
         process = subprocess.Popen([REAL, "serve", tmp_path / "registry.yml"], stdout=log, stderr=log)
     try:
         for _ in range(200):
             try:
-                urllib.request.urlopen(f"http://{host}/v2/", timeout=1).close()
+                urllib.request.urlopen(f"http://{host}/", timeout=1).close()
                 break
             except OSError:
                 time.sleep(0.05)
@@ -207,4 +216,32 @@ def test_skopeo(real: str, artifact: Path, tmp_path: Path) -> None:
     names = (f"docker://{real}/team/tiny:1", f"docker://{real}/copy:1")
     subprocess.run([SKOPEO or "", "copy", *plain, *names], check=True, capture_output=True)
     assert pull(f"oci://{real}/copy@{digest}", tmp_path / "back").exit_code == 0
+    assert hashes(tmp_path / "back") == hashes(artifact)
+
+
+@pytest.mark.skipif(SKOPEO is None, reason="skopeo is not installed")
+@pytest.mark.parametrize("real", ["login"], indirect=True)
+def test_a_login_that_skopeo_wrote(
+    real: str, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"oci://{real}/team/tiny:1"
+    assert f"run docker login {real}" in refusal(push(artifact, name))
+    file = tmp_path / "auth.json"
+    login = [
+        SKOPEO or "",
+        "login",
+        "--authfile",
+        str(file),
+        "--tls-verify=false",
+        "-u",
+        "me",
+        "-p",
+        "secret",
+        real,
+    ]
+    subprocess.run(login, check=True, capture_output=True)
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(file))
+    result = push(artifact, name)
+    assert result.exit_code == 0, result.output
+    assert pull(name, tmp_path / "back").exit_code == 0
     assert hashes(tmp_path / "back") == hashes(artifact)

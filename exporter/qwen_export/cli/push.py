@@ -83,10 +83,13 @@ def _to_hub(artifact: Path, repository: str, public: bool, dry_run: bool, as_jso
 def _to_registry(artifact: Path, name: str, plain_http: bool, dry_run: bool, as_json: bool) -> None:
     from qwen_export.registry_push import plan, push
 
-    planned = plan(artifact, name, plain_http)
+    def note(line: str) -> None:
+        click.echo(line, err=True)
+
+    planned = plan(artifact, name, plain_http, note)
     reference = planned.registry.reference
     if not dry_run:
-        push(artifact, planned, lambda line: click.echo(line, err=True))
+        push(artifact, planned, note)
     sizes = {name: entry["size"] for name, entry in sorted(planned.files.items())}
     if as_json:
         done = {"reference": str(reference), "digest": planned.digest, "pushed": not dry_run}

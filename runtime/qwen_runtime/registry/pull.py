@@ -68,7 +68,7 @@ def pull(
     folder = Path(os.path.abspath(folder))
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder} is a link or a file: {_ADVICE}")
-    registry = Registry(reference, plain_http=plain_http)
+    registry = Registry(reference, note, plain_http=plain_http)
     data, digest = registry.manifest()
     files = image.read(data, f"{reference}")
     if MANIFEST not in files or files[MANIFEST]["size"] > _MOST_MANIFEST:

@@ -29,17 +29,24 @@ _CODES = 80  # characters of a registry's own word for an error
 
 class Registry:
     """Args:
+    note: told a line where the registry does not answer and is asked again.
     push: whether it will be written to.
     plain_http: without TLS, also to other machines.
     """
 
-    def __init__(self, reference: Reference, push: bool = False, plain_http: bool = False) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        note: Callable[[str], None],
+        push: bool = False,
+        plain_http: bool = False,
+    ) -> None:
         self.reference = reference
         url = reference.url(plain_http)
         scope = f"repository:{reference.name}:{'pull,push' if push else 'pull'}"
         authorization = Authorization(url, scope, lambda: find(reference.repository))
         accept = {"Accept": ", ".join((TYPE, *INDEX_TYPES))}
-        self._web = Web(url, PAUSES, [authorization], accept, direct=reference.is_here)
+        self._web = Web(url, PAUSES, [authorization], accept, reference.is_here, note)
 
     def manifest(self) -> tuple[bytes, str]:
         """The manifest that the reference names, and its digest.
