@@ -12,6 +12,16 @@ from qwen_runtime.guidance import Guidance
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.sampling import Sampling
+from qwen_runtime.speculative import Speculative
 from qwen_runtime.states import StateSettings
 
-__all__ = ["Generation", "Guidance", "Model", "ModelInfo", "Sampling", "StateSettings", "TokenLogprob"]
+__all__ = [
+    "Generation",
+    "Guidance",
+    "Model",
+    "ModelInfo",
+    "Sampling",
+    "Speculative",
+    "StateSettings",
+    "TokenLogprob",
+]

@@ -15,13 +15,21 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, PREPACKED, PROVIDER, VERIFY
+from qwen_runtime.cli.options import (
+    ARTIFACT,
+    DEBUG,
+    EXACT,
+    PREPACKED,
+    PROVIDER,
+    SPECULATIVE,
+    VERIFY,
+    speculates,
+)
 from qwen_runtime.generation import Generation
 from qwen_runtime.load_progress import shown_load
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
-from qwen_runtime.speculative import Speculative
 
 EPILOG = """\b
 Examples:
@@ -86,12 +94,8 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
     metavar="NAME=VALUE",
     help="A variable for the chat template, such as preserve_thinking=true; may be given several times.",
 )
-@click.option(
-    "--speculative",
-    is_flag=True,
-    help="Guess the next tokens and check several in a run, on the CPU, while it pays.",
-)
-@click.option("--exact", is_flag=True, help="With --speculative, answers are the same to the bit; slower.")
+@SPECULATIVE
+@EXACT
 @PROVIDER
 @PREPACKED
 @VERIFY
@@ -131,8 +135,7 @@ def answer(
         raise click.UsageError("--raw and --json need a PROMPT.")
     if (images or videos) and (raw or prompt is None):
         raise click.UsageError("--image and --video need a PROMPT, and not --raw.")
-    if exact and not speculative:
-        raise click.UsageError("--exact needs --speculative.")
+    how = speculates(speculative, exact)
     _speak_utf8()
     with reported(debug):
         request = Request(
@@ -153,10 +156,7 @@ def answer(
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
         with shown_load(artifact):
-            how = Speculative.EXACT if exact else Speculative.FAST
-            loaded = Model.load(
-                artifact, provider, verify, prepacked=prepacked, speculative=how if speculative else None
-            )
+            loaded = Model.load(artifact, provider, verify, prepacked=prepacked, speculative=how)
         with loaded as model:
             click.echo(model.info.reason, err=True)
             if adapter is not None:

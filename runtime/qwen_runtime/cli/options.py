@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 from qwen_common.providers import PROVIDERS
 
+from qwen_runtime.speculative import Speculative
+
 ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
 DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -14,6 +16,14 @@ PROVIDER = click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
 )
 VERIFY = click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
+SPECULATIVE = click.option(
+    "--speculative",
+    is_flag=True,
+    help="Guess the next tokens and check several in a run, on the CPU, while it pays.",
+)
+EXACT = click.option(
+    "--exact", is_flag=True, help="With --speculative, answers are the same to the bit; slower."
+)
 PREPACKED = click.option(
     "--prepacked-dir",
     "prepacked",
@@ -21,3 +31,16 @@ PREPACKED = click.option(
     help="Map weights from this folder, where they are written once in this CPU's layout, with twice the "
     "artifact's bytes: memory stays free, and a model larger than it runs at the disk's pace.",
 )
+
+
+def speculates(speculative: bool, exact: bool) -> Speculative | None:
+    """What these two options come to.
+
+    Raises:
+        click.UsageError: one of them alone says nothing.
+    """
+    if exact and not speculative:
+        raise click.UsageError("--exact needs --speculative.")
+    if not speculative:
+        return None
+    return Speculative.EXACT if exact else Speculative.FAST

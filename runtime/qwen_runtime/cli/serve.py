@@ -9,7 +9,7 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import DEBUG, PREPACKED, PROVIDER, VERIFY
+from qwen_runtime.cli.options import DEBUG, EXACT, PREPACKED, PROVIDER, SPECULATIVE, VERIFY, speculates
 
 _EPILOG = """\b
 Examples:
@@ -127,6 +127,8 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
     type=click.IntRange(0),
     help="Seconds that running answers may take when the server is told to end.",
 )
+@SPECULATIVE
+@EXACT
 @PROVIDER
 @PREPACKED
 @click.option("--kiosk", is_flag=True, help="Show the page in its kiosk mode.")
@@ -135,6 +137,8 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 def serve(
     artifacts: tuple[Path, ...],
     named: tuple[str, ...],
+    speculative: bool,
+    exact: bool,
     provider: str,
     prepacked: Path | None,
     verify: bool,
@@ -150,6 +154,7 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve each ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
+    how = speculates(speculative, exact)
     with reported(debug):
         try:
             from qwen_runtime.serve.server import serve as listen
@@ -167,7 +172,9 @@ def serve(
         pixels = round(10**6 * (image_megapixels or (_KIOSK_MEGAPIXELS if kiosk else _MEGAPIXELS)))
         listen(
             [
-                ModelSettings(path, provider, verify, context_length, keep, states, pixels, name, prepacked)
+                ModelSettings(
+                    path, provider, verify, context_length, keep, states, pixels, name, prepacked, how
+                )
                 for path, name in _paths(artifacts, named)
             ],
             kiosk=kiosk,

@@ -283,6 +283,9 @@ class Engine:
             self.metrics.first_token.observe(seconds)
         elif isinstance(reply, Done):
             self.metrics.completion_tokens.inc(reply.completion_tokens)
+            if reply.acceptance is not None:
+                self.metrics.drafted_tokens.inc(reply.acceptance.drafted)
+                self.metrics.accepted_tokens.inc(reply.acceptance.accepted)
             self.metrics.answer.observe(seconds)
 
     def _end(self, answer: Answer) -> None:

@@ -29,6 +29,12 @@ class Metrics:
         self.completion_tokens = Counter(
             "qwen_edge_completion_tokens", "Tokens that were generated.", registry=registry
         )
+        self.drafted_tokens = Counter(
+            "qwen_edge_drafted_tokens", "Tokens that were guessed and checked.", registry=registry
+        )
+        self.accepted_tokens = Counter(
+            "qwen_edge_accepted_tokens", "Of these, tokens that were right.", registry=registry
+        )
         self.first_token = Histogram(
             "qwen_edge_time_to_first_token_seconds",
             "From a request's turn to its first text.",

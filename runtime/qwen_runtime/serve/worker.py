@@ -28,6 +28,8 @@ from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.resident import release_freed
 from qwen_runtime.serve.parser import AnswerParser
+from qwen_runtime.speculative import Speculative
+from qwen_runtime.speculative.acceptance import Acceptance
 from qwen_runtime.states import StateSettings
 from qwen_runtime.template import begins_thought
 from qwen_runtime.tool_calls.registry import DEFAULT
@@ -50,6 +52,7 @@ class ModelSettings:
     image_pixels: int | None = None
     name: str | None = None
     prepacked: Path | None = None
+    speculative: Speculative | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Done:
     stop_string: str | None
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...]
+    acceptance: Acceptance | None
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
             states=settings.states,
             image_pixels=settings.image_pixels,
             prepacked=settings.prepacked,
+            speculative=settings.speculative,
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
@@ -225,6 +230,7 @@ class _Worker:
                     generation.stop_string,
                     len(generation.tokens),
                     tuple(generation.logprobs[told:]),
+                    generation.acceptance,
                 )
             if generation.finish_reason != "cancelled":
                 answered = generation.text

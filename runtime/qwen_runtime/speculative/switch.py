@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from statistics import median
 
@@ -19,7 +20,7 @@ _STALE = 128  # runs of several after which one token is measured again: its tim
 
 
 class Switch:
-    """Of one loaded model; its answers learn from each other.
+    """Of one loaded model; its answers learn from each other, those that are made at the same time too.
 
     Args:
         most: drafts in a run.
@@ -36,47 +37,57 @@ class Switch:
         self._refused: dict[str, int] = defaultdict(int)  # in a row
         self._elapsed = self._lost = 0.0
         self._since_plain = 0  # runs of several tokens
+        self._lock = threading.Lock()
 
     def count(self, draft: Draft) -> int:
         """How many tokens of `draft` to check in the next run; 0: it is one of one token."""
         longest = min(len(draft.tokens), self._most)
         if self._always:
             return longest
+        with self._lock:
+            return self._count(draft.source, longest)
+
+    def _count(self, source: str, longest: int) -> int:
         if len(self._seconds[1]) < _PLAIN or self._since_plain >= _STALE:
             return 0
         if self._lost > _LOSS * self._elapsed:
             return 0
-        pays, count = max((self._pays(draft.source, count), count) for count in range(longest + 1))
+        pays, count = max((self._pays(source, count), count) for count in range(longest + 1))
         if count and pays < _PAYS:
             count = 0
-        self._refused[draft.source] = 0 if count else self._refused[draft.source] + 1
-        if self._refused[draft.source] >= _PROBE:
-            self._refused[draft.source], count = 0, 1
-        return min(count, longest)
+        self._refused[source] = 0 if count else self._refused[source] + 1
+        if self._refused[source] >= _PROBE:
+            self._refused[source], count = 0, min(1, longest)
+        return count
 
     def took(self, tokens: int, seconds: float) -> None:
         """A run of so many tokens has; it brings the first of them."""
-        self._seconds[tokens].append(seconds)
-        self._since_plain = 0 if tokens == 1 else self._since_plain + 1
-        self._pass(seconds, self._plain() if tokens > 1 else seconds)
+        with self._lock:
+            self._seconds[tokens].append(seconds)
+            self._since_plain = 0 if tokens == 1 else self._since_plain + 1
+            self._pass(seconds, self._plain() if tokens > 1 else seconds)
 
     def settled(self, seconds: float) -> None:
         """Going back to runs of one token took so long, and brought one."""
-        self._pass(seconds, self._plain())
+        with self._lock:
+            self._pass(seconds, self._plain())
 
     def drafted(self, source: str, seconds: float) -> None:
         """A draft took so long to make."""
-        self._drafting[source].append(seconds)
-        self._pass(seconds, 0.0)
+        with self._lock:
+            self._drafting[source].append(seconds)
+            self._pass(seconds, 0.0)
 
     def yielded(self) -> None:
         """A token that was drafted is right."""
-        self._pass(0.0, self._plain())
+        with self._lock:
+            self._pass(0.0, self._plain())
 
     def judged(self, source: str, right: bool) -> None:
         """A token of a draft was chosen, or another one."""
-        found, total = self._right[source]
-        self._right[source] = found * _FORGET + right, total * _FORGET + 1
+        with self._lock:
+            found, total = self._right[source]
+            self._right[source] = found * _FORGET + right, total * _FORGET + 1
 
     def _pass(self, seconds: float, spared: float) -> None:
         """Args:

@@ -204,7 +204,7 @@ def test_calls_are_told_when_they_are_whole() -> None:
         answer = Answer(engine, 0)
         for at in range(0, len(text), 7):
             answer.replies.put_nowait(Piece(0, text[at : at + 7], ()))
-        answer.replies.put_nowait(Done(0, "length", None, 50, ()))
+        answer.replies.put_nowait(Done(0, "length", None, 50, (), None))
         tool = {"type": "function", "function": {"name": "weather"}}
         return [line async for line in answer_lines(answer, AnswerParser(False, [tool]), begun=0)]
 
