@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+
 
 class Session:
     """A graph run piece by piece, its states carried along."""
@@ -32,7 +34,7 @@ class Session:
         sizes = {"batch_size": self._batch, "past_sequence_length": 0, "kv_cache_dim": head_size}
         for value in self._session.get_inputs():
             if value.name.startswith("past"):
-                dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[value.type]
+                dtype = _DTYPES[value.type]
                 shape = [sizes.get(axis, axis) for axis in value.shape]
                 self.state[value.name] = np.zeros(shape, dtype)
 

@@ -53,6 +53,7 @@ class Provider:
             width is refused.
         fp4_experts: the ONNX Runtime from which on its QMoE reads MXFP4 and NVFP4 experts (run); None: it
             does not.
+        int8_cache: a run has shown that its GroupQueryAttention takes keys and values in INT8.
         zero_points_required, exact_blocks, silu_inside: as in the exporter's `graph.targets.Target`.
     """
 
@@ -83,6 +84,7 @@ class Provider:
     casts_float16: bool = False
     weight_bits: frozenset[int] = frozenset({4, 8})
     fp4_experts: str | None = None
+    int8_cache: bool = False
     zero_points_required: bool = False
     exact_blocks: bool = False
     silu_inside: bool = True
@@ -105,6 +107,7 @@ CPU = Provider(
     weight_bits=frozenset({2, 4, 8}),
     # tests/exporter/graph/test_fp4_experts_kernel.py; 1.31 has no such kernel (run).
     fp4_experts="1.32",
+    int8_cache=True,  # tests/exporter/graph/test_kv_cache.py
     # Its kernels apply SiLU value by value, several times slower than QuickGelu, which is vectorised.
     silu_inside=False,
 )

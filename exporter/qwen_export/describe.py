@@ -45,7 +45,7 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
         "bytes_by_role": dict(written.bytes_by_role),
         "carried_over": list(written.carried_over),
         "all_logits": written.all_logits,
-        "cache_bytes_per_token": cache_bytes_per_token(checkpoint.config, np.dtype(profile.activation_dtype)),
+        "cache_bytes_per_token": cache_bytes_per_token(checkpoint.config, np.dtype(profile.kv_dtype)),
     }
     if checkpoint.adapters:
         manifest["adapters"] = list(checkpoint.adapters)

@@ -73,16 +73,16 @@ def head_name(config: TextConfig) -> str:
 
 def last_norm(config: TextConfig, weights: Weights, hidden: np.ndarray) -> np.ndarray:
     """What lm_head is given: [..., hidden] -> the same shape."""
-    return _rms_norm(config, weights, "model.norm.weight", hidden)
+    return rms_norm(config, weights, "model.norm.weight", hidden)
 
 
 def layer(config: TextConfig, weights: Weights, index: int, hidden: np.ndarray) -> np.ndarray:
     """Hidden states before layer `index` -> after it, both [batch, sequence, hidden], from position 0 on."""
     name = f"model.layers.{index}"
-    normed = _rms_norm(config, weights, f"{name}.input_layernorm.weight", hidden)
+    normed = rms_norm(config, weights, f"{name}.input_layernorm.weight", hidden)
     mixer = {"full_attention": _attention, "linear_attention": _gated_delta_net}[config.layer_types[index]]
     hidden = hidden + mixer(config, weights, name, normed)
-    normed = _rms_norm(config, weights, f"{name}.post_attention_layernorm.weight", hidden)
+    normed = rms_norm(config, weights, f"{name}.post_attention_layernorm.weight", hidden)
     if isinstance(config, MoeTextConfig) and f"{name}.mlp.gate.weight" in weights:
         return hidden + _mixture_of_experts(config, weights, f"{name}.mlp", normed)
     return hidden + _mlp(weights, f"{name}.mlp", normed)
@@ -128,8 +128,8 @@ def _attention(config: TextConfig, weights: Weights, layer: str, x: np.ndarray) 
     query, gate = both[..., 0, :], both[..., 1, :].reshape(batch, length, heads * dim)
     key = weights.linear(f"{name}.k_proj.weight", x).reshape(batch, length, kv_heads, dim)
     value = weights.linear(f"{name}.v_proj.weight", x).reshape(batch, length, kv_heads, dim)
-    query = _rotate(config, _rms_norm(config, weights, f"{name}.q_norm.weight", query))
-    key = _rotate(config, _rms_norm(config, weights, f"{name}.k_norm.weight", key))
+    query = _rotate(config, rms_norm(config, weights, f"{name}.q_norm.weight", query))
+    key = _rotate(config, rms_norm(config, weights, f"{name}.k_norm.weight", key))
 
     query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))  # heads before tokens
     key, value = (np.repeat(part, heads // kv_heads, axis=1) for part in (key, value))
@@ -199,7 +199,7 @@ def _causal_conv(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return _silu(sum(padded[:, tap : tap + length] * kernel[:, 0, tap] for tap in range(taps)))
 
 
-def _rms_norm(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+def rms_norm(config: TextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
     return _normed(x, config.rms_norm_eps) * (1 + weights.whole(name))
 
 

@@ -19,6 +19,8 @@ def graph_fault(artifact: Artifact, provider: Provider) -> str | None:
     lowering = (further_graphs(artifact.manifest, provider.key) or artifact.manifest)["lowering"]
     if lowering not in provider.lowerings:
         return f"{provider.title} has no kernels for the artifact's graph, which is {lowering}"
+    if artifact.manifest["settings"].get("cache_dtype") == "int8" and not provider.int8_cache:
+        return f"the artifact's KV cache is in int8, and {provider.title} has not been shown to take one"
     for name in artifact.graphs(provider.key) if provider.wrong else []:
         if wrong := provider.wrong & references(artifact.root / name).operators:
             return f"{provider.title} computes {min(wrong)} wrongly, which {name} has"

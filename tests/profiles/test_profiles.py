@@ -190,7 +190,8 @@ def test_int2_is_for_providers_that_have_shown_a_kernel() -> None:
         ("context_length=long", "field 'context_length': Input should be a valid integer"),
         ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),
         ("contxt=1", "field 'contxt': Extra inputs are not permitted"),
-        ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32"),
+        ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32, or int8"),
+        ("cache_dtype=int4", "field 'cache_dtype': Input should be 'float32', 'float16' or 'int8'"),
         (
             "hardware.memory_budget_gb=inf",
             "memory_budget_gb': Input should be a finite number",

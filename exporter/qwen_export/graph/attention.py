@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder, Value
+from qwen_export.graph.kv_cache import scaled_norm, value_scale
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import rms_norm
 from qwen_export.graph.recipe import Recipe
@@ -18,6 +20,7 @@ from qwen_export.graph.tokens import each_token, joined
 from qwen_export.graph.weights import Rows, Weight, one_plus
 
 _HEAD_MULTIPLE = 8  # GroupQueryAttention's
+_NO_ROTATION_BIAS_SINK = (None,) * 5  # inputs between the lengths and the scales
 _MASKED = -1e30  # added to float32 scores
 
 
@@ -102,18 +105,28 @@ def attention(
     normed = rms_norm(
         g, g.reshape(queries_keys, 0, 0, heads + kv_heads, dim), g.constant(np.ones(dim)), config.rms_norm_eps
     )
-    normed = g.op("Mul", normed, *g.weight(_head_norms(config, recipe, name)))
+    coded = recipe.cache_dtype == np.int8
+    norms = _scaled_head_norms(recipe, name) if coded else _head_norms(config, recipe, name)
+    normed = g.op("Mul", normed, *g.weight(norms))
     turned = rotate(g, normed, table, heads + kv_heads, dim, config.rotary_dim)
     query, key = g.ops("Split", turned, g.ints(heads * dim, kv_heads * dim), outputs=2, axis=-1)
 
-    attend = _grouped_query_attention if g.target.has("GroupQueryAttention") else _explicit_attention
+    if coded:
+        value = g.op("Mul", value, *g.weight(_value_scale(config, recipe, name, inverse=True)))
+
+    attend = _explicit_attention
+    if g.target.has("GroupQueryAttention"):
+        attend = partial(_grouped_query_attention, coded=coded)
     outputs, presents = [], []
     for (queries, keys, values), seen in zip(each_token(g, query, key, value), visible, strict=True):
         output, *present = attend(g, config, queries, keys, values, past, seen)
         past = present[0], present[1]
         outputs.append(output)
         presents.append(past)
-    gated = g.op("Mul", joined(g, outputs), g.op("Sigmoid", gate))
+    attended = joined(g, outputs)
+    if coded:
+        attended = g.op("Mul", attended, *g.weight(_value_scale(config, recipe, name, inverse=False)))
+    gated = g.op("Mul", attended, g.op("Sigmoid", gate))
     out = projection(recipe, f"{name}.o_proj", recipe.whole(f"{name}.o_proj.weight"))
     return linear(g, recipe, gated, out), presents
 
@@ -141,6 +154,25 @@ def _head_norms(config: TextConfig, recipe: Recipe, name: str) -> Weight:
     return replace(query, rows=rows, reshaped=shape)
 
 
+def _scaled_head_norms(recipe: Recipe, name: str) -> Weight:
+    """The same, with queries and keys scaled for codes."""
+    return recipe.floats(scaled_norm(name), name=f"{name}.qk_norm.weight")
+
+
+def _value_scale(config: TextConfig, recipe: Recipe, name: str, inverse: bool) -> Weight:
+    """[kv_heads * head_dim], what values are multiplied with to be codes; or, not `inverse`, [heads *
+    head_dim], what gives the outputs back their sizes."""
+    scale = recipe.floats(value_scale(name))
+    kv_heads, dim = config.num_key_value_heads, config.head_dim
+    if inverse:
+        return replace(
+            scale, name=f"{name}.v_cache.inverse_scale", transform=np.reciprocal, reshaped=(kv_heads * dim,)
+        )
+    groups = config.num_attention_heads // kv_heads
+    rows = tuple(Rows(value_scale(name), head, head + 1) for head in range(kv_heads) for _ in range(groups))
+    return replace(scale, name=f"{name}.v_cache.scale", rows=rows, reshaped=(len(rows) * dim,))
+
+
 def _grouped_query_attention(
     g: GraphBuilder,
     config: TextConfig,
@@ -149,7 +181,14 @@ def _grouped_query_attention(
     value: Value,
     past: tuple[Value, Value],
     visible: Span,
+    coded: bool,
 ) -> tuple[Value, Value, Value]:
+    """Args:
+    coded: the cache holds INT8 codes. Keys and values come scaled for them.
+    """
+    one = g.constant([1], np.float32)
+    scales = (*_NO_ROTATION_BIAS_SINK, one, one) if coded else ()
+    coding = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
     output, present_key, present_value = g.ops(
         "GroupQueryAttention",
         query,
@@ -158,10 +197,12 @@ def _grouped_query_attention(
         *past,
         visible.last_key,
         visible.total_length,
+        *scales,
         outputs=3,
         num_heads=config.num_attention_heads,
         kv_num_heads=config.num_key_value_heads,
         scale=config.head_dim**-0.5,
+        **(coding if coded else {}),
     )
     return output, present_key, present_value
 

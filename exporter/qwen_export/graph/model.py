@@ -56,8 +56,15 @@ class State:
         return self.present.replace("present", "settled", 1)
 
 
-def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, State]:
-    """Key and value cache of a full-attention layer, conv and recurrent state of a Gated DeltaNet."""
+def states(
+    config: TextConfig, layer: int, dtype: np.dtype, cache_dtype: np.dtype | None = None
+) -> tuple[State, State]:
+    """Key and value cache of a full-attention layer, conv and recurrent state of a Gated DeltaNet.
+
+    Args:
+        dtype: the activations'.
+        cache_dtype: of keys and values, if it is another.
+    """
 
     def state(kind: str, dtype: np.dtype, past: Shape, present: Shape) -> State:
         return State(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", dtype, past, present)
@@ -65,7 +72,8 @@ def states(config: TextConfig, layer: int, dtype: np.dtype) -> tuple[State, Stat
     if config.layer_types[layer] == "full_attention":
         past: Shape = ("batch_size", config.num_key_value_heads, "past_sequence_length", config.head_dim)
         present: Shape = (*past[:2], "total_sequence_length", config.head_dim)
-        return state("key", dtype, past, present), state("value", dtype, past, present)
+        held = cache_dtype or dtype
+        return state("key", held, past, present), state("value", held, past, present)
     conv: Shape = ("batch_size", config.conv_dim, config.linear_conv_kernel_dim - 1)
     heads = config.linear_num_value_heads
     recurrent: Shape = ("batch_size", heads, config.linear_key_head_dim, config.linear_value_head_dim)
@@ -108,7 +116,9 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
         run = g.input("input_ids", int64, tokens)
     attention_mask = g.input("attention_mask", int64, ("batch_size", "total_sequence_length"))
     position_ids = g.input("position_ids", int64, (3, "batch_size", "sequence_length"))
-    carried = [states(config, layer, g.dtype) for layer in range(config.num_hidden_layers)]
+    carried = [
+        states(config, layer, g.dtype, recipe.cache_dtype) for layer in range(config.num_hidden_layers)
+    ]
     past = [tuple(g.input(state.past, state.dtype, state.past_shape) for state in pair) for pair in carried]
 
     lm_head, embedding = vocabulary(config, recipe)

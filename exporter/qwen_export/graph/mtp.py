@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qwen_export.architecture.models.qwen3_5 import TextConfig
@@ -25,6 +27,7 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
 
     Source: vLLM's Qwen3_5MultiTokenPredictor; transformers has no such class.
     """
+    recipe = replace(recipe, cache_dtype=None)  # calibration text does not go through it
     int64 = np.dtype(np.int64)
     run = ("batch_size", "sequence_length")
     input_ids = g.input("input_ids", int64, run)

@@ -27,6 +27,7 @@ class Recipe:
     Attributes:
         accuracy_level: MatMulNBits' attribute; 4 lets the CPU kernel quantise activations to int8.
         scale_dtype: of quantised weights' scales; None: the activations'.
+        cache_dtype: of the KV cache; None: the activations'.
         tensors: the checkpoint's.
         layers: by layer, the formats of roles that differ there.
         carry_over: tensors that are codes already keep them, where the target has a kernel for them.
@@ -39,6 +40,7 @@ class Recipe:
     dtype: np.dtype
     accuracy_level: int = 0
     scale_dtype: np.dtype | None = None
+    cache_dtype: np.dtype | None = None
     tensors: Mapping[str, CheckpointTensor] = field(default_factory=dict)
     layers: Mapping[int, Mapping[Role, WeightFormat]] = field(default_factory=dict)
     carry_over: bool = True

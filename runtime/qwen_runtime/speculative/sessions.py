@@ -19,7 +19,7 @@ _GRAPHS, _HEAD = {Speculative.FAST: "speculative.onnx", Speculative.EXACT: "pair
 _PAIR = 2
 _PAST, _PRESENT, _SETTLED = "past_key_values.", "present.", "settled."
 _PENDING, _ENTERING, _ROWS = "pending", "entering", "rows."
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _APART, _AT_ONCE = np.array([1, 1]), np.array([2, 0])  # rows of a pair, in two products or in one
 
 

@@ -39,10 +39,12 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.dequantised import dequantised
 from qwen_export.graph.attention import check_heads
 from qwen_export.graph.builder import DATA_FILE
+from qwen_export.graph.kv_cache import cache_specs
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import calibration_samples
 from qwen_export.quantize.gptq import SAMPLES, with_compensations
+from qwen_export.quantize.kv_cache import CACHE_SAMPLES, find_cache_scales, with_cache_scales
 
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
 
@@ -53,6 +55,7 @@ class OnnxWrite:
 
     Attributes:
         text: int64 [samples, tokens] for GPTQ; None: codes are found from the weights alone.
+        cache_text: the same for the scales of an INT8 KV cache; None: it is in floating point.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +63,7 @@ class OnnxWrite:
     graphs: Graphs
     all_logits: bool
     text: np.ndarray | None
+    cache_text: np.ndarray | None
 
     def __call__(self, work: Path, progress: Progress) -> Written:
         """See `Write`."""
@@ -69,7 +73,9 @@ class OnnxWrite:
         return written
 
     def begin(self, work: Path, progress: Progress) -> Destination:
-        mark = fingerprint(self.checkpoint, self.profile, self.graphs, self.text)
+        texts = [text for text in (self.text, self.cache_text) if text is not None]
+        text = np.concatenate(texts) if texts else None
+        mark = fingerprint(self.checkpoint, self.profile, self.graphs, text)
         journal = open_journal(work, mark, progress)
         data = work / STAGED / DATA_FILE
         return Destination(self.checkpoint, self.graphs.placed, data, self.graphs.data_bytes, journal)
@@ -108,6 +114,8 @@ def prepare(
         check_heads(checkpoint.config, target)
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
     check_switched(checkpoint, graphs)
+    if profile.cache_dtype == "int8":
+        checkpoint = with_cache_scales(checkpoint)
     sources = graphs.sources()
     for line in dequantised(
         {name: checkpoint.tensors[name] for name in sources},
@@ -118,7 +126,10 @@ def prepare(
     text = None
     if profile.compression == "gptq":
         text = calibration_samples(checkpoint, options.calibration, SAMPLES)
-    return OnnxWrite(checkpoint, profile, graphs, options.all_logits, text)
+    cache_text = None
+    if profile.cache_dtype == "int8":
+        cache_text = calibration_samples(checkpoint, options.calibration, CACHE_SAMPLES)
+    return OnnxWrite(checkpoint, profile, graphs, options.all_logits, text, cache_text)
 
 
 def write_together(
@@ -140,6 +151,10 @@ def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> li
     progress.start(sum(one.source_bytes(weight) for one in destinations for weight, _ in one.placed))
     for one in destinations:
         progress.advance(sum(one.source_bytes(weight) for weight, _ in one.placed if one.has(weight)))
+    for (write, _), one in zip(writes, destinations, strict=True):
+        if write.cache_text is not None and one.fault is None:
+            with one.faults():
+                _find_cache_scales(one, write.cache_text, progress)
     text = writes[0][0].text
     if text is not None:
         progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
@@ -155,6 +170,17 @@ def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> li
         if destination.fault is not None:
             written.append(destination.fault)
     return written
+
+
+def _find_cache_scales(destination: Destination, text: np.ndarray, progress: Progress) -> None:
+    """Where an earlier run did not write all of them."""
+    checkpoint = destination.checkpoint
+    scales = cache_specs(checkpoint.config)
+    made = (weight for weight, _ in destination.placed if weight.rows[0].tensor in scales)
+    if all(destination.has(weight) for weight in made):
+        return
+    progress.note(f"{text.size} tokens of text go through the model in float32 for the KV cache's scales")
+    find_cache_scales(checkpoint.config, checkpoint.tensors, text)
 
 
 def _calibrated(destination: Destination, text: np.ndarray) -> Iterator[Step]:

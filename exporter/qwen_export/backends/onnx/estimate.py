@@ -91,7 +91,7 @@ def estimate(checkpoint: Checkpoint, profile: Profile, mtp: bool = False) -> Est
     config, dtype = checkpoint.config, np.dtype(profile.activation_dtype)
     sizes = _sizes(_Asked(_graphs_depend_on(checkpoint, profile), checkpoint, profile, mtp))
     budget = int(profile.hardware.memory_budget_gb * 1e9)
-    per_token = cache_bytes_per_token(config, dtype)
+    per_token = cache_bytes_per_token(config, np.dtype(profile.kv_dtype))
     on_cpu = profile.provider == CPU.key
     resident = _RUNTIME_BYTES + (sizes.cpu if on_cpu else sizes.data)
     load = _RUNTIME_BYTES + (sizes.cpu_load if on_cpu else sizes.data)

@@ -21,6 +21,7 @@ from qwen_export.backends.onnx.files import (
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.builder import DataLayout, Graph, GraphBuilder
 from qwen_export.graph.embedding import embedding
+from qwen_export.graph.kv_cache import cache_specs
 from qwen_export.graph.model import GraphOptions, decoder
 from qwen_export.graph.mtp import mtp_head
 from qwen_export.graph.recipe import Recipe
@@ -179,10 +180,16 @@ def _recipe(checkpoint: Checkpoint, profile: Profile, target: Target) -> Recipe:
         np.dtype(profile.activation_dtype),
         profile.accuracy_level,
         np.dtype(profile.scale_dtype or profile.activation_dtype),
+        np.dtype(profile.kv_dtype),
         checkpoint.tensors,
         profile.layer_weights,
         profile.carry_over,
-        {**config.tensors(), **mtp_tensors(config), **(vision.tensors() if vision else {})},
+        {
+            **config.tensors(),
+            **mtp_tensors(config),
+            **(vision.tensors() if vision else {}),
+            **cache_specs(config),
+        },
         frozenset(name for adapter in checkpoint.kept_apart for name in adapter.updates),
     )
 
