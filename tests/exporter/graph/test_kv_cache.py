@@ -19,6 +19,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.quantize import kv_cache
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Model, Sampling, StateSettings
+from qwen_runtime.speculative import Speculative
 from qwen_runtime.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -190,13 +191,13 @@ def artifact(exported: Exported) -> Path:
     return exported(TINY, load_profile("cpu", ["cache_dtype=int8"]))
 
 
-def questions(model: Model, **options: Any) -> list[list[int]]:
+def questions(model: Model) -> list[list[int]]:
     """The tokens of three answers, each to all that was said before."""
     messages: list[Any] = [{"role": "system", "content": "The statement is a word. " * 40}]
     answers = []
     for question in ("What is assert?", "What is yield?", "And if?"):
         messages.append({"role": "user", "content": question})
-        generation = model.generate(messages, max_tokens=24, sampling=GREEDY, **options)
+        generation = model.generate(messages, max_tokens=24, sampling=GREEDY)
         text = generation.run()
         answers.append(generation.tokens)
         messages.append({"role": "assistant", "content": text})
@@ -222,7 +223,8 @@ def test_speculative_decoding_has_the_same_tokens(exported: Exported, tmp_path: 
     artifact = exported(checkpoint, load_profile("cpu", ["cache_dtype=int8"]))
     with Model.load(artifact, "cpu") as model:
         expected = questions(model)
-        assert questions(model, speculative=True) == expected
+    with Model.load(artifact, "cpu", speculative=Speculative.EXACT) as model:
+        assert questions(model) == expected
 
 
 def test_memory_is_a_quarter(artifact: Path, cpu_artifact: Path) -> None:
