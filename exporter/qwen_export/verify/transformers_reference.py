@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +14,27 @@ from qwen_common.errors import UserError, one_line
 
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
-from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.checkpoint import Checkpoint, listed
+from qwen_export.checkpoint.tensors.tensor import forms_of
 from qwen_export.opening import is_gguf
 from qwen_export.reference import Weights, log_softmax
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
 TOKENS = 64  # compared, at most
 # Both are float32 and add up in different orders: 1e-12 and 1e-10 are usual.
 _LEAST_COSINE, _MOST_DIVERGENCE = 0.9999, 1e-4
 _FLOAT32_BYTES = 4
 _MOST_SHOWN = 200  # characters of somebody else's message
+_WITHOUT = "verify without --reference transformers"
+# By `quant_method`: what transformers 5.24 makes of it without an error (run).
+_MISREAD = {
+    "mlx": "takes MLX's layout for its own",
+    "modelopt": "leaves ModelOpt's scales out",
+    "modelopt_fp4": "leaves ModelOpt's scales out",
+}
+_ROUNDED = {"NVFP4", "NF4", "FP4"}  # to bfloat16 as they are dequantised (run: a cosine of 0.993 to 0.9995)
 _INSTALL = "pip install torch 'transformers>=5.5'"
 
 
@@ -60,17 +71,21 @@ class Agreement:
 def require_transformers(checkpoint: Checkpoint) -> None:
     """Raises:
     UserError: PyTorch or transformers is missing, the whole model in float32 does not fit the memory, or
-        the checkpoint is a GGUF file, or has adapters merged into it.
+        the checkpoint is a GGUF file, has adapters merged into it, or weights in a form that transformers
+        does not read, or reads less exactly.
     """
+    forms = sum((forms_of(tensor) for tensor in checkpoint.tensors.values()), Counter[str]())
     if is_gguf(checkpoint.source):
-        raise UserError(
-            "transformers has no reader for GGUF files of this architecture: verify without --reference "
-            "transformers"
-        )
+        raise UserError(f"transformers has no reader for GGUF files of this architecture: {_WITHOUT}")
     if checkpoint.adapters:
         raise UserError(
-            "transformers reads the checkpoint's files, which are without the adapters: verify without "
-            "--reference transformers"
+            f"transformers reads the checkpoint's files, which are without the adapters: {_WITHOUT}"
+        )
+    if reason := _MISREAD.get(checkpoint.quantization):
+        raise UserError(f"transformers {reason}: {_WITHOUT}")
+    if rounded := sorted(_ROUNDED & forms.keys()):
+        raise UserError(
+            f"transformers rounds weights in {rounded[0]} to bfloat16 as it dequantises them: {_WITHOUT}"
         )
     try:
         import torch  # noqa: F401
@@ -100,10 +115,15 @@ def compare(checkpoint: Checkpoint, ids: Sequence[int]) -> Agreement:
     import transformers
 
     tokens = np.asarray(ids, np.int64)[None, :TOKENS]
-    model = _load(checkpoint)
-    with torch.no_grad():
-        theirs = model(input_ids=torch.from_numpy(tokens)).logits[0].float().numpy()
-    del model
+    try:
+        theirs = _answer(checkpoint, torch.from_numpy(tokens))
+    except UserError:
+        raise
+    except Exception as error:  # whatever its loaders, their libraries and its layers raise
+        raise UserError(
+            f"transformers cannot run {checkpoint.root} ({type(error).__name__}: "
+            f"{one_line(str(error))[:_MOST_SHOWN]}): {_WITHOUT}"
+        ) from error
     return agreement(
         {"torch": str(torch.__version__), "transformers": transformers.__version__},
         _logits(checkpoint.config, Weights(checkpoint.tensors), tokens),
@@ -128,7 +148,8 @@ def _logits(config: TextConfig, weights: Weights, ids: np.ndarray) -> np.ndarray
     return reference.logits(config, weights, hidden)[0]
 
 
-def _load(checkpoint: Checkpoint) -> nn.Module:
+def _answer(checkpoint: Checkpoint, ids: Tensor) -> np.ndarray:
+    """Logits float32 [tokens, vocab]."""
     import torch
     import transformers
 
@@ -138,13 +159,17 @@ def _load(checkpoint: Checkpoint) -> nn.Module:
     options: dict[str, Any] = {}
     if checkpoint.quantization == "fp8":
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-    try:
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            checkpoint.root, dtype=torch.float32, **options
-        )
-    except Exception as error:  # whatever its loaders and their libraries raise
-        raise UserError(
-            f"transformers cannot load {checkpoint.root} ({type(error).__name__}: "
-            f"{one_line(str(error))[:_MOST_SHOWN]}): verify without --reference transformers"
-        ) from error
-    return model.eval()
+    elif checkpoint.quantization == "compressed-tensors":
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.root, dtype=torch.float32, output_loading_info=True, **options
+    )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # it would take random numbers
+        raise UserError(f"transformers finds in {checkpoint.root} no {listed(missing)}: {_WITHOUT}")
+    if checkpoint.quantization == "bitsandbytes":
+        model = model.dequantize()
+    with suppress(ValueError):  # some quantised models take no other dtype
+        model = model.float()
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits[0].float().numpy()

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from qwen_profiles.schema import load_profile
 
 from benchmarks.support.artifacts import make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.compressed_checkpoints import scheme, write_compressed_model
 from tests.support.quantized_checkpoints import FP8, write_quantized_checkpoint
-from tests.support.random_checkpoints import store_head, write_random_checkpoint
+from tests.support.random_checkpoints import load_tensors, save_shards, store_head, write_random_checkpoint
+from tests.support.record_quantized import RECORDED
 
 IDS = list(range(3, 60))
 
@@ -42,6 +45,53 @@ def test_fp8(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers reads no FP8 without it")
     write_quantized_checkpoint(tmp_path / "fp8", FP8)
     assert compare(Checkpoint.open(str(tmp_path / "fp8")), IDS).agrees
+
+
+ONE_SCHEME = {
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*in_proj_[ab]$"],
+}
+INT4 = scheme(strategy="group", group_size=32, symmetric=False)
+MXFP4 = scheme(type="float", strategy="group", group_size=32, scale_dtype="torch.uint8")
+NVFP4 = scheme(type="float", strategy="tensor_group", group_size=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"), [("pack-quantized", INT4), ("mxfp4-pack-quantized", MXFP4)], ids=["int4", "mxfp4"]
+)
+def test_compressed_tensors(name: str, group: dict[str, Any], tmp_path: Path) -> None:
+    """Packed zero points, and what transformers dequantises to bfloat16, too."""
+    config = {**ONE_SCHEME, "format": name, "config_groups": {"group_0": group}}
+    folder, _ = write_compressed_model(tmp_path / "checkpoint", config)
+    assert compare(Checkpoint.open(str(folder)), IDS).agrees
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("mlx", "takes MLX's layout for its own"),
+        ("mlx-4", "takes MLX's layout for its own"),
+        ("modelopt-fp8", "leaves ModelOpt's scales out"),
+        ("bitsandbytes-nf4", "rounds weights in NF4 to bfloat16"),
+        ("torchao-int8", "cannot run .*torchao"),
+    ],
+)
+def test_forms_that_transformers_does_not_read(form: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}.*: verify without --reference transformers"):
+        compare(Checkpoint.open(str(RECORDED / form)), IDS)
+
+
+def test_nvfp4_and_weights_that_transformers_does_not_find(tmp_path: Path) -> None:
+    config = {**ONE_SCHEME, "format": "nvfp4-pack-quantized", "config_groups": {"group_0": NVFP4}}
+    folder, _ = write_compressed_model(tmp_path / "nvfp4", config)
+    with pytest.raises(UserError, match="rounds weights in NVFP4 to bfloat16"):
+        compare(Checkpoint.open(str(folder)), IDS)
+    wrapped = write_random_checkpoint(tmp_path / "wrapped")
+    tensors = {f"_orig_mod.{name}": value for name, value in load_tensors(wrapped).items()}
+    save_shards(wrapped, tensors, 1)
+    with pytest.raises(UserError, match=r"transformers finds in .* no lm_head\.weight"):
+        compare(Checkpoint.open(str(wrapped)), IDS)
 
 
 def test_a_fault_that_reading_would_put_into_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +156,7 @@ def test_what_transformers_cannot_load(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     checkpoint = Checkpoint.open(str(folder))
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nothing"}))
-    with pytest.raises(UserError, match=r"transformers cannot load .*verify without --reference") as caught:
+    with pytest.raises(UserError, match=r"transformers cannot run .*verify without --reference") as caught:
         compare(checkpoint, IDS)
     assert "\n" not in str(caught.value)
 
