@@ -67,7 +67,7 @@ class Authorization(urllib.request.BaseHandler):
             request.remove_header("Authorization")
             if request.data is not None and not isinstance(request.data, bytes):
                 request.data.seek(0)  # type: ignore[union-attr]
-            return self.parent.open(request, timeout=request.timeout or 0)
+            return self.parent.open(request, timeout=request.timeout)
         finally:
             self._answering = False
 

@@ -68,7 +68,7 @@ def _files() -> Iterator[Path]:
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         yield Path(runtime) / "containers" / "auth.json"
     folder = os.environ.get("DOCKER_CONFIG")
-    yield (Path(folder) if folder else Path.home() / ".docker") / "config.json"
+    yield Path(folder or os.path.expanduser("~/.docker")) / "config.json"
 
 
 def _in_file(config: Mapping[str, Any], repository: str, path: Path) -> Credentials | None:

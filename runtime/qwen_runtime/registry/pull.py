@@ -14,7 +14,7 @@ from qwen_common.errors import UserError, mended_by, one_line
 from qwen_common.files import partial, replace, sha256
 from qwen_common.manifest import MANIFEST, FileEntry, check_files
 from qwen_common.manifest import read as read_manifest
-from qwen_common.replacing import REPLACED, check_replaceable, put_in_place
+from qwen_common.replacing import FILE_MANAGERS, REPLACED, check_replaceable, put_in_place
 
 from qwen_runtime.fetch import tenths
 from qwen_runtime.registry import image
@@ -124,7 +124,7 @@ def _open_work(work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(mended_by(error) or f"cannot write {work}: {error.strerror}") from error
-    found = {path.name for path in work.iterdir()}
+    found = {path.name for path in work.iterdir()} - FILE_MANAGERS
     if strange := sorted(found - {_LOCK, _DIGEST, _STAGED, REPLACED}) or sorted(
         found if _LOCK not in found else ()
     ):

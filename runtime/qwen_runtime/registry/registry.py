@@ -117,8 +117,8 @@ class Registry:
                     self._web.ask(to, "PUT", headers, _Sent(content, note), _STORES, ()).close()
                     return
                 except UserError as error:
-                    gone = isinstance(error, Refused) and error.status != HTTPStatus.NOT_FOUND
-                    if gone or (pause := next(tries, None)) is None:
+                    refused = isinstance(error, Refused) and error.status != HTTPStatus.NOT_FOUND
+                    if refused or (pause := next(tries, None)) is None:
                         raise
             time.sleep(pause)
 
