@@ -125,9 +125,8 @@ def _open_work(work: Path) -> None:
     except OSError as error:
         raise UserError(mended_by(error) or f"cannot write {work}: {error.strerror}") from error
     found = {path.name for path in work.iterdir()} - FILE_MANAGERS
-    if strange := sorted(found - {_LOCK, _DIGEST, _STAGED, REPLACED}) or sorted(
-        found if _LOCK not in found else ()
-    ):
+    ours = {_LOCK, _DIGEST, partial(work / _DIGEST).name, _STAGED, REPLACED}
+    if strange := sorted(found - ours) or sorted(found if _LOCK not in found else ()):
         raise UserError(f"{work} has {strange[0]}, which no pull made: move it elsewhere")
 
 
@@ -218,10 +217,10 @@ def _take(path: Path | None, entry: FileEntry, to: Path) -> bool:
     if path is None or path.is_symlink() or not _is_whole(path, entry):
         return False
     try:
-        to.unlink(missing_ok=True)
-        os.link(path, to)
+        os.link(path, partial(to))
     except OSError:  # a file system without links
         return False
+    os.replace(partial(to), to)
     return True
 
 

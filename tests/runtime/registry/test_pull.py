@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import ssl
 import subprocess
@@ -178,6 +179,31 @@ def test_a_file_that_was_taken_is_never_written_to(
     (tmp_path / "kept").hardlink_to(folder / "vocab.json")
     assert pull(registry, folder, "--force").exit_code == 0
     assert hashes(folder) == hashes(cpu_artifact) and (tmp_path / "kept").read_text() == "mine"
+
+
+def test_a_file_system_without_links(
+    registry: RegistryServer,
+    pushed: str,
+    cpu_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is the same is fetched again, and what came of it before is gone on with."""
+    folder = tmp_path / "a"
+    assert pull(registry, folder).exit_code == 0
+    (folder / "genai_config.json").write_text("{}")
+    data = (cpu_artifact / "model.onnx.data").read_bytes()
+    (staging(folder, pushed) / "model.onnx.data").write_bytes(data[:1_000_000])
+    (work(folder) / ".digest.partial").touch()  # a kill leaves it, now and then
+
+    def refused(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "link", refused)
+    done = json.loads(pull(registry, folder, "--force", "--json").stdout)
+    sizes = done["files"]
+    assert done["fetched"] == sum(sizes.values()) - sizes["manifest.json"] - 1_000_000
+    assert hashes(folder) == hashes(cpu_artifact)
 
 
 def test_the_older_one_stays_until_the_new_one_is_whole(
