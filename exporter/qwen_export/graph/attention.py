@@ -12,7 +12,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.kv_cache import scaled_norm, value_scale
 from qwen_export.graph.linear import linear, projection
-from qwen_export.graph.norm import rms_norm
+from qwen_export.graph.norm import rms_norm, rms_norm_by_head
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import Rotation, rotate
 from qwen_export.graph.targets import Target
@@ -102,12 +102,9 @@ def attention(
         axis=-1,
     )
     # One norm and one rotation for queries and keys: their scales stand side by side, head by head.
-    normed = rms_norm(
-        g, g.reshape(queries_keys, 0, 0, heads + kv_heads, dim), g.constant(np.ones(dim)), config.rms_norm_eps
-    )
     coded = recipe.cache_dtype == np.int8
-    norms = _scaled_head_norms(recipe, name) if coded else _head_norms(config, recipe, name)
-    normed = g.op("Mul", normed, *g.weight(norms))
+    (scales,) = g.weight(_scaled_head_norms(recipe, name) if coded else _head_norms(config, recipe, name))
+    normed = _normed_heads(g, queries_keys, scales, heads + kv_heads, dim, config.rms_norm_eps)
     turned = rotate(g, normed, table, heads + kv_heads, dim, config.rotary_dim)
     query, key = g.ops("Split", turned, g.ints(heads * dim, kv_heads * dim), outputs=2, axis=-1)
 
@@ -171,6 +168,18 @@ def _value_scale(config: TextConfig, recipe: Recipe, name: str, inverse: bool) -
     groups = config.num_attention_heads // kv_heads
     rows = tuple(Rows(value_scale(name), head, head + 1) for head in range(kv_heads) for _ in range(groups))
     return replace(scale, name=f"{name}.v_cache.scale", rows=rows, reshaped=(len(rows) * dim,))
+
+
+def _normed_heads(g: GraphBuilder, x: Value, scales: Value, heads: int, dim: int, epsilon: float) -> Value:
+    """rms_norm of each head of x [batch, sequence, heads * dim] with scales [heads, dim] of its own, in the
+    shape that `rotate` takes.
+    """
+    # The operators take one scale for all heads; BranchwiseRMSNorm takes several, but is 30 times slower then.
+    ones = g.constant(np.ones(dim))
+    if not g.target.has("RotaryEmbedding"):
+        return g.op("Mul", rms_norm(g, g.reshape(x, 0, 0, heads, dim), ones, epsilon), scales)
+    # ONNX Runtime reshapes constants once, at load.
+    return g.op("Mul", rms_norm_by_head(g, x, ones, heads, epsilon), g.reshape(scales, -1))
 
 
 def _grouped_query_attention(

@@ -13,7 +13,7 @@ import numpy as np
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
-from qwen_export.graph.norm import gated_rms_norm, rms_norm
+from qwen_export.graph.norm import gated_rms_norm, rms_norm, rms_norm_by_head
 from qwen_export.graph.pending import Pending
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.silu import silu
@@ -178,7 +178,8 @@ def _linear_attention(
     query_key, value = g.ops(
         "Split", _float32(g, mixed), g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1
     )
-    normed = g.reshape(_l2_norm(g, query_key, 2 * key_heads, key_size, _FLOAT32), 0, 0, 2 * config.key_dim)
+    scale, epsilon = _l2_norm(g, key_size)
+    normed = rms_norm_by_head(g, query_key, scale, 2 * key_heads, epsilon)
     query, key = g.ops("Split", normed, outputs=2, axis=-1, num_outputs=2)
     output, present = g.ops(
         "LinearAttention",
@@ -219,8 +220,8 @@ def _chunk(
     query_key, value = g.ops(
         "Split", _float32(g, mixed), g.ints(2 * config.key_dim, config.value_dim), outputs=2, axis=-1
     )
-    normed = _l2_norm(g, query_key, 2 * config.linear_num_key_heads, key_size, _FLOAT32)
-    normed = _heads_first(g, normed)
+    by_head = g.reshape(query_key, 0, 0, 2 * config.linear_num_key_heads, key_size)
+    normed = _heads_first(g, rms_norm(g, by_head, *_l2_norm(g, key_size)))
     if config.linear_num_key_heads != heads:
         repeats = heads // config.linear_num_key_heads
         order = np.repeat(np.arange(2 * config.linear_num_key_heads), repeats)
@@ -284,13 +285,12 @@ def _float32(g: GraphBuilder, x: Value) -> Value:
     return x if g.dtype == _FLOAT32 else g.cast(x, _FLOAT32)
 
 
-def _l2_norm(g: GraphBuilder, x: Value, heads: int, size: int, dtype: np.dtype) -> Value:
-    """x / sqrt(sum(x^2) + 1e-6) per head: [B, T, heads * size] -> [B, T, heads, size].
+def _l2_norm(g: GraphBuilder, size: int) -> tuple[Value, float]:
+    """Scale float32 [size] and epsilon with which RMSNorm is x / sqrt(sum(x^2) + 1e-6).
 
-    As RMSNorm, whose mean is the sum / size: scale 1 / sqrt(size) and epsilon / size.
+    Its mean is the sum / size: scale 1 / sqrt(size) and epsilon / size.
     """
-    scale = g.constant(np.full(size, size**-0.5), dtype)
-    return rms_norm(g, g.reshape(x, 0, 0, heads, size), scale, _L2_EPSILON / size)
+    return g.constant(np.full(size, size**-0.5), _FLOAT32), _L2_EPSILON / size
 
 
 def _heads_first(g: GraphBuilder, x: Value) -> Value:

@@ -20,6 +20,17 @@ def rms_norm(g: GraphBuilder, x: Value, scale: Value, epsilon: float) -> Value:
     return g.op("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=epsilon)
 
 
+def rms_norm_by_head(g: GraphBuilder, x: Value, scale: Value, heads: int, epsilon: float) -> Value:
+    """rms_norm of each head of x [batch, sequence, heads * head_dim], scale [head_dim] -> the same shape."""
+    if g.target.has("BranchwiseRMSNorm"):
+        return g.op("BranchwiseRMSNorm", x, scale, num_branches=heads, epsilon=epsilon)
+    assert scale.shape is not None
+    (head_dim,) = scale.shape
+    assert isinstance(head_dim, int)
+    normed = rms_norm(g, g.reshape(x, 0, 0, heads, head_dim), scale, epsilon)
+    return g.reshape(normed, 0, 0, heads * head_dim)
+
+
 def add_rms_norm(
     g: GraphBuilder, x: Value, residual: Value, scale: Value, epsilon: float
 ) -> tuple[Value, Value]:
@@ -46,9 +57,7 @@ def gated_rms_norm(
         # SiLU is the default of its attribute `activation`, which onnxruntime 1.30 does not know.
         gated = g.op("GatedRMSNorm", x, weight, gate, epsilon=epsilon)
         return g.cast(gated, g.dtype) if wider else gated
-    (head_dim,) = scale.shape
-    normed = rms_norm(g, g.reshape(x, 0, 0, heads, head_dim), weight, epsilon)
-    normed = g.reshape(normed, 0, 0, heads * head_dim)
+    normed = rms_norm_by_head(g, x, weight, heads, epsilon)
     if wider:
         gate = g.cast(gate, np.float32)
     gated = g.op("Mul", normed, silu(g, gate))

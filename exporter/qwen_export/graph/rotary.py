@@ -55,16 +55,22 @@ def rotation(g: GraphBuilder, config: TextConfig, position_ids: Value) -> Rotati
     return Rotation(cos, sin, rows)
 
 
-def rotate(g: GraphBuilder, x: Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int) -> Value:
-    """Turn the first `rotary_dim` of each head of x [batch, sequence, heads, head_dim]; the rest passes.
+def for_rotation(g: GraphBuilder, x: Value, table: Rotation, heads: int, head_dim: int) -> Value:
+    """x [batch, sequence, heads * head_dim] in the shape that `rotate` takes."""
+    return x if table.rows is not None else g.reshape(x, 0, 0, heads, head_dim)
 
-    Returns [batch, sequence, heads * head_dim].
+
+def rotate(g: GraphBuilder, x: Value, table: Rotation, heads: int, head_dim: int, rotary_dim: int) -> Value:
+    """Turn the first `rotary_dim` of each head of x; the rest passes.
+
+    x is [batch, sequence, heads * head_dim] with the RotaryEmbedding operator, else
+    [batch, sequence, heads, head_dim]. Returns [batch, sequence, heads * head_dim].
     """
     width = heads * head_dim
     if table.rows is not None:
         return g.op(
             "RotaryEmbedding",
-            g.reshape(x, 0, 0, width),
+            x,
             table.rows,
             table.cos,
             table.sin,

@@ -15,7 +15,7 @@ from qwen_export.architecture.vision import VisionConfig
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear
 from qwen_export.graph.recipe import Recipe
-from qwen_export.graph.rotary import Rotation, rotate
+from qwen_export.graph.rotary import Rotation, for_rotation, rotate
 from qwen_export.graph.weights import Transform, Weight, flatten_rows
 
 _ROPE_THETA = 10_000.0
@@ -142,7 +142,7 @@ def _block(
     query, key = (
         rotate(
             g,
-            g.reshape(part, 0, 0, config.num_heads, config.head_dim),
+            for_rotation(g, part, table, config.num_heads, config.head_dim),
             table,
             config.num_heads,
             config.head_dim,

@@ -74,9 +74,10 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
         ),
     ),
     _CONTRIB: (
-        *("CausalConvWithState", "FastGelu", "FusedMatMul", "GatedDeltaNet", "GatedRMSNorm", "Gelu"),
-        *("GroupQueryAttention", "LinearAttention", "LinearAttentionGate", "MatMulNBits", "MoE"),
-        *("MultiHeadAttention", "QMoE", "QuickGelu", "RotaryEmbedding", "SkipSimplifiedLayerNormalization"),
+        *("BranchwiseRMSNorm", "CausalConvWithState", "FastGelu", "FusedMatMul", "GatedDeltaNet"),
+        *("GatedRMSNorm", "Gelu", "GroupQueryAttention", "LinearAttention", "LinearAttentionGate"),
+        *("MatMulNBits", "MoE", "MultiHeadAttention", "QMoE", "QuickGelu", "RotaryEmbedding"),
+        "SkipSimplifiedLayerNormalization",
     ),
 }
 _MAIN_TYPES = ("T", "T1", "in")  # what schemas call the main input's type, the likeliest first
