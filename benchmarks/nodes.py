@@ -1,8 +1,8 @@
 """The nodes of a decode step on the CPU, by operator: python -m benchmarks.nodes ARTIFACT [--past 512]
 
-As ONNX Runtime's profiler counts and times them after its fusions; it adds some microseconds to each. The time
-is the mean of `--steps` steps of one token after `--past` others, past and present in one buffer as in ONNX
-Runtime GenAI.
+As ONNX Runtime's profiler counts and times them after its fusions; it adds some microseconds to each. The
+time is the mean of `--steps` steps of one token after `--past` others, past and present in one buffer as in
+ONNX Runtime GenAI.
 """
 
 from __future__ import annotations

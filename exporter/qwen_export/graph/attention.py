@@ -171,10 +171,10 @@ def _value_scale(config: TextConfig, recipe: Recipe, name: str, inverse: bool) -
 
 
 def _normed_heads(g: GraphBuilder, x: Value, scales: Value, heads: int, dim: int, epsilon: float) -> Value:
-    """rms_norm of each head of x [batch, sequence, heads * dim] with scales [heads, dim] of its own, in the
-    shape that `rotate` takes.
+    """rms_norm of each head of x [batch, sequence, heads * dim], scales [heads, dim], in the shape that
+    `rotate` takes.
     """
-    # The operators take one scale for all heads; BranchwiseRMSNorm takes several, but is 30 times slower then.
+    # One scale for all heads: BranchwiseRMSNorm takes several, but is 30 times slower then.
     ones = g.constant(np.ones(dim))
     if not g.target.has("RotaryEmbedding"):
         return g.op("Mul", rms_norm(g, g.reshape(x, 0, 0, heads, dim), ones, epsilon), scales)
