@@ -71,6 +71,7 @@ def with_adapters(checkpoint: Checkpoint, given: Sequence[str]) -> Checkpoint:
         tensors=split_fused(tensors, config.fused),
         notes=(*checkpoint.notes, *notes),
         adapters=tuple(adapter.described() for adapter in adapters),
+        adapter_folders=tuple(adapter.root for adapter in adapters),
     )
 
 

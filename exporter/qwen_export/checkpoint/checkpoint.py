@@ -59,6 +59,7 @@ class Checkpoint:
         quantization: the method that config.json names, in words for a message.
         notes: what is not as its files say, or not read: a line for each.
         adapters: what is merged into `tensors`, in this order.
+        adapter_folders: where each of these lies.
         kept_apart: adapters that an artifact has beside its weights.
         streamed: the shards, where they are fetched when they are read.
     """
@@ -73,6 +74,7 @@ class Checkpoint:
     quantization: str = "no quantization_config"
     notes: tuple[str, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
+    adapter_folders: tuple[Path, ...] = ()
     kept_apart: tuple[KeptApart, ...] = ()
     streamed: StreamedShards | None = None
 

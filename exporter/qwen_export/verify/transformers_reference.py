@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from qwen_common.errors import UserError, one_line
 from qwen_export import reference
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.checkpoint.checkpoint import Checkpoint, listed
+from qwen_export.checkpoint.config import load_vision_config
 from qwen_export.checkpoint.tensors.tensor import forms_of
 from qwen_export.opening import is_gguf
 from qwen_export.reference import Weights, log_softmax
+from qwen_export.verify.adapted import adapted
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 TOKENS = 64  # compared, at most
 # Both are float32 and add up in different orders: 1e-12 and 1e-10 are usual.
@@ -36,6 +39,7 @@ _MISREAD = {
 }
 _ROUNDED = {"NVFP4", "NF4", "FP4"}  # to bfloat16 as they are dequantised (run: a cosine of 0.993 to 0.9995)
 _INSTALL = "pip install torch 'transformers>=5.5'"
+_INSTALL_PEFT = "pip install 'peft>=0.21,<0.22'"
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,15 @@ class Agreement:
 
 def require_transformers(checkpoint: Checkpoint) -> None:
     """Raises:
-    UserError: PyTorch or transformers is missing, the whole model in float32 does not fit the memory, or
-        the checkpoint is a GGUF file, has adapters merged into it, or weights in a form that transformers
-        does not read, or reads less exactly.
+    UserError: PyTorch, transformers or PEFT is missing, the whole model in float32 does not fit the memory,
+        or the checkpoint is a GGUF file, or has weights in a form that transformers does not read, or reads
+        less exactly.
     """
     forms = sum((forms_of(tensor) for tensor in checkpoint.tensors.values()), Counter[str]())
     if is_gguf(checkpoint.source):
-        raise UserError(f"transformers has no reader for GGUF files of this architecture: {_WITHOUT}")
-    if checkpoint.adapters:
         raise UserError(
-            f"transformers reads the checkpoint's files, which are without the adapters: {_WITHOUT}"
+            f"transformers has no reader for GGUF files of this architecture: {_WITHOUT}, or compare with "
+            "llama.cpp (docs/checkpoints.md says how)"
         )
     if reason := _MISREAD.get(checkpoint.quantization):
         raise UserError(f"transformers {reason}: {_WITHOUT}")
@@ -88,10 +91,13 @@ def require_transformers(checkpoint: Checkpoint) -> None:
             f"transformers rounds weights in {rounded[0]} to bfloat16 as it dequantises them: {_WITHOUT}"
         )
     try:
+        if checkpoint.adapters:
+            import peft  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--reference transformers needs {error.name}: {_INSTALL}") from error
+        install = _INSTALL_PEFT if error.name == "peft" else _INSTALL
+        raise UserError(f"--reference transformers needs {error.name}: {install}") from error
     needed = _FLOAT32_BYTES * sum(
         int(np.prod(spec.shape, dtype=np.int64)) for spec in checkpoint.config.tensors().values()
     )
@@ -108,7 +114,7 @@ def compare(checkpoint: Checkpoint, ids: Sequence[int]) -> Agreement:
     """Both on the first of `ids`. The context is not stretched, whatever the artifact's.
 
     Raises:
-        UserError: as `require_transformers`, or transformers cannot load the checkpoint.
+        UserError: as `require_transformers`, or transformers cannot load the checkpoint, or PEFT an adapter.
     """
     require_transformers(checkpoint)
     import torch
@@ -124,8 +130,13 @@ def compare(checkpoint: Checkpoint, ids: Sequence[int]) -> Agreement:
             f"transformers cannot run {checkpoint.root} ({type(error).__name__}: "
             f"{one_line(str(error))[:_MOST_SHOWN]}): {_WITHOUT}"
         ) from error
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    if checkpoint.adapters:
+        import peft
+
+        versions["peft"] = peft.__version__
     return agreement(
-        {"torch": str(torch.__version__), "transformers": transformers.__version__},
+        versions,
         _logits(checkpoint.config, Weights(checkpoint.tensors), tokens),
         theirs,
     )
@@ -161,15 +172,27 @@ def _answer(checkpoint: Checkpoint, ids: Tensor) -> np.ndarray:
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     elif checkpoint.quantization == "compressed-tensors":
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.root, dtype=torch.float32, output_loading_info=True, **options
-    )
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # it would take random numbers
-        raise UserError(f"transformers finds in {checkpoint.root} no {listed(missing)}: {_WITHOUT}")
-    if checkpoint.quantization == "bitsandbytes":
-        model = model.dequantize()
-    with suppress(ValueError):  # some quantised models take no other dtype
-        model = model.float()
+
+    def load(kind: Any) -> nn.Module:
+        loaded: Any = kind.from_pretrained(
+            checkpoint.root, dtype=torch.float32, output_loading_info=True, **options
+        )
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # it would take random numbers
+            raise UserError(f"transformers finds in {checkpoint.root} no {listed(missing)}: {_WITHOUT}")
+        if checkpoint.quantization == "bitsandbytes":
+            model = model.dequantize()
+        with suppress(ValueError):  # some quantised models take no other dtype
+            model = model.float()
+        as_module: nn.Module = model.eval()
+        return as_module
+
+    # Adapters were trained on the text model, or on the whole one.
+    kinds: list[Any] = [transformers.AutoModelForCausalLM]
+    if checkpoint.adapters and load_vision_config(checkpoint.root):
+        kinds.append(transformers.AutoModelForImageTextToText)
+    weights = [adapter["weight"] for adapter in checkpoint.adapters]
+    adapters = list(zip(checkpoint.adapter_folders, weights, strict=True))
+    model = adapted([partial(load, kind) for kind in kinds], adapters)
     with torch.no_grad():
-        return model.eval()(input_ids=ids).logits[0].float().numpy()
+        return model(input_ids=ids).logits[0].float().numpy()

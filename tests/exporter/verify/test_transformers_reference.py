@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from qwen_common.errors import BELOW_THE_BAR, USER_ERROR, UserError
 from qwen_export import reference
+from qwen_export.adapters.merge import with_adapters
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.cli import main
 from qwen_export.verify import transformers_reference
@@ -21,9 +24,18 @@ from qwen_profiles.schema import load_profile
 
 from benchmarks.support.artifacts import make_artifact
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
+from tests.support.adapters import LINEAR, as_module, train
 from tests.support.compressed_checkpoints import scheme, write_compressed_model
 from tests.support.quantized_checkpoints import FP8, write_quantized_checkpoint
-from tests.support.random_checkpoints import load_tensors, save_shards, store_head, write_random_checkpoint
+from tests.support.random_checkpoints import (
+    load_tensors,
+    random_model,
+    random_vision_model,
+    save_shards,
+    store_head,
+    write_random_checkpoint,
+    write_vision_checkpoint,
+)
 from tests.support.record_quantized import RECORDED
 
 IDS = list(range(3, 60))
@@ -92,6 +104,50 @@ def test_nvfp4_and_weights_that_transformers_does_not_find(tmp_path: Path) -> No
     save_shards(wrapped, tensors, 1)
     with pytest.raises(UserError, match=r"transformers finds in .* no lm_head\.weight"):
         compare(Checkpoint.open(str(wrapped)), IDS)
+
+
+EXPERTS = {"num_experts": 4}
+ADAPTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "LoRA": ({}, [{"target_modules": LINEAR, "use_rslora": True}]),
+    "DoRA": ({}, [{"target_modules": LINEAR, "use_dora": True}]),
+    "a tied head": ({}, [{"target_modules": ["lm_head", "q_proj"]}]),
+    "modules to save": ({}, [{"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}]),
+    "experts": (EXPERTS, [{"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}]),
+    "several": ({}, [{"target_modules": LINEAR}, {"target_modules": ["q_proj", "k_proj"], "use_dora": True}]),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(case: str, tmp_path: Path) -> None:
+    overrides, configs = ADAPTERS[case]
+    folder = write_random_checkpoint(tmp_path / "base", **overrides)
+    given = []
+    for at, config in enumerate(configs):
+        train(random_model(**overrides), tmp_path / f"a.{at}", seed=at, **config)
+        given.append(f"{tmp_path / f'a.{at}'}={-0.5 if len(configs) > 1 else 1}")
+    plain = Checkpoint.open(str(folder))
+    found = compare(with_adapters(plain, given), IDS)
+    assert found.agrees and found.cosine > 0.99999, found
+    assert found.versions["peft"]
+    others = replace(with_adapters(plain, given), tensors=plain.tensors, config=plain.config)
+    assert not compare(others, IDS).agrees  # the adapters are in transformers' logits
+
+
+def test_an_adapter_of_a_model_that_sees(tmp_path: Path) -> None:
+    folder = write_vision_checkpoint(tmp_path / "base")
+    train(random_vision_model(), tmp_path / "adapter", target_modules=["q_proj", "qkv"])
+    adapted = with_adapters(Checkpoint.open(str(folder)), [str(tmp_path / "adapter")])
+    assert compare(adapted, IDS).agrees
+
+
+def test_an_adapter_that_transformers_has_no_modules_for(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "base", **EXPERTS)
+    experts = {"model.layers.0.mlp.experts.1.up_proj.weight": torch.zeros(32, 64)}
+    train(as_module(experts), tmp_path / "adapter", target_modules=["up_proj"])
+    adapted = with_adapters(Checkpoint.open(str(folder)), [str(tmp_path / "adapter")])
+    with pytest.raises(UserError, match="verify without --reference transformers") as refused:
+        compare(adapted, IDS)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_fault_that_reading_would_put_into_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
