@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import ssl
 import time
 import urllib.error
@@ -24,6 +25,7 @@ _LONGEST_PAUSE = 60.0  # that a server may ask for
 _BLOCK = 1024 * 1024
 _PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")  # OpenSSL's words, by its version
+_LOGIN = re.compile(r"//[^/@]*@")
 _SAID = 64 * 1024  # bytes of a refusal that are read
 
 
@@ -79,8 +81,8 @@ def check_next(url: str, following: str) -> None:
 
 
 def shown(url: str) -> str:
-    """For a message: without its query, in which servers put what admits whoever has it."""
-    return url.partition("?")[0]
+    """For a message: without a login, and without its query, where servers put what admits whoever has it."""
+    return _LOGIN.sub("//", url.partition("?")[0])
 
 
 class Web:
@@ -133,7 +135,7 @@ class Web:
                 data += block
                 if len(data) > most:
                     raise UserError(
-                        f"{self.url}/{path} has more than {most} bytes: it is not what it should be"
+                        f"{shown(self.url)}/{path} has more than {most} bytes: it is not what it should be"
                     )
         return data
 
@@ -211,7 +213,7 @@ class Web:
                     came += len(block)
                     if (spent := time.monotonic() - began) > _WINDOW:
                         if came < _SLOWEST * spent:  # a byte a minute would hold the update for ever
-                            raise UserError(f"{self.url}/{path} comes too slowly: try again later")
+                            raise UserError(f"{shown(self.url)}/{path} comes too slowly: try again later")
                         began, came = time.monotonic(), 0
                     known, block = max(0, known - len(block)), block[known:]
                     at += len(block)
@@ -256,7 +258,7 @@ class Web:
             and (asked := error.headers.get("Retry-After", "")).isdecimal()
         ):
             pause = max(pause, min(float(asked), _LONGEST_PAUSE))
-        self._note(f"{urlsplit(url).netloc} does not answer ({reason}): asked again in {pause:.0f} s")
+        self._note(f"{urlsplit(shown(url)).netloc} does not answer ({reason}): asked again in {pause:.0f} s")
         time.sleep(pause)
 
 

@@ -126,6 +126,16 @@ def test_what_is_no_artifact_or_a_damaged_one(
 
 
 @pytest.mark.parametrize(
+    "location,why", [("http://[bad", "no address"), ("file:///etc/passwd", "only https")]
+)
+def test_an_upload_that_leads_nowhere(
+    location: str, why: str, registry: RegistryServer, artifact: Path
+) -> None:
+    registry.location = location
+    assert why in refusal(push(artifact, f"{registry.repository}:1"))
+
+
+@pytest.mark.parametrize(
     "name,options,why",
     [
         ("oci://registry.example/name", (), "neither tag nor digest"),

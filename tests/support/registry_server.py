@@ -34,6 +34,7 @@ class RegistryServer(ThreadingHTTPServer):
         pull_free: whether tokens to pull are for everybody.
         identity: a token for which the token server gives others.
         realm: another address of the token server than its own.
+        location: another address for uploads than its own.
         lifetime: requests that a token is good for.
         redirects: whether blobs are had at the second address.
         fails: statuses that are still answered, whatever is asked.
@@ -53,7 +54,7 @@ class RegistryServer(ThreadingHTTPServer):
         self.basic = self.pull_free = self.redirects = False
         self.identity = ""
         self.lifetime = 1000
-        self.realm = ""
+        self.realm = self.location = ""
         self.fails: list[int] = []
         self.retry_after = ""
         self.cuts = 0
@@ -201,9 +202,8 @@ class _Answer(_Handler):
             return None
         session = secrets.token_hex(8)
         self.server.sessions.add(session)
-        return self.answer(
-            202, headers={"Location": f"/v2/{self.server.name}/blobs/uploads/{session}?_state=x"}
-        )
+        own = f"/v2/{self.server.name}/blobs/uploads/{session}?_state=x"
+        return self.answer(202, headers={"Location": self.server.location or own})
 
     def do_PUT(self) -> None:
         size = int(self.headers["Content-Length"])

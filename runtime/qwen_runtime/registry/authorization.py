@@ -21,7 +21,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.registry.credentials import Credentials
 from qwen_runtime.registry.reference import is_loopback
-from qwen_runtime.web import check_next, shown
+from qwen_runtime.web import check_next, is_url, shown
 
 _MOST = 1024 * 1024  # bytes of a token server's answer
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -89,6 +89,10 @@ class Authorization(urllib.request.BaseHandler):
     def _token(self, asked: dict[str, str], credentials: Credentials | None) -> Any:
         """A new one of the token server that the registry names."""
         realm = asked.get("realm", "")
+        if not is_url(realm):
+            raise UserError(
+                f"{urlsplit(self._url).netloc} names no server for its tokens: see to the registry"
+            )
         check_next(self._url, realm)
         to, ours = urlsplit(realm), urlsplit(self._url)
         if to.scheme == "http" and is_loopback(ours.netloc) and not is_loopback(to.netloc):
@@ -114,8 +118,10 @@ class Authorization(urllib.request.BaseHandler):
                 raise UserError(
                     f"{shown(realm)} gives no token but {error.code} {error.reason}: see to the registry"
                 ) from error
-            raise
-        except ValueError:
+            raise urllib.error.URLError(f"{shown(realm)} answers {error.code}") from error
+        except urllib.error.URLError as error:
+            raise urllib.error.URLError(f"{shown(realm)}: {error.reason}") from error
+        except (ValueError, RecursionError):
             found = None
         return (found.get("token") or found.get("access_token")) if isinstance(found, dict) else None
 

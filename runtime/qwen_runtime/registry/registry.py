@@ -109,9 +109,8 @@ class Registry:
             begun = self._web.address("blobs/uploads/")
             with self._asked():
                 with self._web.ask(begun, "POST", body=b"") as answer:
-                    where = urlsplit(urljoin(begun, answer.headers.get("Location", "")))
-                query = urlencode({"digest": f"sha256:{entry['sha256']}"})
-                to = where._replace(query=f"{where.query}&{query}" if where.query else query).geturl()
+                    location = answer.headers.get("Location", "")
+                to = _with_digest(begun, location, entry)
                 headers = {"Content-Type": "application/octet-stream", "Content-Length": str(entry["size"])}
                 try:
                     self._web.ask(to, "PUT", headers, _Sent(content, note), _STORES, ()).close()
@@ -163,6 +162,20 @@ class _Sent:
 
     def seek(self, offset: int, /) -> int:
         return self._file.seek(offset)
+
+
+def _with_digest(begun: str, location: str, entry: FileEntry) -> str:
+    """Where the registry wants the blob whose upload has begun.
+
+    Raises:
+        UserError: what it says is no address.
+    """
+    try:
+        where = urlsplit(urljoin(begun, location))
+    except ValueError as error:
+        raise UserError(f"{begun} says no address to send to ({error}): see to the registry") from error
+    query = urlencode({"digest": f"sha256:{entry['sha256']}"})
+    return where._replace(query=f"{where.query}&{query}" if where.query else query).geturl()
 
 
 def digest_of(data: bytes) -> str:
