@@ -45,11 +45,19 @@ class ModelNames(TypedDict):
     model_type: str
 
 
-class Source(TypedDict):
-    """The checkpoint, by hub id or folder name; the commit, where it came from a hub."""
-
+class _SourceAlways(TypedDict):
     checkpoint: str
     revision: str | None
+
+
+class Source(_SourceAlways, total=False):
+    """The checkpoint, by hub id or folder name; the commit, where it came from a hub.
+
+    Attributes:
+        identity: of a folder, a hash that is another one when a file in it was written again.
+    """
+
+    identity: str
 
 
 class MergedAdapter(TypedDict):

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 from qwen_common import manifest as manifests
-from qwen_common.manifest import Manifest, Settings
+from qwen_common.manifest import Manifest, Settings, Source
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 
@@ -25,7 +25,7 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
         "format_version": manifests.FORMAT_VERSION,
         "qwen_edge": own_version(),
         "model": {"name": name, "model_type": checkpoint.model_type},
-        "source": {"checkpoint": name, "revision": checkpoint.revision},
+        "source": source_of(checkpoint),
         "profile": profile.name,
         "backend": str(profile.backend),
         "provider": profile.provider,
@@ -64,6 +64,12 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
     manifest["files"][README] = manifests.file_entry(staged / README)
     manifests.write(staged, manifest)
     return manifest
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """What the manifest says of it."""
+    source: Source = {"checkpoint": model_name(checkpoint), "revision": checkpoint.revision}
+    return source if checkpoint.identity is None else {**source, "identity": checkpoint.identity}
 
 
 def model_name(checkpoint: Checkpoint) -> str:

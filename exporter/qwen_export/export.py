@@ -26,7 +26,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.text_files import check_text_files
 from qwen_export.describe import describe, model_name
 from qwen_export.output import ADVICE, STAGED, check_output, work_folder
-from qwen_export.progress import Progress
+from qwen_export.progress import Progress, Silent
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,15 @@ def export_together(
                 made = _finish(found[index], writes[place][1], written)
                 held[index].close()  # an older artifact goes away with the hidden folder
                 yield index, made
+
+
+def check(one: Export) -> None:
+    """All that `export` refuses before it writes anything.
+
+    Raises:
+        UserError: as `export`.
+    """
+    _prepare(one, {}, Silent())
 
 
 @dataclass(frozen=True)

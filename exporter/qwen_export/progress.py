@@ -16,3 +16,13 @@ class Progress(Protocol):
 
     def advance(self, count: int) -> None:
         """`count` of them just were."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def note(self, message: str) -> None: ...
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...

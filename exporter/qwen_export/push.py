@@ -38,6 +38,23 @@ class Push:
     removed: Sequence[str]
 
 
+def check_name(repo: str) -> None:
+    """Raises:
+    UserError: no repository can be called `repo`.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        wrong = True
+    else:
+        wrong = repo.count("/") != 1 or "@" in repo or "\\" in repo
+    if wrong:
+        raise UserError(f"{repo} is no repository on the hub: give it as org/name")
+
+
 def plan(artifact: Path, repo: str) -> Push:
     """Look at both sides; changes nothing.
 
@@ -49,18 +66,15 @@ def plan(artifact: Path, repo: str) -> Push:
             has what no export made.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    if repo.count("/") != 1 or "@" in repo or "\\" in repo:
-        raise UserError(f"{repo} is no repository on the hub: give it as org/name")
+    check_name(repo)
     manifest = open_folder(artifact, every=True)
     files = {name: (artifact / name).stat().st_size for name in sorted([MANIFEST, *manifest["files"]])}
     api = HfApi()
     with _asked(repo):
         try:
             found = set(api.list_repo_files(repo))
-        except HFValidationError as error:
-            raise UserError(f"{repo} is no repository on the hub: give it as org/name") from error
         except RepositoryNotFoundError:
             return Push(repo, False, manifest, files, ())
         ours = _exported(api, repo) if MANIFEST in found else set()

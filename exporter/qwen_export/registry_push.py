@@ -38,6 +38,16 @@ class RegistryPush:
         return digest_of(self.image)
 
 
+def destination(name: str) -> Reference:
+    """Raises:
+    UserError: nothing can be pushed to `name`.
+    """
+    reference = Reference.parse(name)
+    if reference.tag is None or reference.digest is not None:
+        raise UserError(f"{reference} is no place to push to: give oci://{reference.repository}:TAG")
+    return reference
+
+
 def plan(artifact: Path, name: str, plain_http: bool, note: Callable[[str], None]) -> RegistryPush:
     """Look at both sides; changes nothing.
 
@@ -49,9 +59,7 @@ def plan(artifact: Path, name: str, plain_http: bool, note: Callable[[str], None
     Raises:
         UserError: no such name, not an artifact, a damaged one, or the registry does not answer.
     """
-    reference = Reference.parse(name)
-    if reference.tag is None or reference.digest is not None:
-        raise UserError(f"{reference} is no place to push to: give oci://{reference.repository}:TAG")
+    reference = destination(name)
     manifest = open_folder(artifact, every=True)
     files = {**manifest["files"], MANIFEST: file_entry(artifact / MANIFEST)}
     registry = Registry(reference, note, push=True, plain_http=plain_http)

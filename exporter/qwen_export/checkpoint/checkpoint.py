@@ -29,7 +29,8 @@ from qwen_export.checkpoint.config import (
 from qwen_export.checkpoint.forms.registry import assemble, method_name
 from qwen_export.checkpoint.generation_config import GenerationConfig, read_generation_config
 from qwen_export.checkpoint.head import settle_head
-from qwen_export.checkpoint.hub import download, hub_id, refuse_links_out, stream
+from qwen_export.checkpoint.hub import download, hub_id, refuse_links_out, stream, text_files
+from qwen_export.checkpoint.identity import identity
 from qwen_export.checkpoint.refused import refuse_adapter, refuse_gguf
 from qwen_export.checkpoint.shards import shard_tensors, written_by_mlx
 from qwen_export.checkpoint.streamed import StreamedShards
@@ -62,6 +63,7 @@ class Checkpoint:
         adapter_folders: where each of these lies.
         kept_apart: adapters that an artifact has beside its weights.
         streamed: the shards, where they are fetched when they are read.
+        identity: of a folder or file, as `identity` has it; None with a revision.
     """
 
     root: Path
@@ -77,6 +79,7 @@ class Checkpoint:
     adapter_folders: tuple[Path, ...] = ()
     kept_apart: tuple[KeptApart, ...] = ()
     streamed: StreamedShards | None = None
+    identity: str | None = None
 
     @classmethod
     def open(
@@ -114,8 +117,9 @@ class Checkpoint:
         stored = shard_tensors(root, streamed)
         if quantization is None and written_by_mlx(root, streamed):
             quantization = {"quant_method": "mlx"}
+        shards = {tensor.file for tensor in stored.values()}
         unlisted = {path.name for path in root.glob("*.safetensors")}
-        unlisted -= {tensor.file.name for tensor in stored.values()}
+        unlisted -= {path.name for path in shards}
         head = {name: stored.pop(name) for name in list(stored) if name.startswith(MTP)}
         (tensors, notes), mtp_problem = assemble(stored, quantization), None
         try:
@@ -150,6 +154,7 @@ class Checkpoint:
             method_name(quantization),
             tuple(notes),
             streamed=streamed,
+            identity=None if commit else identity(shards, text_files(root)),
         )
 
     @property

@@ -93,6 +93,11 @@ def stream(source: str, revision: str | None) -> tuple[Path, StreamedShards | No
     return root, StreamedShards(repo, root, sizes)
 
 
+def text_files(root: Path) -> list[Path]:
+    """What a checkpoint's folder has beside its weights."""
+    return [path for pattern in _TEXT_FILES for path in root.glob(pattern) if path.is_file()]
+
+
 def refuse_links_out(root: Path) -> None:
     """No link brings a file from elsewhere into an artifact; a hub snapshot links into its own cache.
 

@@ -11,6 +11,7 @@ from qwen_export.cli.catalog import catalog
 from qwen_export.cli.export import EPILOG, export
 from qwen_export.cli.inspect import inspect
 from qwen_export.cli.keygen import keygen
+from qwen_export.cli.matrix import matrix
 from qwen_export.cli.plan import plan
 from qwen_export.cli.profiles import profiles
 from qwen_export.cli.publish import publish
@@ -30,5 +31,5 @@ def main() -> None:
     """
 
 
-for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen, publish, push):
+for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen, publish, push, matrix):
     main.add_command(command)

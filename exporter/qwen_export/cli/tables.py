@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_common.manifest import Manifest
 from qwen_profiles.schema import Profile
@@ -12,6 +12,10 @@ from rich.table import Table
 from qwen_export.backends.registry import export_backend
 from qwen_export.inspection import precisions
 from qwen_export.planner.predictions import Prediction
+
+if TYPE_CHECKING:
+    from qwen_export.matrix.plan import Planned
+    from qwen_export.matrix.run import Outcome
 
 
 def manifest_table(title: str, manifest: Manifest) -> Table:
@@ -96,6 +100,27 @@ def matrix_table(found: list[Prediction]) -> Table:
         rows.setdefault(row.profile.name, []).append(cell)
     for profile, cells in rows.items():
         table.add_row(profile, *cells)
+    return table
+
+
+def release_table(found: Iterable[Planned]) -> Table:
+    """What a release would take."""
+    table = Table("artifact", "what", "why", "disk", "memory", title="release")
+    for one in found:
+        reasons = "; ".join(one.todo.reasons)
+        what = "make" if reasons else "verify" if one.todo.verify else "unchanged"
+        table.add_row(one.combination.label, what, reasons, _gb(one.estimate.disk), _gb(one.memory))
+    table.caption = "size of the artifact; memory of the machine that makes and verifies it"
+    return table
+
+
+def outcome_table(found: Iterable[Outcome]) -> Table:
+    """What became of a release."""
+    table = Table("artifact", "state", "verified", "pushed to", title="release")
+    for one in found:
+        verified = "" if one.passed is None else "passed" if one.passed else "below the bar"
+        target = one.planned.combination.push if one.pushed else ""
+        table.add_row(one.planned.combination.label, one.state, verified, target)
     return table
 
 

@@ -22,6 +22,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint, listed
 from qwen_export.checkpoint.config import in_words
 from qwen_export.checkpoint.generation_config import GENERATION_CONFIG
 from qwen_export.checkpoint.head import settle_head
+from qwen_export.checkpoint.identity import identity
 from qwen_export.gguf.file import GgufFile, read_gguf
 from qwen_export.gguf.layout import lay_out
 from qwen_export.gguf.metadata import sampling, text_config
@@ -88,6 +89,7 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
         None,
         f"GGUF, {file.architecture}",
         tuple(notes),
+        identity=identity({path for tensor in tensors.values() for path in tensor.files}, ()),
     )
 
 
