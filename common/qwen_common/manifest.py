@@ -221,7 +221,9 @@ def read(artifact: Path) -> Manifest:
     """
     path = artifact / MANIFEST
     if not artifact.is_dir():
-        raise UserError(f"no folder {artifact}: make an artifact with qwen-export first")
+        pulled = str(artifact).startswith("oci:")
+        advice = "get it with qwen-run pull" if pulled else "make an artifact with qwen-export"
+        raise UserError(f"no folder {artifact}: {advice} first")
     if not path.is_file():
         raise UserError(f"{artifact} has no {MANIFEST}: it is not a finished artifact, export it again")
     content = files.read_json(path, ADVICE)

@@ -103,6 +103,7 @@ def test_output_that_cannot_be_written(cpu_artifact: Path) -> None:
 def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
     for arguments, message in [
         ([str(tmp_path / "nothing"), "Hi"], "make an artifact with qwen-export first"),
+        (["oci://registry.example/model:1", "Hi"], "get it with qwen-run pull first"),
         ([str(cpu_artifact), "Hi", "--provider", "cuda"], "install onnxruntime-genai-cuda"),
         ([str(cpu_artifact), "Hi", "--top-k", "0"], "top_k is 0"),
         ([str(cpu_artifact), "\udcff"], "not valid UTF-8"),
