@@ -108,7 +108,8 @@ def _mixture_of_experts(config: MoeTextConfig, weights: Weights, name: str, x: n
     probabilities = softmax(weights.linear(f"{name}.gate.weight", tokens))
     chosen = np.argsort(-probabilities, axis=-1, kind="stable")[:, : config.num_experts_per_tok]
     share = np.take_along_axis(probabilities, chosen, -1)
-    share /= share.sum(-1, keepdims=True)
+    if config.norm_topk_prob:
+        share /= share.sum(-1, keepdims=True)
     routed = np.zeros_like(tokens)
     for expert in np.unique(chosen):
         token, place = np.nonzero(chosen == expert)

@@ -27,10 +27,22 @@ def mixture_of_experts(g: GraphBuilder, config: MoeTextConfig, recipe: Recipe, n
         g,
         [routed_experts(g, config, recipe, f"{name}.experts", *run) for run in each_token(g, x, logits)],
     )
+    if not config.norm_topk_prob:
+        routed = g.op("Mul", routed, _chosen_mass(g, config, logits))
     with g.scope("shared_expert"):
         shared = mlp(g, recipe, f"{name}.shared_expert", x)
         gate = linear(g, recipe, x, recipe.floats(f"{name}.shared_expert_gate.weight"))
         return g.op("Add", routed, g.op("Mul", shared, g.op("Sigmoid", gate)))
+
+
+def _chosen_mass(g: GraphBuilder, config: MoeTextConfig, logits: Value) -> Value:
+    """How much of the router's probability the chosen experts have, [batch, sequence, 1].
+
+    The experts' weights add up to 1 in every lowering; QMoE's attribute for it was tried on no provider.
+    """
+    probabilities = g.op("Softmax", g.cast(logits, np.float32), axis=-1)
+    chosen, _ = g.ops("TopK", probabilities, g.ints(config.num_experts_per_tok), outputs=2, axis=-1)
+    return g.cast(g.op("ReduceSum", chosen, g.ints(-1), keepdims=1), g.dtype)
 
 
 def _fused_experts(

@@ -61,6 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "experts' weights as they are": {**NEXT, "norm_topk_prob": False},
     "no experts": {**NEXT, "decoder_sparse_step": 9},
 }
 

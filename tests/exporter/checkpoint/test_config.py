@@ -118,7 +118,7 @@ def test_config_that_cannot_be_exported(values: dict[str, Any], message: str, tm
     [
         ({"num_experts": 0}, "config.json: num_experts: "),
         ({"num_experts": 1}, "num_experts_per_tok must be at most num_experts"),
-        ({"norm_topk_prob": False}, "norm_topk_prob: "),
+        ({"norm_topk_prob": 0}, "norm_topk_prob: "),
         ({"shared_expert_intermediate_size": 0}, "config.json: shared_expert_intermediate_size: "),
         ({"decoder_sparse_step": 0}, "config.json: decoder_sparse_step: "),
         ({"mlp_only_layers": [-1]}, "config.json: mlp_only_layers.0: "),
@@ -132,6 +132,13 @@ def test_mixture_that_cannot_be_exported(
     with pytest.raises(UserError) as caught:
         load_config(tmp_path)
     assert message in str(caught.value)
+
+
+def test_weights_that_are_not_normalised(tmp_path: Path) -> None:
+    """transformers' Qwen3_5Moe ignores the field, and Qwen3Next has it."""
+    write_config(tmp_path, model_type="qwen3_5_moe_text", norm_topk_prob=False)
+    with pytest.raises(UserError, match="norm_topk_prob: false is not supported: qwen3_5_moe_text always"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("values", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}])

@@ -5,7 +5,7 @@ Names and defaults as in transformers' Qwen3_5MoeTextConfig.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
@@ -35,12 +35,14 @@ class MoeTextConfig(TextConfig):
 
     Attributes:
         has_dense_layers: whether a layer may have one MLP in place of experts.
+        always_normalised: the chosen experts' weights add up to 1 whatever `norm_topk_prob` says.
     """
 
     model_type: ClassVar[str] = "qwen3_5_moe_text"
     genai_type: ClassVar[str] = "qwen3_5_moe_text"
     transformers_name: ClassVar[str] = "Qwen3_5Moe"
     has_dense_layers: ClassVar[bool] = False
+    always_normalised: ClassVar[bool] = True
     table: ClassVar[Table] = (*BACKBONE, *EXPERTS)
 
     hidden_size: Size = 2048
@@ -50,7 +52,7 @@ class MoeTextConfig(TextConfig):
     num_experts_per_tok: Size = 8
     moe_intermediate_size: Size = 512
     shared_expert_intermediate_size: Size = 512
-    norm_topk_prob: Literal[True] = True
+    norm_topk_prob: Annotated[bool, Strict()] = True
     decoder_sparse_step: Size = 1
     mlp_only_layers: Annotated[tuple[_Layer, ...], BeforeValidator(lambda layers: layers or ())] = ()
 
@@ -58,6 +60,12 @@ class MoeTextConfig(TextConfig):
     def _enough_experts(self) -> MoeTextConfig:
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError("num_experts_per_tok must be at most num_experts")
+        return self
+
+    @model_validator(mode="after")
+    def _normalised_where_there_is_no_choice(self) -> MoeTextConfig:
+        if self.always_normalised and not self.norm_topk_prob:
+            raise ValueError(f"norm_topk_prob: false is not supported: {self.model_type} always normalises")
         return self
 
     @model_validator(mode="after")

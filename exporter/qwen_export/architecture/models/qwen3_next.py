@@ -23,6 +23,7 @@ class Qwen3NextConfig(MoeTextConfig):
     transformers_name: ClassVar[str] = "Qwen3Next"
     has_text_section: ClassVar[bool] = False
     has_dense_layers: ClassVar[bool] = True
+    always_normalised: ClassVar[bool] = False
     table: ClassVar[Table] = (*MoeTextConfig.table, *MLP)
 
     vocab_size: Size = 151936
