@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwen_common.errors import UserError
+
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.load import load, load_ort
 from qwen_runtime.backends.protocol import Backend
@@ -31,6 +33,8 @@ def load_parts(
 ) -> Parts:
     """Arguments and errors as of `Model.load`."""
     artifact = Artifact.open(path, verify)
+    if speculative is not None and prepacked is not None:
+        raise UserError("--speculative has graphs of its own, without --prepacked-dir: leave one off")
     if prepacked is not None:
         artifact = with_prepacked(artifact, provider, prepacked, verify)
     if speculative is not None and states is None:

@@ -174,6 +174,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] = (),
         guidance: Guidance | None = None,
         logprobs: int | None = None,
+        prediction: str = "",
     ) -> Generation:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
@@ -190,6 +191,7 @@ class Model:
             tools: for messages, the functions that the model is told of, as OpenAI describes them.
             guidance: what the answer must look like. Only tokens that can lead there are considered.
             logprobs: report how likely each token was, and as many of the likeliest at its place, 0 to 20.
+            prediction: a text that much of the answer may be, to draft from where decoding is speculative.
 
         A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
         artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
@@ -216,6 +218,7 @@ class Model:
                 tools=tools,
                 guidance=guidance,
                 logprobs=logprobs,
+                prediction=prediction,
             )
         )
 
@@ -259,6 +262,8 @@ class Model:
         else:
             prefill = self._reader.prefill(prompt, request, options, max_length, opened)
         generator = prefill.generator
+        if isinstance(generator, SpeculativeGenerator):
+            generator.expect(self.encode(request.prediction))
         return Generation(
             prefill,
             decoding,

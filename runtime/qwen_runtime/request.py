@@ -47,6 +47,8 @@ class Request:
             token by token, as an answer is computed, and nothing that was kept is used. The token that ends
             the answer has a log probability then too.
         begun: for messages, how the answer begins; it goes on from there.
+        prediction: a text that much of the answer may be. Where decoding is speculative tokens are drafted
+            from it too; it changes no answer.
         read_ahead: whether a server may read the conversation on after the answer.
     """
 
@@ -67,6 +69,7 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     guidance: Guidance | None = None
     logprobs: int | None = None
+    prediction: str = ""
 
     @property
     def conversation(self) -> Sequence[Message] | None:

@@ -279,7 +279,7 @@ def test_files_that_the_manifest_does_not_name(artifact: Path) -> None:
         "evil.so",
         "model.ort",
         "evil.py",
-        "speculative.onnx",
+        "mtp.onnx",
     ):
         (artifact / name).write_text("{}")
         refused(artifact, f"{name} is in .* and not in its manifest")

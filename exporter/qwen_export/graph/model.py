@@ -15,9 +15,10 @@ from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
-from qwen_export.graph.pending import Pending
+from qwen_export.graph.pending import MOST_TOKENS, Pending
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
+from qwen_export.graph.tokens import last_positions
 from qwen_export.graph.weights import Weight
 
 
@@ -105,8 +106,8 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     Outputs: logits float32 [batch, sequence or 1, vocab] and each layer's present states; hidden_states
     [batch, sequence, hidden] where they are asked for. In a graph of pairs the sequence is two tokens, there
     are logits for both, and states after one token and after two, as `present.*.1` and `present.*.2`. Where
-    tokens are pending there are logits for all, and the states of Gated DeltaNets before this run's tokens
-    too, as `settled.*`.
+    tokens are pending there are logits for the last 8, and the states of Gated DeltaNets before this run's
+    tokens too, as `settled.*`.
     """
     int64 = np.dtype(np.int64)
     tokens = ("batch_size", "sequence_length")
@@ -156,8 +157,10 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
         g.output(x, "hidden_states", g.dtype, ("batch_size", "sequence_length", config.hidden_size))
     if pending:
         pending.output()
-    if options.all_logits or g.pairs or pending:
+    if options.all_logits or g.pairs:
         length = "sequence_length"
+    elif pending:
+        x, length = last_positions(g, x, MOST_TOKENS), "last_tokens"
     else:
         x, length = last_positions(g, x, 1), 1
     logits = vocabulary_logits(g, recipe, x, lm_head)
@@ -176,11 +179,6 @@ def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: Value, lm_head: Weight
     logits = linear(g, recipe, x, lm_head)
     # A cast to the same dtype would copy all of them at every token: a graph's output keeps it alive.
     return logits if g.dtype == np.float32 else g.cast(logits, np.float32)
-
-
-def last_positions(g: GraphBuilder, x: Value, count: int) -> Value:
-    """x [batch, sequence, hidden] -> its last `count` positions, or all where there are fewer."""
-    return g.op("Slice", x, g.ints(-count), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(1))
 
 
 def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: Value) -> Value:

@@ -10,10 +10,11 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection, take_rows
-from qwen_export.graph.model import feed_forward, last_positions, states, vocabulary, vocabulary_logits
+from qwen_export.graph.model import feed_forward, states, vocabulary, vocabulary_logits
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
+from qwen_export.graph.tokens import last_positions
 
 
 def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:

@@ -30,6 +30,11 @@ def joined(g: GraphBuilder, parts: list[Value]) -> Value:
     return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
 
 
+def last_positions(g: GraphBuilder, x: Value, count: int) -> Value:
+    """x [batch, sequence, ...] -> its last `count` positions, or all where there are fewer."""
+    return g.op("Slice", x, g.ints(-count), g.constant([np.iinfo(np.int64).max], np.int64), g.ints(1))
+
+
 def by_rows(g: GraphBuilder, kernel: str, x: Value, multiply: Callable[[Value], Value]) -> Value:
     """multiply(x) for x [batch, sequence, K].
 

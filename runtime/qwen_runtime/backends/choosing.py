@@ -30,6 +30,9 @@ class Guide(Protocol):
     def take(self, token: int) -> None:
         """This one comes next."""
 
+    def forced(self) -> Sequence[int]:
+        """Those that must come next, as far as that is known; none where there is a choice."""
+
 
 class ChoosingGenerator:
     """One sequence, a `LogitsGenerator`. What computes the logits is a subclass's `_read`."""

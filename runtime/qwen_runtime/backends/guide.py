@@ -92,6 +92,9 @@ class LlGuide:
             reason = _one_line(self._matcher.get_error() or "no token fits")
             raise UserError(f"the answer could not be held to the guidance: {reason}")
 
+    def forced(self) -> list[int]:
+        return self._matcher.compute_ff_tokens()
+
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())

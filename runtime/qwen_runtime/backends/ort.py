@@ -9,7 +9,7 @@ generator of random numbers: with a temperature the same seed gives other tokens
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -40,6 +40,7 @@ class Ort:
     """An artifact in ONNX Runtime; attributes as in `Backend`.
 
     Attributes:
+        given: what every run takes besides.
         digest: of what a state depends on: the artifact, the provider, and the library that runs the graph.
         alignment: a prompt may be cut at multiples of it without changing a bit.
     """
@@ -60,12 +61,13 @@ class Ort:
 
         model = artifact.genai_config["model"]
         self.artifact = artifact
-        self.decoder = session(artifact.decoder(CPU.key))
         seeing = "embedding" in model
+        self.decoder = self._open_decoder(artifact, session)
         self.embedding = session(model["embedding"]["filename"]) if seeing else None
         self.vision = session(model["vision"]["filename"]) if "vision" in model else None
         self.states = {v.name: v for v in self.decoder.get_inputs() if v.name.startswith(_PAST)}
         self.outputs = [v.name for v in self.decoder.get_outputs()]
+        self.given: dict[str, npt.NDArray[Any]] = {}
         # Keys and values stay where they are, and a run writes after them.
         self.shared = bool(artifact.genai_config["search"].get("past_present_share_buffer", True))
         self.chunk_size: int | None = artifact.chunk_size
@@ -75,6 +77,9 @@ class Ort:
         self.digest = hashlib.sha256(made.encode()).hexdigest()
         self._guides = Guides(artifact, self.tokenizer)
         release_mapped(*artifact.folders)
+
+    def _open_decoder(self, artifact: Artifact, session: Callable[[str], Any]) -> Any:
+        return session(artifact.decoder(CPU.key))
 
     @classmethod
     def load(cls, artifact: Artifact, provider: str) -> Self:
@@ -310,6 +315,7 @@ class OrtGenerator(ChoosingGenerator):
     def _inputs(self, tokens: Sequence[int], start: int, end: int) -> dict[str, npt.NDArray[Any]]:
         ids = np.asarray([tokens], np.int64)
         inputs: dict[str, npt.NDArray[Any]] = {
+            **self._backend.given,
             "attention_mask": np.ones((1, end), np.int64),
             "position_ids": np.ascontiguousarray(self._positions(start, end)[:, None]),
         }

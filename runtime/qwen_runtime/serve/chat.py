@@ -113,6 +113,7 @@ def _request_for(
         tools=told,
         guidance=guidance,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        prediction=asked.prediction.text if asked.prediction else "",
     )
     check = structure.check if structure else None
     dialect = info.dialect or DEFAULT

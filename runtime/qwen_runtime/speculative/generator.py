@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from qwen_runtime.backends.protocol import Logits
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.speculative.acceptance import Acceptance
 from qwen_runtime.speculative.drafts import Draft, Head, PromptLookup
-from qwen_runtime.speculative.sessions import Sessions, StatefulSession
+from qwen_runtime.speculative.sessions import Sessions, StatefulSession, without_pending
 from qwen_runtime.speculative.switch import Switch
 from qwen_runtime.state import Point
 
@@ -36,7 +36,7 @@ class SpeculativeOrt(Ort):
     """An artifact in ONNX Runtime whose answers are speculative.
 
     Attributes:
-        sessions: loaded beside the decoder for one token.
+        sessions: the graphs for it.
         switch: what all answers learn.
     """
 
@@ -50,7 +50,16 @@ class SpeculativeOrt(Ort):
         """
         self.sessions = Sessions.load(artifact, self.how)
         super().__init__(artifact)
+        if self.decoder is self.sessions.decoder:
+            self.outputs, self.given = without_pending(self.decoder)
         self.switch = Switch(self.sessions.most)
+
+    def _open_decoder(self, artifact: Artifact, session: Callable[[str], Any]) -> Any:
+        """The graph for several tokens does for one and for prompts, so that weights are loaded once. Those
+        of an artifact that sees are embedded by another graph."""
+        if self.how == Speculative.FAST and "embedding" not in artifact.genai_config["model"]:
+            return self.sessions.decoder
+        return super()._open_decoder(artifact, session)
 
     def _open(self, settings: Mapping[str, Any], max_length: int, guide: Guide | None) -> OrtGenerator:
         return SpeculativeGenerator(self, settings, max_length, guide)
@@ -79,6 +88,7 @@ class SpeculativeGenerator(OrtGenerator):
         self.acceptance = Acceptance()
         self._sessions, self._switch = backend.sessions, backend.switch
         self._lookup = PromptLookup()
+        self._expected: list[int] = []
         self._head = Head(self._sessions.head, max_length + 1) if self._sessions.head is not None else None
         self._run: StatefulSession | None = None  # has the states while it is there
         self._further: dict[str, list[Any]] = {}  # spare memory that only such runs need
@@ -86,6 +96,10 @@ class SpeculativeGenerator(OrtGenerator):
         self._shown: dict[str, npt.NDArray[Any]] = {}  # what that run has shown of all its tokens
         self._draft: Draft | None = None  # for the token that is chosen next, and those after it
         self._checked: deque[tuple[int, Logits]] = deque()  # its tokens, and the logits after each
+
+    def expect(self, tokens: Sequence[int]) -> None:
+        """The answer may be like these; said before it begins."""
+        self._expected = list(tokens)
 
     def point(self) -> Point:
         assert not self._pending, "points are made of prompts"
@@ -126,7 +140,10 @@ class SpeculativeGenerator(OrtGenerator):
         room = min(self._sessions.most, self._max_length - len(self._tokens) - 1)
         if room < 1:
             return None, 0
-        draft = self._lookup.draft([*self._tokens, token], room)
+        if self._guide is not None and (forced := self._guide.forced()):
+            draft: Draft | None = Draft(forced[:room], "the grammar")
+        else:
+            draft = self._lookup.draft([*self._expected, *self._tokens, token], room)
         if draft is not None and (count := self._switch.count(draft)):
             return draft, count
         if self._head is None or not self._switch.count(Draft([token], Head.source)):

@@ -47,6 +47,11 @@ class Sessions:
         import onnxruntime as ort
 
         files = artifact.manifest["files"]
+        if artifact.manifest.get("switched_adapters"):
+            raise UserError(
+                f"{artifact.root} keeps adapters apart, which no graph for several tokens takes: leave "
+                "--speculative off"
+            )
         if missing := [name for name in _GRAPHS.values() if name not in files]:
             reason = "was made by an earlier version" if _HEAD in files else "cannot decode speculatively"
             raise UserError(
@@ -98,6 +103,15 @@ def zeros(session: Any, capacity: int) -> dict[str, npt.NDArray[Any]]:
         for value in session.get_inputs()
         if value.name.startswith(_PAST)
     }
+
+
+def without_pending(decoder: Any) -> tuple[list[str], dict[str, npt.NDArray[np.float32]]]:
+    """Outputs of `decoder`, a graph whose tokens may be taken back, where none are, and what it is given."""
+    outputs = [value.name for value in decoder.get_outputs()]
+    (pending,) = (value for value in decoder.get_inputs() if value.name == _PENDING)
+    layers, _, width = pending.shape
+    kept = [name for name in outputs if name != _ENTERING and not name.startswith(_SETTLED)]
+    return kept, {_PENDING: np.zeros((layers, 0, width), np.float32)}
 
 
 class StatefulSession:

@@ -10,6 +10,8 @@ from qwen_runtime.speculative.drafts import Draft
 
 _PAYS = 1.05  # times as many tokens a second
 _LOSS = 0.02  # most of the time that may be lost
+_GRACE = 2  # tokens' time that may be lost before that: the first runs are slower
+_SURE = 3  # runs of a length, before it is believed to be slow
 _PROBE = 64  # steps after which drafts that do not pay are tried again
 _RECENT = 15  # runs of one length
 _FORGET = 0.97  # weight of what is one token older
@@ -50,7 +52,7 @@ class Switch:
     def _count(self, source: str, longest: int) -> int:
         if len(self._seconds[1]) < _PLAIN or self._since_plain >= _STALE:
             return 0
-        if self._lost > _LOSS * self._elapsed:
+        if self._lost > _LOSS * self._elapsed + _GRACE * self._plain():
             return 0
         pays, count = max((self._pays(source, count), count) for count in range(longest + 1))
         if count and pays < _PAYS:
@@ -111,12 +113,18 @@ class Switch:
         return median(self._seconds[1]) if self._seconds[1] else 0.0
 
     def _run(self, tokens: int) -> float:
-        """Seconds that a run of so many takes where nothing disturbs it; of a length that has not been, what
-        the nearest one lets expect."""
-        best = {length: min(times) for length, times in self._seconds.items() if times}
-        if tokens in best:
-            return best[tokens]
-        one = best.pop(1)
-        nearest = min(best, key=lambda length: abs(length - tokens), default=None)
-        row = _ROW * one if nearest is None else (best[nearest] - one) / (nearest - 1)
-        return one + (tokens - 1) * row
+        """Seconds that a run of so many takes where nothing disturbs it; of a length that was hardly tried,
+        what the nearest one lets expect."""
+        one = min(self._seconds[1])
+        if tokens == 1:
+            return one
+        sure = {
+            length: min(times)
+            for length, times in self._seconds.items()
+            if length > 1 and len(times) >= _SURE
+        }
+        if tokens in sure:
+            return sure[tokens]
+        nearest = min(sure, key=lambda length: abs(length - tokens), default=None)
+        row = _ROW * one if nearest is None else (sure[nearest] - one) / (nearest - 1)
+        return min([one + (tokens - 1) * row, *self._seconds.get(tokens, ())])

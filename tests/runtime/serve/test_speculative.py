@@ -74,6 +74,27 @@ def test_answers_are_held_to_a_schema(exact: Server) -> None:
     assert len(words) == 6 and set(words) <= {"one", "two"}
 
 
+def test_a_prediction_is_drafted_from(exact: Server, model: Model) -> None:
+    """As OpenAI's editors send the file that they have; it changes no answer."""
+    question = [{"role": "user", "content": "What is assert?"}]
+    expected = model.generate(question, max_tokens=60, sampling=Sampling(temperature=0)).run()
+
+    def accepted() -> float:
+        raw = urllib.request.urlopen(f"{exact.url}/metrics").read().decode()
+        return float(re.findall(r"^qwen_edge_accepted_tokens_total (\S+)", raw, re.M)[0])
+
+    client, counts = exact.client(), [accepted()]
+    parts = [{"type": "text", "text": expected[:90]}, {"type": "text", "text": expected[90:]}]
+    for content in ("Nothing of the kind.", parts):
+        prediction: Any = {"type": "content", "content": content}
+        found = client.chat.completions.create(
+            model="any", messages=question, prediction=prediction, temperature=0, max_tokens=60
+        )
+        assert found.choices[0].message.content == expected
+        counts.append(accepted())
+    assert counts[2] >= counts[1] >= counts[0]
+
+
 def test_history_is_not_read_again(exact: Server) -> None:
     client = exact.client()
     turn = [*MESSAGES, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]

@@ -19,7 +19,10 @@ from PIL import Image
 from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Generation, Model, Sampling
+from qwen_runtime.backends.ort import Ort
+from qwen_runtime.grammar import make_guidance
 from qwen_runtime.guidance import Guidance
+from qwen_runtime.prefill import append
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.speculative.generator import SpeculativeOrt
 from qwen_runtime.speculative.switch import Switch
@@ -212,6 +215,47 @@ def test_guidance(trained: Path, how: Speculative) -> None:
         assert found.acceptance is not None and found.acceptance.accepted
 
 
+def test_what_a_grammar_forces_is_drafted(trained: Path) -> None:
+    names = ["first_of_the_names", "second_of_the_names", "third_of_the_names"]
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "boolean"} for name in names},
+        "required": names,
+        "additionalProperties": False,
+    }
+    guidance = make_guidance(thinking=False, schema=schema)
+    with (
+        Model.load(trained, states=StateSettings()) as plain,
+        checking(trained, Speculative.FAST) as model,
+    ):
+        found = assert_same(plain, model, "The", 200, guidance=guidance)
+        assert json.loads(found.text).keys() == set(names)
+        assert found.acceptance is not None and found.acceptance.accepted > len(found.tokens) / 2
+
+
+def test_prompts_leave_the_same_states(trained: Path, tmp_path: Path) -> None:
+    """To the bit: the graph for several tokens reads prompts too, so that weights are loaded once, and what
+    plain decoding has kept is good for it."""
+    tokens, states, found = [5 * n % 1900 for n in range(700)], StateSettings(folder=tmp_path), []
+    for how in (None, Speculative.FAST):
+        with Model.load(trained, states=states, speculative=how, keep=1) as model:
+            backend = model._backend
+            assert isinstance(backend, Ort)
+            if isinstance(backend, SpeculativeOrt):
+                assert backend.decoder is backend.sessions.decoder
+            generator = backend.generator({}, None, len(tokens) + 1)
+            append(generator, tokens, backend.chunk_size, lambda done: False)
+            found.append({**generator.caches, **generator.point().fixed})
+            answer = model.generate(REPEATED, max_tokens=8, sampling=GREEDY)
+            list(answer)
+            assert (answer.cached_tokens > 0) is (how is not None)
+            model.flush_states()
+    one, other = found
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name])
+
+
 @pytest.mark.parametrize("how", Speculative)
 def test_images(how: Speculative, tmp_path: Path) -> None:
     """The decoder for one token takes embeddings, made by another graph; that for several takes tokens."""
@@ -269,6 +313,8 @@ def test_refused_where_it_is_not_possible(trained: Path, tmp_path: Path) -> None
     without = make_artifact(TINY, load_profile("cpu", ["speculative=false"]), tmp_path / "none", False)
     with pytest.raises(UserError, match=r"cannot decode speculatively.*export it again"):
         Model.load(without, speculative=Speculative.FAST)
+    with pytest.raises(UserError, match="leave one off"):
+        Model.load(trained, speculative=Speculative.FAST, prepacked=tmp_path / "prepacked")
     with pytest.raises(UserError, match=r"runs on the CPU only, not on CUDA.*leave --speculative off"):
         Model.load(trained, "cuda", speculative=Speculative.FAST)
 

@@ -32,6 +32,24 @@ class Thinking(Options):
     type: Literal["enabled", "disabled"]
 
 
+class PredictedPart(Options):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Options):
+    """Text that much of the answer may be: a hint, which changes no answer."""
+
+    type: Literal["content"]
+    content: str | list[PredictedPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class ChatRequest(SharedRequest):
     unsupported: ClassVar[Mapping[str, Sequence[Any]]] = CHAT
 
@@ -45,6 +63,7 @@ class ChatRequest(SharedRequest):
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = None
     thinking: Thinking | None = None
+    prediction: Prediction | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
