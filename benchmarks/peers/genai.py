@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime_genai as og
 from qwen_common.providers import PROVIDERS
 from qwen_runtime.plugins import register
-from qwen_runtime.resident import release_freed, release_mapped
+from qwen_runtime.resident import release_freed, release_mapped, use_huge_pages
 
 from benchmarks.peers.turns import Measure, take_turns
 
@@ -25,6 +25,7 @@ def load(artifact: str, prompt: int, tokens: int, plugin: str | None) -> tuple[M
     model = og.Model(artifact)
     release_mapped(Path(artifact))  # as the runtime does
     release_freed()
+    use_huge_pages()
     ids = np.random.default_rng(0).integers(0, 100_000, prompt).astype(np.int32)
 
     def measure() -> dict[str, float]:

@@ -1,13 +1,14 @@
-"""Mapped weights after loading: given back, and nothing is lost."""
+"""After loading: mapped weights are given back, the others lie in huge pages, and nothing is lost."""
 
 from __future__ import annotations
 
 import mmap
+import platform
 import sys
 from pathlib import Path
 
 import pytest
-from qwen_runtime.resident import release_mapped
+from qwen_runtime.resident import release_mapped, use_huge_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise through /proc")
 
@@ -48,3 +49,40 @@ def test_pages_that_nothing_was_written_into_are_released(tmp_path: Path, writte
     assert resident(other / "data") == _SIZE
     expected = b"\x07" + content[1:] if written else content
     assert bytes(maps[0]) == expected and bytes(maps[1]) == content
+
+
+def anonymous() -> dict[str, int]:
+    """Bytes of this process that are of no file, and how many of them lie in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {key: 1024 * int(value.split()[0]) for key, value in (line.split(":") for line in lines)}
+    return {key: sizes[key] for key in ("Anonymous", "AnonHugePages")}
+
+
+def huge_pages_offered() -> bool:
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    release = tuple(int(part) for part in platform.release().split(".")[:2])
+    return switch.exists() and "[never]" not in switch.read_text() and release >= (6, 1)
+
+
+def private(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@pytest.mark.skipif("not huge_pages_offered()")
+def test_full_mappings_lie_in_huge_pages_and_sparse_ones_stay_sparse() -> None:
+    full, sparse = private(4 * _SIZE), private(64 * _SIZE)
+    os_pages = mmap.PAGESIZE
+    # Mappings that are side by side would be one.
+    for each, advice in (full, mmap.MADV_DONTFORK), (sparse, mmap.MADV_DONTDUMP):
+        each.madvise(mmap.MADV_NOHUGEPAGE)
+        each.madvise(advice)
+    content = bytes(range(256)) * (len(full) // 256)
+    full[:] = content
+    for at in range(0, len(sparse), 16 * os_pages):
+        sparse[at] = 1
+    before = anonymous()
+    use_huge_pages()
+    after = anonymous()
+    assert after["AnonHugePages"] - before["AnonHugePages"] >= len(full) - _SIZE
+    assert after["Anonymous"] - before["Anonymous"] < _SIZE
+    assert full[:] == content

@@ -26,7 +26,7 @@ from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.prepacked import damaged
 from qwen_runtime.provider import Choice, load_first
-from qwen_runtime.resident import release_mapped
+from qwen_runtime.resident import settle
 from qwen_runtime.tokenizer import Tokenizer
 
 # ONNX Runtime, of a graph that it is too old for; the second, 1.31 of experts in 4-bit floats.
@@ -144,7 +144,7 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
             f"{artifact.root} needs onnxruntime {needed}: install it, or export with a profile for older ones"
         ) from error
     if name == CPU.key:
-        release_mapped(*artifact.folders)
+        settle(*artifact.folders)
     else:
         _try(og, model, artifact)
     return model

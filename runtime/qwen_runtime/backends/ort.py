@@ -27,7 +27,7 @@ from qwen_runtime.backends.protocol import Logits
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
 from qwen_runtime.prepacked import damaged
-from qwen_runtime.resident import release_mapped
+from qwen_runtime.resident import settle
 from qwen_runtime.state import KeptState, Point
 from qwen_runtime.tokenizer import Tokenizer
 
@@ -76,7 +76,7 @@ class Ort:
         made = f"{sha256(artifact.root / MANIFEST)} {CPU.key} {ort.__version__}"
         self.digest = hashlib.sha256(made.encode()).hexdigest()
         self._guides = Guides(artifact, self.tokenizer)
-        release_mapped(*artifact.folders)
+        settle(*artifact.folders)
 
     def _open_decoder(self, artifact: Artifact, session: Callable[[str], Any]) -> Any:
         return session(artifact.decoder(CPU.key))
