@@ -44,14 +44,14 @@ def write_gguf(
 
     Args:
         kind: of the matrices; the rest is F32, as llama.cpp keeps it.
-        fuse: an expert's gate and up projection are one tensor.
+        fuse: an expert's gate and up projection are one tensor, and Qwen3-Next's projections are as its
+            checkpoint has them.
         change: the bytes and the type of a tensor that shall have others.
         metadata: keys that are set, or left out (None).
     """
     config = json.loads((checkpoint / "config.json").read_text())
     text = config.get("text_config", config)
-    mixture = "num_experts" in text
-    architecture = "qwen35moe" if mixture else "qwen35"
+    architecture = _architecture(text)
     keys = {**_keys(text, architecture), **_tokenizer(checkpoint, text["vocab_size"]), **(metadata or {})}
     if parts > 1:
         path = path.with_name(f"{path.stem}-{1:05}-of-{parts:05}.gguf")
@@ -93,6 +93,12 @@ def write_mmproj(checkpoint: Path, path: Path, kind: Kind = F32) -> Path:
     return path
 
 
+def _architecture(text: Mapping[str, Any]) -> str:
+    if text["model_type"] == "qwen3_next":
+        return "qwen3next"
+    return "qwen35moe" if "num_experts" in text else "qwen35"
+
+
 def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(checkpoint / "model.safetensors")
     return {model_name(name): value.float() for name, value in tensors.items()}
@@ -116,7 +122,6 @@ def _keys(text: dict[str, Any], architecture: str) -> dict[str, Any]:
         ],
         "full_attention_interval": 4,
         "rope.freq_base": rope["rope_theta"],
-        "rope.dimension_sections": [*rope["mrope_section"], 0],
         "rope.dimension_count": int(text["head_dim"] * rope["partial_rotary_factor"]),
         "ssm.conv_kernel": text["linear_conv_kernel_dim"],
         "ssm.state_size": text["linear_key_head_dim"],
@@ -124,16 +129,18 @@ def _keys(text: dict[str, Any], architecture: str) -> dict[str, Any]:
         "ssm.time_step_rank": text["linear_num_value_heads"],
         "ssm.inner_size": text["linear_value_head_dim"] * text["linear_num_value_heads"],
     }
+    if "mrope_section" in rope:
+        found["rope.dimension_sections"] = [*rope["mrope_section"], 0]
     if nextn:
         found["nextn_predict_layers"] = nextn
-    if architecture == "qwen35moe":
+    if "num_experts" in text:
         found |= {
             "expert_count": text["num_experts"],
             "expert_used_count": text["num_experts_per_tok"],
             "expert_feed_forward_length": text["moe_intermediate_size"],
             "expert_shared_feed_forward_length": text["shared_expert_intermediate_size"],
         }
-    else:
+    if architecture != "qwen35moe":
         found["feed_forward_length"] = text["intermediate_size"]
     return {f"{architecture}.{key}": value for key, value in found.items()}
 
@@ -177,7 +184,7 @@ def _tensors(
     state: Mapping[str, torch.Tensor], text: dict[str, Any], fuse: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
     layers = text["num_hidden_layers"]
-    arch = MODEL_ARCH.QWEN35MOE if "num_experts" in text else MODEL_ARCH.QWEN35
+    arch = MODEL_ARCH[_architecture(text).upper()]
     names = get_tensor_name_map(arch, layers + 1)
     for ours, value in state.items():
         if ours.startswith("model.visual.") or (ours == "lm_head.weight" and text["tie_word_embeddings"]):
@@ -195,12 +202,26 @@ def _tensors(
                 gate, up = value.chunk(2, dim=1)
                 yield f"{block}.ffn_gate_exps.weight", gate.contiguous().numpy()
                 yield f"{block}.ffn_up_exps.weight", up.contiguous().numpy()
+        elif name.endswith("in_proj_qkvz.weight") and not fuse:
+            qkv, z = _split(value, text)
+            block = f"blk.{name.split('.')[2]}"
+            yield f"{block}.attn_qkv.weight", qkv.numpy()
+            yield f"{block}.attn_gate.weight", z.numpy()
         elif name.endswith("dt_bias"):
             yield f"blk.{name.split('.')[2]}.ssm_dt.bias", value.numpy()
         else:
             found = names.get_name(name, try_suffixes=(".weight",))
             assert found, name
             yield found + (".weight" if name.endswith("experts.down_proj") else ""), value.numpy()
+
+
+def _split(fused: torch.Tensor, text: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Qwen3-Next's queries, keys, values and gates of a key head after the other, each by itself."""
+    groups, key = text["linear_num_key_heads"], text["linear_key_head_dim"]
+    value = text["linear_num_value_heads"] // groups * text["linear_value_head_dim"]
+    by_head = fused.reshape(groups, -1, fused.shape[-1]).split([key, key, value, value], dim=1)
+    q, k, v, z = (part.reshape(-1, fused.shape[-1]) for part in by_head)
+    return torch.cat([q, k, v]), z.contiguous()
 
 
 def _as_llama(name: str, value: torch.Tensor, text: dict[str, Any]) -> torch.Tensor:
@@ -210,6 +231,8 @@ def _as_llama(name: str, value: torch.Tensor, text: dict[str, Any]) -> torch.Ten
 
     def tiled(part: torch.Tensor, size: int) -> torch.Tensor:
         """Value heads along axis 0: by their place in a group, then by group."""
+        if text["model_type"] == "qwen3_next":
+            return part
         grouped = part.reshape(groups, heads // groups, size, *part.shape[1:])
         return grouped.transpose(0, 1).reshape(part.shape).contiguous()
 

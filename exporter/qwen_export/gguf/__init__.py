@@ -1,1 +1,1 @@
-"""GGUF files of llama.cpp's `qwen35` and `qwen35moe`, presented as a `Checkpoint`."""
+"""GGUF files of llama.cpp's `qwen35`, `qwen35moe` and `qwen3next`, presented as a `Checkpoint`."""

@@ -1,8 +1,9 @@
 """llama.cpp's names, orders and numbers of a text model's tensors, and the model's.
 
-llama.cpp stores 1 + w for the norms that multiply by it, -exp(A_log) for A_log, and value heads of Gated
-DeltaNet by their place in a group: first the first head of every group, then the second ones.
-Source: llama.cpp's conversion/qwen.py and src/models/qwen35.cpp.
+llama.cpp stores 1 + w for the norms that multiply by it, -exp(A_log) for A_log, and, but for qwen3next, value
+heads of Gated DeltaNet by their place in a group: first the first head of every group, then the second ones.
+qwen3next's projections may be fused as its checkpoint has them.
+Source: llama.cpp's conversion/qwen.py and src/models/qwen35.cpp and qwen3next.cpp.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qwen_common.errors import UserError
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD, TextConfig
 from qwen_export.architecture.mtp import MTP
 from qwen_export.checkpoint.tensors.experts import stack_experts
+from qwen_export.checkpoint.tensors.fused import split_fused
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.gguf.file import Stored
 from qwen_export.gguf.tensors import Mapped, joined, rows, tensor
@@ -40,6 +42,8 @@ _PARTS = {
     "attn_k_norm.weight": "self_attn.k_norm.weight",
     "attn_qkv.weight": "linear_attn.in_proj_qkv.weight",
     "attn_gate.weight": "linear_attn.in_proj_z.weight",
+    "ssm_in.weight": "linear_attn.in_proj_qkvz.weight",
+    "ssm_ba.weight": "linear_attn.in_proj_ba.weight",
     "ssm_alpha.weight": "linear_attn.in_proj_a.weight",
     "ssm_beta.weight": "linear_attn.in_proj_b.weight",
     "ssm_conv1d.weight": "linear_attn.conv1d.weight",
@@ -105,7 +109,7 @@ def lay_out(stored: Mapping[str, Stored], config: TextConfig) -> Layout:
                 f"{stored[name].file}: {name} is a scale of NVFP4's, which is not supported yet: give a file "
                 "in another quantisation"
             )
-    return Layout(stack_experts(reader.tensors), unread)
+    return Layout(stack_experts(split_fused(reader.tensors, config.fused)), unread)
 
 
 class _Reader:
@@ -200,6 +204,8 @@ class _Reader:
 
     def _heads(self) -> tuple[int, ...]:
         """Where in the file each value head stands; () where that is its own place."""
+        if self._config.fused:  # its fused projections go by key head, and so does all else
+            return ()
         groups, heads = self._config.linear_num_key_heads, self._config.linear_num_value_heads
         each = heads // groups
         return tuple(head % each * groups + head // each for head in range(heads)) if each > 1 else ()

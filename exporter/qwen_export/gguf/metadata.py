@@ -1,7 +1,7 @@
 """From a GGUF file's metadata to the fields of config.json and generation_config.json.
 
 Real numbers are stored in float32: they become the shortest decimals that give those.
-Source: llama.cpp's conversion/base.py and src/models/qwen35.cpp, which have the same defaults.
+Source: llama.cpp's conversion/base.py, src/models/qwen35.cpp and qwen3next.cpp, which have the same defaults.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from qwen_common.errors import UserError
 
+from qwen_export.architecture.registry import config_class
 from qwen_export.gguf.file import GgufFile
 
-MODEL_TYPES = {"qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe"}
+MODEL_TYPES = {"qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text", "qwen3next": "qwen3_next"}
 _OTHERS = {
     "clip": "a vision tower: name it with --mmproj, and give the text model's file",
-    "qwen3next": "Qwen3-Next's, which is not supported yet",
     "qwen4exp": "Qwen3.8-Flash-Next's, which is not supported (docs/architecture.md)",
 }
 # Of an MTP head that shares neither the model's embedding nor its head.
@@ -57,7 +57,7 @@ _YARN = {
 
 
 def model_type(file: GgufFile) -> str:
-    """As config.json says it, without `_text`.
+    """As a text model's config.json says it.
 
     Raises:
         UserError: `general.architecture` is another one, or missing.
@@ -67,7 +67,7 @@ def model_type(file: GgufFile) -> str:
     named = f"{file.path}: general.architecture is {file.architecture[:_MOST_SHOWN] or 'missing'}"
     if known := _OTHERS.get(file.architecture):
         raise UserError(f"{named}, {known}")
-    raise UserError(f"{named}, which is not Qwen3.5: supported are {' and '.join(MODEL_TYPES)}")
+    raise UserError(f"{named}, which is not Qwen3.5: supported are {', '.join(MODEL_TYPES)}")
 
 
 def text_config(file: GgufFile) -> dict[str, Any]:
@@ -83,13 +83,14 @@ def text_config(file: GgufFile) -> dict[str, Any]:
         raise UserError(f"{file.path} has no tensor token_embd.weight: is it a part of a model?")
     nextn = has.get("nextn_predict_layers", 0)
     layers = has.size("block_count") - (nextn if isinstance(nextn, int) else 0)
-    fields = _FIELDS | (_MIXTURE if kind.endswith("moe") else _DENSE)
+    known = config_class(kind)
+    fields = _FIELDS | (_MIXTURE if "num_experts" in known.model_fields else _DENSE)
     inner, heads = has.size("ssm.inner_size"), has.size("ssm.time_step_rank")
     if inner % heads:
         raise UserError(f"{file.path}: ssm.inner_size {inner} is no multiple of ssm.time_step_rank {heads}")
     own_embedding = any(name.endswith(_OWN_EMBEDDING) for name in file.tensors)
     return {
-        "model_type": f"{kind}_text",
+        "model_type": kind,
         **{field: has.size(key) for field, key in fields.items()},
         "vocab_size": embedding.shape[0],
         "num_hidden_layers": layers,
@@ -97,7 +98,7 @@ def text_config(file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": _one(has["attention.head_count_kv"]),
         "linear_value_head_dim": inner // heads,
         "rms_norm_eps": decimal(has["attention.layer_norm_rms_epsilon"]),
-        "rope_parameters": _rope(has),
+        "rope_parameters": _rope(has, known.has_text_section),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "mtp_num_hidden_layers": nextn,
         "mtp_use_dedicated_embeddings": own_embedding,
@@ -165,17 +166,20 @@ def _layer_types(has: Keys, layers: int) -> dict[str, Any]:
     return {"layer_types": kinds[:layers]}
 
 
-def _rope(has: Keys) -> dict[str, Any]:
-    sections, head_dim = has["rope.dimension_sections"], has.size("attention.key_length")
-    if not isinstance(sections, list) or len(sections) not in (3, 4) or any(sections[3:]):
-        raise UserError(f"{has.path}: rope.dimension_sections {sections} is not supported")
+def _rope(has: Keys, three_axes: bool) -> dict[str, Any]:
+    """Args:
+    three_axes: a position has a place in time, height and width.
+    """
     rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": decimal(has["rope.freq_base"]),
-        "partial_rotary_factor": has.size("rope.dimension_count") / head_dim,
-        "mrope_section": sections[:3],
-        "mrope_interleaved": True,
+        "partial_rotary_factor": has.size("rope.dimension_count") / has.size("attention.key_length"),
     }
+    if three_axes:
+        sections = has["rope.dimension_sections"]
+        if not isinstance(sections, list) or len(sections) not in (3, 4) or any(sections[3:]):
+            raise UserError(f"{has.path}: rope.dimension_sections {sections} is not supported")
+        rope |= {"mrope_section": sections[:3], "mrope_interleaved": True}
     kind = has.get("rope.scaling.type", "none")
     if kind == "none":
         return rope

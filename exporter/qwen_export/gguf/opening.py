@@ -66,6 +66,10 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
     vision: VisionConfig | None = None
     files = {"config.json": text, GENERATION_CONFIG: _generation(file, tokenizer)}
     if mmproj:
+        if not config.has_text_section:
+            raise UserError(
+                f"{file.path} is of {text['model_type']}, which has no vision tower: leave --mmproj off"
+            )
         tower = read_gguf(mmproj)
         vision, files["config.json"] = _with_tower(file, tower, config, text, tokenizer)
         files["preprocessor_config.json"] = processor(tower)

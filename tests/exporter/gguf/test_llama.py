@@ -19,6 +19,7 @@ from qwen_runtime.tokenizer import Tokenizer
 
 from benchmarks.support.session import cosine
 from tests.support.gguf_checkpoints import write_gguf
+from tests.support.random_checkpoints import write_random_checkpoint
 
 CHECKPOINTS = Path("tests/checkpoints").resolve()
 PYTHON = os.environ.get("QWEN_EDGE_LLAMA_PYTHON", "")
@@ -52,7 +53,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", "qwen3-next"])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q4_0, Kind.Q8_0])
 def test_logits_are_llamas(name: str, kind: Kind, tmp_path: Path) -> None:
     """It is given quantised weights as the floats that they stand for: else it rounds activations, too."""
@@ -61,8 +62,12 @@ def test_logits_are_llamas(name: str, kind: Kind, tmp_path: Path) -> None:
         rounded = value.ndim > 1 and value.shape[-1] % 32 == 0 and "ffn_gate_inp" not in tensor
         return (dequantize(quantize(value, kind), kind), Kind.F32) if rounded else None
 
-    file = write_gguf(CHECKPOINTS / name, tmp_path / "model.gguf", kind)
-    same = write_gguf(CHECKPOINTS / name, tmp_path / "floats.gguf", change=floats)
+    folder = CHECKPOINTS / name
+    if name == "qwen3-next":
+        shape: dict[str, Any] = {"model_type": "qwen3_next", "num_experts": 8, "vocab_size": 2048}
+        folder = write_random_checkpoint(tmp_path / name, **shape)
+    file = write_gguf(folder, tmp_path / "model.gguf", kind)
+    same = write_gguf(folder, tmp_path / "floats.gguf", change=floats)
     text = (CHECKPOINTS / "eval.txt").read_text()[:1000]
     ids = _printed(_LLAMA, text, same, tmp_path / "logits.npy")
     checkpoint = open_checkpoint(str(file))

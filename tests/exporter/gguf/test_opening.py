@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from qwen_common.errors import UserError
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.export import export
 from qwen_export.gguf.inspection import inspect_gguf
 from qwen_export.opening import open_checkpoint
@@ -24,7 +26,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.support.artifacts import Quiet, float_profile
 from benchmarks.support.session import Session, cosine
 from tests.support.gguf_checkpoints import write_gguf, write_mmproj
+from tests.support.random_checkpoints import write_random_checkpoint
 
+NEXT: dict[str, Any] = {"model_type": "qwen3_next", "num_experts": 8, "vocab_size": 2048}
 CHECKPOINTS = Path("tests/checkpoints").resolve()
 DENSE, MOE, VISION = (CHECKPOINTS / name for name in ("tiny-dense", "tiny-moe", "tiny-vl"))
 IDS = torch.tensor(np.random.default_rng(1).integers(2, 2000, (1, 40)))
@@ -67,6 +71,27 @@ def test_experts_in_one_tensor_and_files_in_parts_are_the_same(tmp_path: Path) -
     first.with_name("model-00002-of-00003.gguf").unlink()
     with pytest.raises(UserError, match=r"one of 3 parts, and .*00002-of-00003\.gguf is missing"):
         open_checkpoint(str(first))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("value_heads", [2, 6])
+def test_qwen3_next(fuse: bool, value_heads: int, tmp_path: Path) -> None:
+    """Projections of Gated DeltaNet apart, as llama.cpp writes them, and fused, as it has written them."""
+    folder = write_random_checkpoint(
+        tmp_path / "next", dtype=torch.bfloat16, **NEXT, linear_num_value_heads=value_heads
+    )
+    found = open_checkpoint(str(write_gguf(folder, tmp_path / "model.gguf", fuse=fuse)))
+    expected = Checkpoint.open(str(folder))
+    check_same(found, expected)
+    differ = {"bos_token_id", "eos_token_id", "pad_token_id", "mtp_num_hidden_layers", "intermediate_size"}
+    assert found.config.model_dump(exclude=differ) == expected.config.model_dump(exclude=differ)
+    assert found.model_type == "qwen3_next" and not found.notes
+    found.check(found.config.tensors())
+    kept = open_checkpoint(str(write_gguf(folder, tmp_path / "kept.gguf", Kind.Q8_0, fuse=fuse)))
+    codes = kept.tensors["model.layers.0.linear_attn.in_proj_qkv.weight"]
+    assert isinstance(codes, PrequantizedTensor) and codes.scheme.bits == 8
+    with pytest.raises(UserError, match="has no vision tower: leave --mmproj off"):
+        open_checkpoint(str(tmp_path / "model.gguf"), mmproj=tmp_path / "mmproj.gguf")
 
 
 @pytest.mark.parametrize("source", [DENSE, MOE])
