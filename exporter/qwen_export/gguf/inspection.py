@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gguf.constants import GGMLQuantizationType
+
 from qwen_export.gguf.file import read_gguf
 from qwen_export.gguf.opening import open_gguf
 from qwen_export.gguf.tensors import FLOATS, KEPT
+
+_EXPORT = {
+    **dict.fromkeys(FLOATS, "floats"),
+    **dict.fromkeys(KEPT, "codes kept"),
+    GGMLQuantizationType.MXFP4: "experts' codes kept on the CPU",
+}
 
 
 def inspect_gguf(source: str, mmproj: Path | None = None) -> dict[str, Any]:
@@ -23,9 +31,7 @@ def inspect_gguf(source: str, mmproj: Path | None = None) -> dict[str, Any]:
         entry = types.setdefault(tensor.kind.name, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += tensor.nbytes
-        entry["export"] = (
-            "floats" if tensor.kind in FLOATS else "codes kept" if tensor.kind in KEPT else "dequantised"
-        )
+        entry["export"] = _EXPORT.get(tensor.kind, "dequantised")
     return {
         "file": files[0].path.name,
         "architecture": files[0].architecture,

@@ -29,6 +29,7 @@ from qwen_export.checkpoint.tensors.tensor import (
 )
 from qwen_export.gguf.file import Stored
 from qwen_export.quantize.blockwise import Quantization, pack_codes
+from qwen_export.quantize.fp4 import MXFP4, Fp4
 
 FLOATS = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -146,6 +147,30 @@ class BlockTensor(GgufTensor):
 
 
 @dataclass(frozen=True)
+class Mxfp4Tensor(GgufTensor):
+    """MXFP4 of a matrix [N, K]: blocks with the scale in front; an `Fp4Tensor`."""
+
+    @property
+    def fp4(self) -> Fp4 | None:
+        return None if self.heads else MXFP4
+
+    def packed_fp4(self) -> tuple[np.ndarray, np.ndarray]:
+        n, k = self.shape
+        blocks = self.words.read(0, n).reshape(n, k // _BLOCK, GGML_QUANT_SIZES[self.kind][1])
+        scales = np.ascontiguousarray(blocks[..., 0]).view(MXFP4.scale_dtype)
+        if not np.isfinite(scales.astype(np.float32)).all():
+            raise UserError(
+                f"tensor {self.words.name} in {self.words.file.name} holds NaN or Inf: download it again"
+            )
+        # The low halves of the bytes come first, then the high ones.
+        codes = np.concatenate([blocks[..., 1:] & np.uint8(15), blocks[..., 1:] >> np.uint8(4)], axis=-1)
+        return pack_codes(codes.reshape(n, k), 4), scales
+
+    def fp4_factor(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
 class Joined:
     """Tensors one after the other along axis 0."""
 
@@ -232,8 +257,8 @@ def tensor(stored: Stored, shape: tuple[int, ...], heads: tuple[int, ...] = ()) 
     words = PlainTensor(
         stored.name, np.dtype(np.uint8), (*shape[:-1], stored.row_bytes), stored.file, stored.offset
     )
-    kept = stored.kind in KEPT and len(shape) == 2
-    return (BlockTensor if kept else GgufTensor)(stored.kind, shape, words, heads)
+    matrix = _MATRICES.get(stored.kind, GgufTensor) if len(shape) == 2 else GgufTensor
+    return matrix(stored.kind, shape, words, heads)
 
 
 def rows(stored: Stored, start: int, stop: int) -> Stored:
@@ -248,6 +273,9 @@ def joined(parts: list[CheckpointTensor]) -> CheckpointTensor:
         return parts[0]
     scheme = common_scheme(parts)
     return JoinedBlocks(tuple(parts), scheme) if scheme else Joined(tuple(parts))
+
+
+_MATRICES = {**dict.fromkeys(KEPT, BlockTensor), GGMLQuantizationType.MXFP4: Mxfp4Tensor}
 
 
 @cache

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
+from qwen_common import manifest as manifests
 from qwen_common.errors import UserError
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
@@ -104,6 +105,27 @@ def test_types_are_what_the_library_dequantises(kind: Kind, source: Path, tmp_pa
     found = open_checkpoint(str(write_gguf(source, tmp_path / "model.gguf", kind)))
     check_same(found, open_checkpoint(str(write_gguf(source, tmp_path / "floats.gguf", change=floats))))
     assert not found.notes
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_experts_in_mxfp4_keep_their_codes(fuse: bool, tmp_path: Path) -> None:
+    """As in llama.cpp's MXFP4_MOE; the answers are those of the same numbers as floats."""
+    logits = []
+    ids = np.random.default_rng(0).integers(2, 500, (1, 30))
+    for name, kind in (("codes", Kind.MXFP4), ("floats", Kind.F32)):
+
+        def change(tensor: str, value: np.ndarray, kind: Kind = kind) -> tuple[np.ndarray, Kind] | None:
+            if "_exps" not in tensor:
+                return None
+            codes = quantize(value, Kind.MXFP4)
+            return (codes, kind) if kind is Kind.MXFP4 else (dequantize(codes, Kind.MXFP4), kind)
+
+        file = write_gguf(MOE, tmp_path / f"{name}.gguf", fuse=fuse, change=change)
+        artifact = tmp_path / name
+        export(open_checkpoint(str(file)), float_profile("fused"), artifact, Quiet(), all_logits=True)
+        assert manifests.read(artifact)["carried_over"] == (["experts"] if name == "codes" else [])
+        logits.append(Session(artifact).run(ids))
+    assert cosine(*logits).min() > 0.99999
 
 
 def test_the_mtp_head_is_read(tmp_path: Path) -> None:

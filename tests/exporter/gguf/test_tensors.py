@@ -10,11 +10,12 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 from qwen_common.errors import UserError
-from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
+from qwen_export.checkpoint.tensors.tensor import Fp4Tensor, PrequantizedTensor
 from qwen_export.gguf.file import Stored
 from qwen_export.gguf.tensors import joined, rows, tensor
 from qwen_export.quantize import blockwise
 from qwen_export.quantize.blockwise import Quantization, Quantized
+from qwen_export.quantize.fp4 import MXFP4, dequantize_fp4
 
 N, K = 24, 256
 
@@ -62,6 +63,20 @@ def test_codes_are_kept(kind: Kind, heads: tuple[int, ...], tmp_path: Path) -> N
         np.testing.assert_array_equal(found.read(start, stop), meant[start:stop])
         for block in (16, 32):
             np.testing.assert_array_equal(kept(found, start, stop, block), meant[start:stop])
+
+
+def test_experts_codes_of_mxfp4_are_kept(tmp_path: Path) -> None:
+    data = quantize(values(), Kind.MXFP4)
+    found = tensor(stored(Kind.MXFP4, data, tmp_path), (N, K))
+    assert isinstance(found, Fp4Tensor) and found.fp4 == MXFP4 and found.fp4_factor() == 1
+    codes, scales = found.packed_fp4()
+    (kept,) = dequantize_fp4(codes[None], scales[None], np.ones(1, np.float32), MXFP4)
+    np.testing.assert_array_equal(kept, dequantize(data, Kind.MXFP4))
+    data[3, 17] = 255  # the scale of a row's second block
+    with pytest.raises(UserError, match="holds NaN or Inf"):
+        tensor(stored(Kind.MXFP4, data, tmp_path), (N, K)).packed_fp4()
+    turned = tensor(stored(Kind.MXFP4, data, tmp_path), (N, K), (1, 0))
+    assert isinstance(turned, Fp4Tensor) and turned.fp4 is None
 
 
 def test_parts_of_rows_that_are_no_whole_blocks_are_dequantised(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.forms.scaled import ScaledTensor
-from qwen_export.checkpoint.forms.scales import Scales, values_of
+from qwen_export.checkpoint.forms.codes import Codes
+from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
+from qwen_export.checkpoint.forms.scales import Scales
 from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
@@ -163,7 +164,7 @@ def _state(tensor: PlainTensor) -> _State:
         ) from error
 
 
-def _int8(stored: dict[str, PlainTensor], module: str) -> ScaledTensor:
+def _int8(stored: dict[str, PlainTensor], module: str) -> IntegerTensor:
     scales = stored.pop(module + "SCB")
     weight = take(stored, module + "weight", scales.name)
     stored.pop(module + "weight_format", None)
@@ -174,6 +175,8 @@ def _int8(stored: dict[str, PlainTensor], module: str) -> ScaledTensor:
             f"tensor {scales.name} ({scales.dtype} {scales.shape}) holds no scales for rows of {weight.name} "
             f"({weight.dtype} {weight.shape}): download both again"
         )
+    codes = Codes(weight, (n, k), 8, along_inputs=True, offset=128)
     # 127 is what SCB, the largest magnitude of a row, was stored as.
-    values = values_of(_INT8) / np.float32(127)
-    return ScaledTensor("INT8 of bitsandbytes", weight, Scales(placed), k, values)
+    tensor = IntegerTensor(codes, 8, Scales(placed, divisor=127), None, symmetric=True)
+    check_integers(tensor)
+    return tensor

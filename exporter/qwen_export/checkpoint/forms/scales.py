@@ -34,6 +34,7 @@ class Scales:
         kind: what bytes are: E4M3 or E8M0; None where they are floats already.
         whole: a factor for the whole matrix, [1], or [E] of experts.
         divides: the factors are divided by `whole`, not multiplied.
+        divisor: what floats are divided by.
     """
 
     tensor: PlainTensor
@@ -42,6 +43,7 @@ class Scales:
     kind: np.dtype | None = None
     whole: PlainTensor | None = None
     divides: bool = False
+    divisor: float = 1
 
     @property
     def columns(self) -> int:
@@ -69,7 +71,10 @@ class Scales:
         return np.repeat(found, self.height, axis=1)[:, :n] if self.height > 1 else found
 
     def _floats(self, stored: np.ndarray, start: int, stop: int) -> np.ndarray:
-        factors = stored.astype(np.float32) if self.kind is None else self._of_bytes(stored)
+        if self.kind is None:
+            factors = stored.astype(np.float32) / np.float32(self.divisor)
+        else:
+            factors = self._of_bytes(stored)
         if self.whole is not None:
             whole = self.whole.read(start, stop).astype(np.float32)
             whole = whole.reshape(-1, *[1] * (factors.ndim - 1))

@@ -26,7 +26,7 @@ KEPT: dict[str, tuple[int, str]] = {
     "auto-round-gptq": (13, ""),
     "auto-round-own": (13, ""),
     "auto-round-awq": (13, ""),
-    "bitsandbytes-int8": (0, "15 weights in INT8 of bitsandbytes are"),
+    "bitsandbytes-int8": (15, ""),
     "bitsandbytes-nf4": (0, "15 weights in NF4 are"),
     "bitsandbytes-nf4-nested": (0, "15 weights in NF4 are"),
     "mlx": (0, ""),
