@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ _AUTO_ROUND = {"quant_method": "auto-round", **_INT4, "data_type": "int"}
 _NVFP4 = _compressed("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
 # What config.json says, and what stands for a weight [N, K].
 FORMS: Mapping[str, tuple[dict[str, Any], Callable[..., Parts]]] = {
-    "bf16": ({}, lambda n, k: {"weight": _scales((n, k), _BF16)}),
+    "bf16": ({}, lambda n, k: {"weight": _random((n, k), _BF16, 60)}),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, _fp8),
     "gptq": ({"quant_method": "gptq", **_INT4}, _gptq),
     "gptq, groups out of order": ({"quant_method": "gptq", **_INT4}, lambda n, k: _gptq(n, k, True)),
@@ -198,6 +199,7 @@ def write(folder: Path, form: str, geometry: Mapping[str, Any]) -> Path:
     weight_map: dict[str, str] = {}
     shards: dict[str, Parts] = {}
     specs = load_config(folder).tensors()
+    parts_of = cache(parts_of)  # layers of one shape are alike
     for name, spec in specs.items():
         shard = shards.setdefault(".".join(name.split(".")[:3]), {})
         module, _, kind = name.rpartition(".")
@@ -208,13 +210,13 @@ def write(folder: Path, form: str, geometry: Mapping[str, Any]) -> Path:
                 continue
             kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
             for own in kinds:
-                made = parts_of(n // len(kinds), k)  # the same for all experts
+                made = parts_of(n // len(kinds), k)
                 for expert in range(experts):
                     shard |= {f"{module}.{expert}.{own}.{part}": value for part, value in made.items()}
         elif (spec.recipe_role in _ROLES and name.endswith("proj.weight")) or ".in_proj_qkv." in name:
             shard |= {f"{module}.{part}": value for part, value in parts_of(*spec.shape).items()}
         else:
-            shard[name] = _scales(spec.shape, _BF16)
+            shard[name] = _random(spec.shape, _BF16, 60)
     for number, tensors in enumerate(shards.values()):
         file = f"model-{number:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.forms.codes import Codes
 from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
@@ -44,6 +45,11 @@ def awq_tensor(stored: dict[str, PlainTensor], module: str, symmetric: bool) -> 
     qweight, qzeros, scales = (
         take(stored, module + part, module + "qweight") for part in ("qweight", "qzeros", "scales")
     )
+    if not len(qweight.shape) == len(qzeros.shape) == len(scales.shape) == 2:
+        raise UserError(
+            f"{qweight.name} has codes, zero points and scales of the shapes "
+            f"{(qweight.shape, qzeros.shape, scales.shape)}, of no matrix: download the checkpoint again"
+        )
     n = 8 * qweight.shape[-1]
     shape, groups = (n, qweight.shape[0]), scales.shape[0]
     codes = Codes(qweight, shape, 4, along_inputs=False, outputs_last=True, places=_PLACES)

@@ -19,7 +19,7 @@ from qwen_common.errors import UserError
 from qwen_export.checkpoint.forms.codes import Codes
 from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
 from qwen_export.checkpoint.forms.scales import Scales
-from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
+from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 _STATE = "weight.quant_state.bitsandbytes__"
@@ -136,6 +136,8 @@ def _four_bits(stored: dict[str, PlainTensor], module: str) -> FourBitTensor:
         )
     octets = -(-n * k // 2)
     fits = prod(codes.shape) * codes.dtype.itemsize == octets and values.shape == (16,)
+    fits = fits and codes.dtype in (_UINT8, *FLOATS)  # whatever the bytes were stored as
+    fits = fits and (nested is None) == (state.nested_blocksize is None)
     fits = fits and scales.shape == (blocks,) and values.dtype == _FLOAT32
     if nested:
         fits = fits and nested.block > 0 and nested.values.shape == (256,)

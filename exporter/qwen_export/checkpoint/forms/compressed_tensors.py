@@ -21,6 +21,7 @@ from qwen_export.checkpoint.forms.scales import E8M0, Scales, are_scales
 from qwen_export.checkpoint.forms.targets import is_name_of, matches
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
+from qwen_export.quantize.fp4 import NVFP4
 
 _Size = Annotated[int, Field(gt=0)]
 _REGEX = "re:"
@@ -105,6 +106,10 @@ class CompressedTensorsConfig(BaseModel):
                 "not supported yet: give the checkpoint in bf16"
             )
         if weights.num_bits == 4:
+            if whole is None and weights.group_size == NVFP4.block_size:
+                raise UserError(
+                    f"the checkpoint has {weight.name}, but no weight_global_scale: is a shard missing?"
+                )
             return fp4_tensor(weight, scales, weights.group_size or 0, whole, divides=True)
         return _floats(weights, weight, scales)
 
@@ -142,26 +147,25 @@ def _integers(
     else:
         n, k = _packed_shape(weight, shape)
         codes = Codes(weight, (n, k), bits, along_inputs=True)
-    groups = next(_group_counts(weights, k), 0)
+    groups = next(_group_counts(weights, k), 0) if n else 0
     rows = 1 if weights.strategy == "tensor" else n
     placed = scales.reshaped((rows, groups))
-    if placed is None or not are_scales(scales) or weight.dtype not in (_INT8, np.int32):
+    if placed is None or not groups or not are_scales(scales) or weight.dtype not in (_INT8, np.int32):
         raise UserError(
             f"{scales.name} ({scales.dtype} {scales.shape}) holds no scales for {n} x {k} weights "
             f"({weight.name}, {weight.dtype}) with strategy {weights.strategy} and group_size "
             f"{weights.group_size}: download the checkpoint again"
         )
     zero_points = None
-    if not weights.symmetric:
-        if zeros is None:
-            raise UserError(
-                f"the checkpoint has {weight.name}, but no weight_zero_point: is a shard missing?"
-            )
-        if zeros.dtype == _INT8:
-            zeros = zeros.reshaped((rows, groups)) or zeros
-            zero_points = Codes(zeros, (n, groups), 8, along_inputs=True, offset=middle)
-        else:
-            zero_points = Codes(zeros, (n, groups), bits, along_inputs=False)
+    if zeros is None and not weights.symmetric:
+        raise UserError(f"the checkpoint has {weight.name}, but no weight_zero_point: is a shard missing?")
+    if weights.symmetric and rows != n:  # all of them have one, of which nothing is to be said
+        zeros = None
+    if zeros and zeros.dtype == _INT8:
+        zeros = zeros.reshaped((rows, groups)) or zeros
+        zero_points = Codes(zeros, (n, groups), 8, along_inputs=True, offset=middle)
+    elif zeros:
+        zero_points = Codes(zeros, (n, groups), bits, along_inputs=False)
     tensor = IntegerTensor(
         codes, bits, Scales(placed, height=n if rows == 1 else 1), zero_points, weights.symmetric
     )

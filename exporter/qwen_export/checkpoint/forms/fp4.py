@@ -33,8 +33,8 @@ def fp4_tensor(
     form = FP4_FORMS.get(group)
     *rows, half = codes.shape if len(codes.shape) in (2, 3) else (0, 0)
     fits = form is not None and codes.dtype == _UINT8 and 0 not in codes.shape and 2 * half % group == 0
-    # Bytes of scales are the form's, where the dtype does not say so.
-    fits = fits and scales.dtype in (form and form.scale_dtype, _UINT8)
+    # Bytes of scales are the form's, where the dtype does not say so; beside a factor it does.
+    fits = fits and (scales.dtype == FP4_FORMS[group].scale_dtype or (scales.dtype == _UINT8 and not whole))
     fits = fits and scales.shape == (*rows, 2 * half // group)
     factor = whole.reshaped((1,) if len(rows) == 1 else (rows[0],)) if whole else None
     if form is None or not fits or (whole and (factor is None or whole.dtype != np.float32)):

@@ -31,6 +31,7 @@ class GptqConfig(BaseModel):
     quant_method: Literal["gptq"]
     bits: Literal[2, 4, 8]
     sym: bool = True
+    desc_act: bool = False
     # GPTQModel's: expressions of modules that differ. Those with "-:" are not quantised.
     dynamic: dict[str, dict[str, Any]] = Field(default_factory=dict)
     version: Literal["gptq", "gptq_v2"] = Field("gptq", validation_alias="checkpoint_format")
@@ -39,16 +40,22 @@ class GptqConfig(BaseModel):
         """See `Form`."""
         offset = _ZERO_OFFSETS[self.version]
         return {
-            module + "weight": gptq_tensor(stored, module, self._symmetric(module.removesuffix(".")), offset)
-            for module in pieces(stored, "qweight")
+            module + "weight": self._tensor(stored, module, offset) for module in pieces(stored, "qweight")
         }
 
-    def _symmetric(self, module: str) -> bool:
-        """Of the first expression that fits the module, or of the whole checkpoint."""
-        for expression, options in self.dynamic.items():
-            if matches(expression.removeprefix("+:"), module):
-                return bool(options.get("sym", self.sym))
-        return self.sym
+    def _tensor(self, stored: dict[str, PlainTensor], module: str, zero_offset: int) -> IntegerTensor:
+        """By the first expression that fits the module, or as the whole checkpoint."""
+        options: dict[str, Any] = {}
+        for expression, found in self.dynamic.items():
+            if matches(expression.removeprefix("+:"), module.removesuffix(".")):
+                options = found
+                break
+        if options.get("desc_act", self.desc_act) and f"{module}g_idx" not in stored:
+            raise UserError(
+                f"the checkpoint has {module}qweight, but no g_idx, though config.json says desc_act: is a "
+                "shard missing?"
+            )
+        return gptq_tensor(stored, module, bool(options.get("sym", self.sym)), zero_offset)
 
 
 def gptq_tensor(

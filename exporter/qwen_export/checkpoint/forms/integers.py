@@ -14,7 +14,7 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.forms.codes import Codes
-from qwen_export.checkpoint.forms.scales import Scales
+from qwen_export.checkpoint.forms.scales import Scales, are_scales
 from qwen_export.checkpoint.tensors.plain import PlainTensor
 from qwen_export.checkpoint.tensors.tensor import Scheme
 from qwen_export.quantize.blockwise import Quantization, pack_codes
@@ -125,6 +125,11 @@ def check_integers(tensor: IntegerTensor) -> None:
     scales, groups = tensor.scales, tensor.scales.columns
     shapes = [tensor.codes.words.shape, scales.tensor.shape]
     rows = -(-n // scales.height)
+    words = [tensor.codes.words, tensor.zeros and tensor.zeros.words, tensor.group_of]
+    for part in [part for part in words if part and part.dtype.kind not in "iu"]:
+        raise UserError(f"{part.name} is {part.dtype}, and holds no integers: download it again")
+    if not are_scales(part := scales.tensor):
+        raise UserError(f"{part.name} is {part.dtype}, and holds no scales: download it again")
     fits = tensor.codes.words.shape == tensor.codes.stored_shape
     fits = fits and scales.tensor.shape == ((groups, n) if scales.outputs_last else (rows, groups))
     fits = fits and groups > 0 and (k % groups == 0 or tensor.group_of is not None)

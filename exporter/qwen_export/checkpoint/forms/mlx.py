@@ -100,6 +100,10 @@ class MlxConfig(BaseModel):
             return _affine(scheme, words, scales, biases)
         rows, columns = words.shape
         octets = replace(words, dtype=_UINT8, shape=(rows, 4 * columns))
+        if scales.dtype != _UINT8:
+            raise UserError(
+                f"{scales.name} is {scales.dtype}, and scales of {scheme.mode} are bytes: download it again"
+            )
         if scheme.mode == "mxfp8":
             values = replace(octets, dtype=E4M3)
             return fp8_tensor(values, scales, (1, scheme.group_size), bytes_are=E8M0)

@@ -304,6 +304,31 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
         ),
         "groups out of order (actorder: group)",
     ),
+    "zero points under a symmetric scheme": (
+        "int4 with zero points",
+        declare(**group(strategy="group", group_size=64)),
+        "but config.json says sym",
+    ),
+    "codes of no matrix": (
+        "int8, a scale a tensor",
+        change("weight", lambda t: t.flatten()),
+        "holds no scales for 0 x 0 weights",
+    ),
+    "no global scale": (
+        "nvfp4",
+        change("weight_global_scale", lambda t: None),
+        "but no weight_global_scale: is a shard missing?",
+    ),
+    "scales of NVFP4 as bytes": (
+        "nvfp4",
+        change("weight_scale", lambda t: t.view(torch.uint8)),
+        "are no 4-bit floats",
+    ),
+    "scales of NVFP4 in another dtype": (
+        "nvfp4",
+        change("weight_scale", lambda t: t.double()),
+        "are no 4-bit floats",
+    ),
     "no factor": ("nvfp4", change("weight_global_scale", lambda t: t.repeat(2)), "are no 4-bit floats"),
     "a factor of 0": ("nvfp4", change("weight_global_scale", lambda t: t * 0), "makes scales infinite"),
     "scales of one byte too few": ("nvfp4", change("weight_scale", lambda t: t[1:]), "are no 4-bit floats"),

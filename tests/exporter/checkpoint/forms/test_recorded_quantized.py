@@ -150,6 +150,24 @@ def test_a_stack_of_experts_without_a_byte(tmp_path: Path) -> None:
         Checkpoint.open(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("form", "part", "dtype"),
+    [
+        ("bitsandbytes-nf4", "weight", torch.float8_e5m2),
+        ("bitsandbytes-nf4-nested", "weight.absmax", torch.float32),
+        ("mlx-mxfp8", "scales", torch.float32),
+        ("auto-round-own", "g_idx", torch.bool),
+    ],
+)
+def test_parts_in_another_dtype(form: str, part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = damaged(form, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = (name for name in tensors if name.endswith(f"layers.0.mlp.gate_proj.{part}"))
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj.*download"):
+        Checkpoint.open(str(folder))
+
+
 def test_a_weight_of_bitsandbytes_that_does_not_say_how(tmp_path: Path) -> None:
     folder = damaged("bitsandbytes-nf4", tmp_path / "damaged")
     tensors = load_file(folder / "model.safetensors")

@@ -412,6 +412,36 @@ DAMAGE: dict[str, tuple[Method, dict[str, Any], Any, str]] = {
         changed("gate_proj.g_idx", lambda tensor: tensor + 2),
         "g_idx does not name one of 2 groups for each of 256 input features",
     ),
+    "no groups, though they are out of order": (
+        gptq(desc_act=True),
+        {},
+        without("gate_proj.g_idx"),
+        f"has {GATE}.qweight, but no g_idx, though config.json says desc_act",
+    ),
+    "groups that are no integers": (
+        gptq(desc_act=True),
+        {},
+        changed("gate_proj.g_idx", lambda tensor: tensor.float()),
+        f"{GATE}.g_idx is float32, and holds no integers",
+    ),
+    "codes of floats": (
+        gptq(),
+        {},
+        changed("gate_proj.qweight", lambda tensor: tensor.float()),
+        f"{GATE}.qweight is float32, and holds no integers",
+    ),
+    "scales of integers": (
+        awq(),
+        {},
+        changed("gate_proj.scales", lambda tensor: tensor.int()),
+        f"{GATE}.scales is int32, and holds no scales",
+    ),
+    "codes of no matrix": (
+        awq(),
+        {},
+        changed("gate_proj.qweight", lambda tensor: tensor.reshape(-1)[0].clone()),
+        "of no matrix",
+    ),
     "sym that is not": (gptq(sym=False), {}, declared(sym=True), "but config.json says sym"),
     "a zero point of 16": (
         gptq(sym=False),
