@@ -20,7 +20,7 @@ from qwen_export.architecture.yarn import inverse_frequencies
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, float32
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
-_STATES = 4  # recurrent states worked on at a time, so that they stay in the CPU's cache
+_STATE_ELEMENTS = 1024 * 1024  # of recurrent states worked on at a time, so that they stay in the CPU's cache
 _L2_EPSILON = 1e-6  # transformers' l2norm
 
 
@@ -49,12 +49,13 @@ class Weights:
         n, k = tensor.shape[-2:]
         if expert is not None:
             return x @ float32(tensor.read(expert, expert + 1))[0].T
-        result = np.empty((*x.shape[:-1], n), np.float32)
+        inputs = x.reshape(-1, k)  # one product, where stacked ones would be many small ones
+        result = np.empty((len(inputs), n), np.float32)
         step = max(1, _TILE_ELEMENTS // k)
         for start in range(0, n, step):
             stop = min(start + step, n)
-            result[..., start:stop] = x @ float32(tensor.read(start, stop)).T
-        return result
+            np.matmul(inputs, float32(tensor.read(start, stop)).T, out=result[:, start:stop])
+        return result.reshape(*x.shape[:-1], n)
 
 
 def embed(config: TextConfig, weights: Weights, ids: np.ndarray) -> np.ndarray:
@@ -98,9 +99,9 @@ def forward(config: TextConfig, weights: Weights, ids: np.ndarray) -> Iterator[n
 
 
 def _mlp(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    gate = weights.linear(f"{name}.gate_proj.weight", x)
-    up = weights.linear(f"{name}.up_proj.weight", x)
-    return weights.linear(f"{name}.down_proj.weight", _silu(gate) * up)
+    activated = _silu(weights.linear(f"{name}.gate_proj.weight", x))
+    activated *= weights.linear(f"{name}.up_proj.weight", x)
+    return weights.linear(f"{name}.down_proj.weight", activated)
 
 
 def _mixture_of_experts(config: MoeTextConfig, weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
@@ -132,12 +133,15 @@ def _attention(config: TextConfig, weights: Weights, layer: str, x: np.ndarray) 
     query = _rotate(config, rms_norm(config, weights, f"{name}.q_norm.weight", query))
     key = _rotate(config, rms_norm(config, weights, f"{name}.k_norm.weight", key))
 
-    query, key, value = (part.swapaxes(1, 2) for part in (query, key, value))  # heads before tokens
-    key, value = (np.repeat(part, heads // kv_heads, axis=1) for part in (key, value))
-    scores = query @ key.swapaxes(-1, -2) * np.float32(dim**-0.5)
-    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
-    output = (softmax(scores) @ value).swapaxes(1, 2).reshape(batch, length, heads * dim)
-    return weights.linear(f"{name}.o_proj.weight", output * _sigmoid(gate))
+    output, seen = np.empty_like(query), np.tri(length, dtype=bool)
+    for text in range(batch):
+        q, k, v = (part[text].swapaxes(0, 1) for part in (query, key, value))  # heads before tokens
+        k, v = (np.repeat(part, heads // kv_heads, axis=0) for part in (k, v))
+        scores = q @ k.swapaxes(-1, -2) * np.float32(dim**-0.5)
+        output[text] = (softmax(np.where(seen, scores, -np.inf)) @ v).swapaxes(0, 1)
+    gate = _sigmoid(gate)
+    gate *= output.reshape(gate.shape)
+    return weights.linear(f"{name}.o_proj.weight", gate)
 
 
 def _rotate(config: TextConfig, x: np.ndarray) -> np.ndarray:
@@ -153,28 +157,30 @@ def _rotate(config: TextConfig, x: np.ndarray) -> np.ndarray:
 def _gated_delta_net(config: TextConfig, weights: Weights, layer: str, x: np.ndarray) -> np.ndarray:
     name, (batch, length, _) = f"{layer}.linear_attn", x.shape
     key_heads, heads = config.linear_num_key_heads, config.linear_num_value_heads
-    mixed = _causal_conv(
-        weights.linear(f"{name}.in_proj_qkv.weight", x), weights.whole(f"{name}.conv1d.weight")
-    )
-    query, key, value = np.split(mixed, [config.key_dim, 2 * config.key_dim], axis=-1)
-    query, key = (
-        np.repeat(_l2_norm(part.reshape(batch, length, key_heads, -1)), heads // key_heads, axis=2)
-        for part in (query, key)
-    )
-    query = query * np.float32(config.linear_key_head_dim**-0.5)
-    value = value.reshape(batch, length, heads, -1)
+    projected = weights.linear(f"{name}.in_proj_qkv.weight", x)
+    kernel = weights.whole(f"{name}.conv1d.weight")
     beta = _sigmoid(weights.linear(f"{name}.in_proj_b.weight", x))
     a = weights.linear(f"{name}.in_proj_a.weight", x) + weights.whole(f"{name}.dt_bias")
     decay = np.exp(-np.exp(weights.whole(f"{name}.A_log")) * np.logaddexp(a, np.float32(0)))
 
-    output = np.empty_like(value)
-    for start in range(0, batch, _STATES):
-        some = slice(start, start + _STATES)
-        output[some] = _delta_rule(query[some], key[some], value[some], beta[some], decay[some])
+    key_size, value_size = config.linear_key_head_dim, config.linear_value_head_dim
+    output = np.empty((batch, length, heads, value_size), np.float32)
+    together = max(1, _STATE_ELEMENTS // (heads * key_size * value_size))
+    for start in range(0, batch, together):
+        some = slice(start, start + together)
+        mixed = _causal_conv(projected[some], kernel)
+        query, key, value = np.split(mixed, [config.key_dim, 2 * config.key_dim], axis=-1)
+        query, key = (
+            np.repeat(_l2_norm(part.reshape(-1, length, key_heads, key_size)), heads // key_heads, axis=2)
+            for part in (query, key)
+        )
+        query *= np.float32(key_size**-0.5)
+        value = value.reshape(-1, length, heads, value_size)
+        output[some] = _delta_rule(query, key, value, beta[some], decay[some])
 
     gate = _silu(weights.linear(f"{name}.in_proj_z.weight", x)).reshape(output.shape)
-    normed = _normed(output, config.rms_norm_eps) * weights.whole(f"{name}.norm.weight") * gate
-    return weights.linear(f"{name}.out_proj.weight", normed.reshape(batch, length, -1))
+    gate *= _normed(output, config.rms_norm_eps) * weights.whole(f"{name}.norm.weight")
+    return weights.linear(f"{name}.out_proj.weight", gate.reshape(batch, length, -1))
 
 
 def _delta_rule(
@@ -225,8 +231,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return (1 + np.tanh(x / 2)) / 2  # does not overflow
+    raised = x / 2
+    np.tanh(raised, out=raised)  # does not overflow
+    raised += 1
+    raised /= 2
+    return raised
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
-    return x * _sigmoid(x)
+    raised = _sigmoid(x)
+    raised *= x
+    return raised

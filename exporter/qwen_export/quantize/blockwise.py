@@ -6,6 +6,7 @@ unsigned, w = (code - zero_point) * scale, packed lowest bits first. K is padded
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ import numpy as np
 # Elements worked on at a time: few enough for a core's cache, enough that two threads seldom wait for
 # each other.
 _TILE_ELEMENTS = 256 * 1024
+_IN_ORDER = 4  # features that are rounded one by one, without BLAS
+# Held by who multiplies matrices while other threads may. OpenBLAS takes all cores for one product, and
+# its versions before 0.3.33 mix up those of several threads (github.com/numpy/numpy/issues/31618).
+PRODUCTS = threading.Lock()
 # Candidate scales, as divisors of the block's extreme value (symmetric) and factors of its range
 # (asymmetric). Rounding to the nearest code is done for each; the least squared error wins.
 _SYMMETRIC_DIVISORS = {2: (-2.0,), 4: (-8.0, -7.4, -8.7, 7.0), 8: (-128.0,)}
@@ -111,34 +116,87 @@ def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Com
     counts as much as it is important.
     """
     n, k = weight.shape
-    feedback = compensation.feedback
-    importance = np.zeros(form.blocks(k) * form.block_size, np.float32)
+    feedback, blocks = compensation.feedback, form.blocks(k)
+    importance = np.zeros(blocks * form.block_size, np.float32)
     importance[:k] = compensation.importance
-    blocks, levels = form.blocks(k), (1 << form.bits) - 1
-    exact = np.ascontiguousarray(weight.T, np.float32)
-    errors = np.empty_like(exact)
+    errors = np.ascontiguousarray(weight.T, np.float32)  # a feature is itself until it is rounded
+    left = np.zeros_like(errors)  # to each feature by those before it
     codes = np.empty((blocks * form.block_size, n), np.uint8)
     scales = np.empty((blocks, n), form.scale_dtype)
     zeros = np.empty((blocks, n), np.uint8)
-    for block in range(blocks):
+
+    def quantize_block(block: int) -> None:
         start, stop = block * form.block_size, min((block + 1) * form.block_size, k)
-        left = feedback[start:stop, :start] @ errors[:start]
-        within = feedback[start:stop, start:stop]
+        within = np.tril(feedback[start:stop, start:stop], -1)
         wanted = np.zeros((form.block_size, n), np.float32)
-        wanted[: stop - start] = exact[start:stop] + np.linalg.solve(
-            np.eye(stop - start, dtype=np.float32) + within, left
-        )
+        with PRODUCTS:
+            together = np.linalg.inv(np.eye(stop - start, dtype=np.float32) + within)
+            np.matmul(together, left[start:stop], out=wanted[: stop - start])
+        wanted[: stop - start] += errors[start:stop]
         _, scales[block], zeros[block] = _fit(wanted, form, importance[start : start + form.block_size])
-        scale, zero = scales[block].astype(np.float32), zeros[block].astype(np.float32)
+        left[start:stop] += errors[start:stop]
         codes[start : start + form.block_size] = zeros[block]  # what K is padded with means 0
-        left += exact[start:stop]
-        for feature in range(start, stop):
-            row = left[feature - start] + feedback[feature, start:feature] @ errors[start:feature]
-            _round(row, scale, zero, levels, row)
-            codes[feature] = row + zero
-            np.subtract(exact[feature], row * scale, out=errors[feature])
+        codes[start:stop] = _round_in_order(
+            left[start:stop], errors[start:stop], within, scales[block], zeros[block], form.bits
+        )
+
+    def quantize_blocks(first: int, last: int) -> None:
+        """By halves: what the first leaves to the second is one product."""
+        if last - first == 1:
+            quantize_block(first)
+            return
+        middle = (first + last) // 2
+        start, split, stop = (min(block * form.block_size, k) for block in (first, middle, last))
+        quantize_blocks(first, middle)
+        with PRODUCTS:
+            product = feedback[split:stop, start:split] @ errors[start:split]
+        left[split:stop] += product
+        quantize_blocks(middle, last)
+
+    quantize_blocks(0, blocks)
     packed = _pack(codes, form.bits).T.reshape(form.packed_shape(n, k))
     return Quantized(packed, scales.T, None if form.symmetric else pack_codes(zeros.T, form.bits))
+
+
+def _round_in_order(
+    wanted: np.ndarray,
+    errors: np.ndarray,
+    within: np.ndarray,
+    scales: np.ndarray,
+    zeros: np.ndarray,
+    bits: int,
+) -> np.ndarray:
+    """A block's codes uint8 [features, n], by halves as its weight is.
+
+    Args:
+        wanted: features as they are with what earlier blocks leave to them; worked on in place.
+        errors: the features themselves; their errors afterwards.
+    """
+    scale, zero = scales.astype(np.float32), zeros.astype(np.float32)
+    reciprocal, lowest, highest = np.float32(1) / scale, -zero, ((1 << bits) - 1) - zero
+
+    def round_features(start: int, stop: int) -> None:
+        if stop - start > _IN_ORDER:
+            middle = (start + stop) // 2
+            round_features(start, middle)
+            with PRODUCTS:
+                product = within[middle:stop, start:middle] @ errors[start:middle]
+            wanted[middle:stop] += product
+            round_features(middle, stop)
+            return
+        for feature in range(start, stop):
+            row = wanted[feature]
+            for before in range(start, feature):
+                row += within[feature, before] * errors[before]
+            row *= reciprocal
+            np.rint(row, out=row)
+            np.maximum(row, lowest, out=row)
+            np.minimum(row, highest, out=row)
+            errors[feature] -= row * scale
+
+    round_features(0, len(wanted))
+    wanted += zero
+    return wanted.astype(np.uint8)
 
 
 def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:

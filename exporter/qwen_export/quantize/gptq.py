@@ -8,14 +8,14 @@ H = X^T X = (F^T + I) D (F^T + I)^T.
 An expert's inputs are the tokens that the router sends to it. Where they are few, chance decides what goes
 together, so that the mean product of all experts' inputs counts as some tokens more.
 
-The model runs in float32, layer by layer, on calibration text; memory holds one layer's activations and H's.
+The model runs in float32, layer by layer, on calibration text; memory holds one layer's activations and one
+or two H's, of which each becomes its factor in place.
 Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is the same codes by this factor.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from qwen_common.errors import UserError
@@ -25,7 +25,8 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.graph.weights import PlacedWeight, Weight
-from qwen_export.quantize.blockwise import Compensation, Quantization
+from qwen_export.quantize.blockwise import PRODUCTS, Compensation, Quantization
+from qwen_export.quantize.inputs import Inputs
 from qwen_export.reference import Weights
 
 # Finds what the codes of a checkpoint's tensor are made with (`quantize`); of stacked experts, of one.
@@ -38,27 +39,62 @@ SAMPLES = 64  # of calibration text, at most
 _DAMPING = 3.0
 # As so many tokens of an expert's own counts what all experts of its layer are given. Measured there too.
 _SHARED_TOKENS = 128
+_STRIPE = 128  # rows of H that are worked on at a time
 
 
 def nearest(tensor: str, expert: int | None) -> None:
     """Every code is the nearest."""
 
 
+def gram(inputs: Iterable[np.ndarray], k: int) -> np.ndarray:
+    """X^T X of `inputs` [..., K] together, float32 [K, K]; only its lower triangle is meant."""
+    found = np.zeros((k, k), np.float32)
+    for part in inputs:
+        x = part.reshape(-1, k)
+        for start, stop in _stripes(k):
+            found[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+    return found
+
+
 def compensation(gram: np.ndarray, tokens: int) -> Compensation:
-    """F and D for inputs X [tokens, K] with `gram` = X^T X, float32 [K, K]."""
-    damped = gram.astype(np.float64)
-    size = len(damped)
-    mean = np.trace(damped) / size
+    """F and D for inputs X [tokens, K] with `gram` = X^T X, float32 [K, K], whose lower triangle is read.
+
+    F takes the place of `gram` in its memory: K may be 17408. float32 is enough: with this damping H's
+    largest eigenvalue is at most 1 + tokens / 3 times its smallest.
+    """
+    size = len(gram)
+    diagonal = np.einsum("kk->k", gram)
+    mean = diagonal.mean(dtype=np.float64)
     if mean == 0:  # nothing ever comes in
-        return Compensation(np.zeros_like(gram, np.float32), np.ones(size, np.float32))
-    damped[np.diag_indices_from(damped)] += mean * _DAMPING * size / tokens
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    del damped  # K may be 17408, and this 2.4 GB
-    roots = np.diag(upper).copy()
-    upper /= roots
-    return Compensation(
-        np.tril(upper.T.astype(np.float32), -1), np.square(roots / roots.max()).astype(np.float32)
-    )
+        return Compensation(gram, np.ones(size, np.float32))
+    for start, stop in _stripes(size):  # so that inputs may be of any size that float32 holds
+        gram[start:stop, :stop] /= np.float32(mean)
+    diagonal += np.float32(_DAMPING * size / tokens)
+    _factorise(gram)
+    roots = diagonal.copy()
+    for start, stop in _stripes(size):
+        gram[start:stop, :stop] /= roots[start:stop, None]
+    diagonal[:] = 0
+    return Compensation(gram, np.square(roots / roots.max()))
+
+
+def _factorise(h: np.ndarray) -> None:
+    """The lower triangle of H = L^T L becomes L, from the last stripe of rows up.
+
+    What the stripes below give to a stripe is one product, so that nearly all the work is BLAS's.
+    """
+    for start, stop in reversed(list(_stripes(len(h)))):
+        rows = h[start:stop, :stop]
+        rows -= h[stop:, start:stop].T @ h[stop:, :stop]
+        own = rows[:, start:]
+        upper = np.linalg.cholesky(own.T[::-1, ::-1])[::-1, ::-1]
+        rows[:, :start] = np.linalg.inv(upper) @ rows[:, :start]
+        own[:] = upper.T
+
+
+def _stripes(k: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, k, _STRIPE):
+        yield start, min(start + _STRIPE, k)
 
 
 def with_compensations(
@@ -69,7 +105,8 @@ def with_compensations(
 ) -> Iterator[tuple[PlacedWeight, Compensations]]:
     """All of `weights`, in the order in which the model runs, with what finds their tensors' compensations.
 
-    The vision tower and the MTP head have none: calibration text does not go through them.
+    The vision tower and the MTP head have none: calibration text does not go through them. A weight's are to
+    be asked for before the next weight is: a layer's inputs are gone when the next layer runs.
 
     Args:
         samples: int64 [samples, tokens] of text.
@@ -88,17 +125,16 @@ def with_compensations(
     hidden = reference.embed(config, Weights(tensors), samples)
     for index in range(max(by_layer, default=-1) + 1):
         placed_here = by_layer.get(index, [])
-        experts = {
-            rows.tensor for placed in placed_here for rows in placed.weight.rows if placed.weight.of_experts
-        }
-        watched = _Watched(tensors, experts)
-        with np.errstate(over="ignore", invalid="ignore"):  # reported when one is asked for
+        inputs = Inputs(tensors, {rows.tensor for placed in placed_here for rows in placed.weight.rows})
+        with PRODUCTS, np.errstate(over="ignore", invalid="ignore"):  # reported when one is asked for
             if index < config.num_hidden_layers:
-                hidden = reference.layer(config, watched, index, hidden)
+                hidden = reference.layer(config, inputs, index, hidden)
             else:
-                watched.watch(reference.head_name(config), reference.last_norm(config, watched, hidden))
+                inputs.keep(reference.head_name(config), reference.last_norm(config, inputs, hidden))
+        compensations = _Compensations(inputs.found)
         for placed in placed_here:
-            yield placed, watched.compensation
+            yield placed, compensations.of
+        compensations.forget()  # who asked may still hold it while the next layer runs
 
 
 def _layer(config: TextConfig, weight: Weight) -> int | None:
@@ -112,44 +148,53 @@ def _layer(config: TextConfig, weight: Weight) -> int | None:
     return config.num_hidden_layers if tensor == reference.head_name(config) else None
 
 
-class _Watched(Weights):
-    """Weights that sum up X^T X of what comes in; of experts, what comes in to any of them, and keep what
-    comes in to each of those tensors of `experts` that are asked for."""
+class _Compensations:
+    """Of one layer's tensors, by what comes in to them; each is made when it is first asked for."""
 
-    def __init__(self, tensors: Mapping[str, CheckpointTensor], experts: Collection[str] = ()) -> None:
-        super().__init__(tensors)
-        self._experts = experts
-        self._grams: dict[str, np.ndarray] = {}
-        self._tokens: Counter[str] = Counter()
-        self._inputs: dict[tuple[str, int], np.ndarray] = {}  # by tensor and expert
-        self._compensations: dict[int, Compensation] = {}  # by the gram's id
-        self._last: tuple[np.ndarray, np.ndarray] | None = None
+    def __init__(self, inputs: dict[str, dict[int | None, np.ndarray]]) -> None:
+        self._inputs = inputs
+        self._found: dict[str, Compensation] = {}
+        self._shared: dict[str, np.ndarray] = {}  # of experts, as much as a token's mean
 
-    def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
-        self.watch(name, x)
-        if expert is not None and name in self._experts:
-            self._inputs[name, expert] = x
-        return super().linear(name, x, expert)
+    def of(self, name: str, expert: int | None = None) -> Compensation:
+        with PRODUCTS:
+            return self._of_tensor(name) if expert is None else self._of_expert(name, expert)
 
-    def watch(self, name: str, x: np.ndarray) -> None:
-        if self._last is None or self._last[0] is not x:  # several projections take the same x
-            inputs = x.reshape(-1, x.shape[-1])
-            self._last = x, inputs.T @ inputs
-        gram = self._last[1]
-        self._grams[name] = self._grams[name] + gram if name in self._grams else gram
-        self._tokens[name] += x.size // x.shape[-1]
+    def _of_tensor(self, name: str) -> Compensation:
+        if name not in self._found:
+            x = self._inputs[name][None]
+            found = compensation(_finite(gram([x], x.shape[-1]), name), x.size // x.shape[-1])
+            # Several tensors take the same x, which is held no longer than it must.
+            for other in [other for other, its in self._inputs.items() if its.get(None) is x]:
+                self._found[other] = found
+                del self._inputs[other]
+        return self._found[name]
 
-    def compensation(self, name: str, expert: int | None = None) -> Compensation:
-        gram, tokens = self._grams[name], self._tokens[name]
-        if not np.isfinite(gram).all():
-            raise UserError(
-                f"the inputs of {name} overflow on the calibration text: "
-                "export with --set compression=data-free"
-            )
-        if expert is not None:
-            own = self._inputs.get((name, expert), gram[:0])
-            gram = own.T @ own + gram * np.float32(_SHARED_TOKENS / tokens)
-            return compensation(gram, len(own) + _SHARED_TOKENS)
-        if id(gram) not in self._compensations:
-            self._compensations[id(gram)] = compensation(gram, tokens)
-        return self._compensations[id(gram)]
+    def _of_expert(self, name: str, expert: int) -> Compensation:
+        inputs = self._inputs[name]
+        if name not in self._shared:
+            parts = list(inputs.values())
+            shared = _finite(gram(parts, parts[0].shape[-1]), name)
+            shared *= np.float32(1 / sum(map(len, parts)))
+            self._shared[name] = shared
+        shared = self._shared[name]
+        own = inputs.get(expert, np.empty((0, len(shared)), np.float32))
+        found = gram([own], len(shared))
+        found += shared * np.float32(_SHARED_TOKENS)
+        return compensation(found, len(own) + _SHARED_TOKENS)
+
+    def forget(self) -> None:
+        for kept in (self._inputs, self._found, self._shared):
+            kept.clear()
+
+
+def _finite(gram: np.ndarray, name: str) -> np.ndarray:
+    """
+    Raises:
+        UserError: it is not; an element is no larger than its row's and its column's on the diagonal.
+    """
+    if not np.isfinite(np.diag(gram)).all():
+        raise UserError(
+            f"the inputs of {name} overflow on the calibration text: export with --set compression=data-free"
+        )
+    return gram

@@ -20,6 +20,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, DerivedTensor, float32
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
+from qwen_export.quantize.inputs import Inputs
 from qwen_export.reference import Weights, log_softmax
 
 _TOGETHER = 16  # parts that go through a layer at once
@@ -98,18 +99,6 @@ def divergences(
     return found
 
 
-class _Inputs(Weights):
-    """Weights that keep what their matrices are multiplied with: float32 [tokens, K] by tensor and expert."""
-
-    def __init__(self, tensors: Mapping[str, CheckpointTensor]) -> None:
-        super().__init__(tensors)
-        self.found: dict[str, dict[int | None, np.ndarray]] = {}
-
-    def linear(self, name: str, x: np.ndarray, expert: int | None = None) -> np.ndarray:
-        self.found.setdefault(name, {})[expert] = x.reshape(-1, x.shape[-1])
-        return super().linear(name, x, expert)
-
-
 def output_errors(
     config: TextConfig,
     tensors: Mapping[str, CheckpointTensor],
@@ -132,9 +121,10 @@ def output_errors(
     found: dict[str, list[float]] = {}
     hidden = reference.embed(config, Weights(tensors), ids)
     for index in range(config.num_hidden_layers):
-        weights = _Inputs(tensors)
+        names = by_layer.get(index, [])
+        weights = Inputs(tensors, names)
         hidden = reference.layer(config, weights, index, hidden)
-        for name in by_layer.get(index, []):
+        for name in names:
             found[name] = _errors(tensors[name], forms[name], weights.found.get(name, {}))
         advance()
     head = reference.last_norm(config, Weights(tensors), hidden).reshape(-1, hidden.shape[-1])
@@ -163,7 +153,7 @@ def _errors(
 def _sampled(
     source: CheckpointTensor, inputs: Mapping[int | None, np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Some rows [n, K] of a tensor, and their inputs [tokens, K]."""
+    """Some rows [n, K] of a tensor, and their inputs [..., K]."""
     if len(source.shape) == 3:
         most = sorted(inputs, key=lambda expert: (-len(inputs[expert]), expert))[:_SAMPLED_EXPERTS]
         for expert in most:
@@ -180,5 +170,5 @@ def _sampled(
 
 def _energy(matrix: np.ndarray, x: np.ndarray | None) -> float:
     """Of the outputs for `x`, or of `matrix` itself."""
-    outputs = matrix if x is None else x @ matrix.T
+    outputs = matrix if x is None else x.reshape(-1, x.shape[-1]) @ matrix.T
     return float(np.square(outputs, dtype=np.float64).sum())

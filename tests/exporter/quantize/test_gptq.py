@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tracemalloc
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from qwen_export.quantize.gptq import SAMPLES, compensation, with_compensations
 from qwen_profiles.schema import load_profile
 from transformers import AutoModelForCausalLM
 
+from benchmarks.geometry import GEOMETRIES, generated_checkpoint
 from benchmarks.quality import log_softmax, measure, windows
 from benchmarks.support.artifacts import Quiet
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL, copy_tokenizer
@@ -85,6 +88,66 @@ def test_the_codes_are_the_published_algorithms(form: Quantization, k: int) -> N
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
+@pytest.mark.parametrize("tokens", [300, 3000], ids=["fewer tokens than features", "more"])
+def test_work_in_stripes_and_halves_changes_no_code(tokens: int) -> None:
+    """Beside float64, feature by feature, for more features than a stripe of H has."""
+    k, form = 900, Quantization(4, 64, True, np.dtype(np.float32))
+    weight = np.random.default_rng(1).standard_normal((64, k)).astype(np.float32)
+    x = correlated(tokens, k)
+    exact = (x.T @ x).astype(np.float64)
+    damped = exact + np.eye(k) * np.trace(exact) / k * gptq._DAMPING * k / tokens
+    found = compensation(gptq.gram([x[:100], x[100:]], k), tokens)
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    roots = np.diag(upper)
+    np.testing.assert_allclose(np.tril(found.feedback, -1), np.tril((upper / roots).T, -1), atol=1e-5)
+    np.testing.assert_allclose(found.importance, np.square(roots / roots.max()), rtol=1e-4)
+    ours = dequantize(quantize(weight, form, found), k, form)
+    theirs = published(weight, form, damped)
+    assert np.isclose(ours, theirs, atol=1e-4).mean() > 0.995
+    errors = [np.square((codes - weight) @ x.T).sum() for codes in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Of what `work` allocates, at most at a time."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_factor_takes_the_place_of_its_products() -> None:
+    k = 3072
+    x = np.random.default_rng(0).standard_normal((500, k), dtype=np.float32)
+    assert peak_bytes(lambda: compensation(gptq.gram([x], k), len(x))) < 1.3 * 4 * k**2
+
+
+def test_memory_is_one_factor_and_the_widest_activations(tmp_path: Path) -> None:
+    wide, tokens = 4096, 16 * 128
+    geometry = {
+        **GEOMETRIES["0.8B"],
+        "hidden_size": 128,
+        "intermediate_size": wide,
+        "num_hidden_layers": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "full_attention_interval": 2,
+        "vocab_size": 512,
+    }
+    checkpoint = generated_checkpoint(tmp_path, geometry)
+    placed = build_graphs(checkpoint, load_profile("cpu-int4"), mtp=False).placed
+    text = np.random.default_rng(0).integers(512, size=(16, 128))
+
+    def ask() -> None:
+        for (weight, _), of in with_compensations(checkpoint.config, checkpoint.tensors, placed, text):
+            for rows in weight.rows:
+                of(rows.tensor, None)
+
+    assert peak_bytes(ask) < 1.2 * 4 * wide**2 + 2.5 * 4 * wide * tokens
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_error_of_the_output_falls(form: Quantization) -> None:
     weight = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
@@ -122,11 +185,10 @@ def test_a_scale_is_fitted_to_the_features_that_matter(form: Quantization) -> No
 
 def test_an_expert_that_no_token_chose_has_the_layers_product() -> None:
     inputs = correlated(4000, 64)
-    watched = gptq._Watched({})
-    watched.watch("experts", inputs)
-    found = watched.compensation("experts", 5)
+    of = gptq._Compensations({"experts": {0: inputs[:1000], 7: inputs[1000:]}}).of
+    found = of("experts", 5)
     expected = compensation(inputs.T @ inputs * np.float32(gptq._SHARED_TOKENS / 4000), gptq._SHARED_TOKENS)
-    np.testing.assert_allclose(found.feedback, expected.feedback, atol=1e-6)
+    np.testing.assert_allclose(np.tril(found.feedback, -1), np.tril(expected.feedback, -1), atol=1e-6)
     np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-5)
 
 
@@ -153,31 +215,36 @@ def test_inputs_are_what_transformers_projections_are_given(
         model(torch.from_numpy(text))
     grams["model.embed_tokens.weight"] = grams.pop("lm_head.weight")
 
-    # What is handed on as the feedback is then the products themselves.
+    # What is handed on as the feedback is then the products themselves, their lower triangles.
     monkeypatch.setattr(gptq, "compensation", lambda gram, tokens: (gram, tokens))
     profile = load_profile("cpu-int4")
     placed = build_graphs(checkpoint, profile, mtp=False).placed
-    found = list(with_compensations(checkpoint.config, checkpoint.tensors, placed, text))
-    assert {weight.name for (weight, _), _ in found} == {weight.name for weight, _ in placed}
-    compared = 0
-    for (weight, _), products in found:
+    names, compared = [], 0
+    for (weight, _), products in with_compensations(checkpoint.config, checkpoint.tensors, placed, text):
+        names.append(weight.name)
+        if products is gptq.nearest:
+            continue
         for name in {rows.tensor for rows in weight.rows}:
-            if (product := products(name, None)) is None:
-                continue
-            gram, tokens = product
-            if "experts." in name and "shared" not in name:
-                assert tokens == text.size * checkpoint.config.num_experts_per_tok
+            if weight.of_experts:
                 own = [products(name, expert) for expert in range(checkpoint.config.num_experts)]
-                prior = gptq._SHARED_TOKENS
-                assert sum(count - prior for _, count in own) == tokens
-                mean = gram * (prior * len(own) / tokens)
-                total = sum(one for one, _ in own)
-                np.testing.assert_allclose(total - mean, gram, atol=1e-4 * np.abs(gram).max())
+                tokens = sum(count - gptq._SHARED_TOKENS for _, count in own)
+                chosen = checkpoint.config.num_experts_per_tok
+                assert tokens == text.size * chosen
+                if name.endswith("gate_up_proj"):  # every token comes in to as many as are chosen
+                    shared, _ = grams[name.replace("experts.gate_up_proj", "shared_expert.up_proj.weight")]
+                    expected = shared * chosen * (1 + gptq._SHARED_TOKENS * len(own) / tokens)
+                    total = sum(gram for gram, _ in own)
+                    np.testing.assert_allclose(
+                        np.tril(total), np.tril(expected), atol=1e-4 * np.abs(expected).max()
+                    )
                 continue
+            gram, tokens = products(name, None)
             expected, count = grams[name]
             assert tokens == count
-            np.testing.assert_allclose(gram, expected, atol=1e-4 * np.abs(expected).max())
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(np.tril(gram), np.tril(expected), atol=1e-4 * scale)
             compared += 1
+    assert sorted(names) == sorted(weight.name for weight, _ in placed)
     linear = sum(weight.count(".weight") for weight in grams) - compared
     # The gates of the recurrence and of the experts are not in 4 bits.
     layers = checkpoint.config.layer_types

@@ -31,6 +31,7 @@ from qwen_export.quantize.fp4 import Fp4
 from qwen_export.quantize.gptq import Compensations, nearest
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
+_LEAST_ROWS = 1024  # of a piece whose codes make up for each other, as each of its features is a step
 _SYNC_BYTES = 32 * 1024 * 1024
 _WORKERS = os.cpu_count() or 1
 
@@ -267,7 +268,8 @@ def _pieces(step: Step) -> list[_Piece]:
     for wanted in step:
         weight = wanted.weight
         row = int(np.prod(weight.row_shape, dtype=np.int64))
-        rows = 1 if weight.of_experts else max(1, _PIECE_ELEMENTS // row)
+        least = 1 if wanted.compensations is nearest else _LEAST_ROWS
+        rows = 1 if weight.of_experts else max(least, _PIECE_ELEMENTS // row)
         for part, source in zip(weight.rows, wanted.sources, strict=True):
             cuts.setdefault(id(source), set()).update(range(part.start, part.stop, rows), [part.stop])
     pieces: dict[tuple[int, int], _Piece] = {}
