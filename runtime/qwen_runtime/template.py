@@ -186,9 +186,10 @@ def _compile(template: str) -> Template:
     from jinja2.ext import loopcontrols
 
     from qwen_runtime.template_limits import LimitedEnvironment, limits
+    from qwen_runtime.template_tags import Generation
 
     environment = LimitedEnvironment(
-        {"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        {"tojson": _to_json}, trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

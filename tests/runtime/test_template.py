@@ -153,3 +153,14 @@ def test_whether_a_prompt_ends_in_a_thought(name: str, asked: bool, otherwise: b
         assert not begins_thought({"default": end}, [USER], variables=bare)
     assert not begins_thought({"default": "{{ raise_exception('no') }}"}, [USER])
     assert not begins_thought({}, [USER])
+
+
+def test_what_training_marks_is_rendered_as_transformers_renders_it() -> None:
+    template = (
+        "{% set said = 'x' %}{% for message in messages %}{{ message.role + ': ' }}{% generation %}\n"
+        "{% set said = message.content %}{{ said }}{% endgeneration %}\n{{ said }}{% endfor %}"
+    )
+    expected = AutoTokenizer.from_pretrained(TINY).apply_chat_template(
+        [USER, RESULT], chat_template=template, tokenize=False
+    )
+    assert render({"default": template}, [USER, RESULT]) == expected

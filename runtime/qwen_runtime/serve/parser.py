@@ -152,7 +152,7 @@ class AnswerParser:
         if self._functions:
             call = self._reading.find_call(text, self._functions, self._final, strict=self._thinking)
         end = text.find(THOUGHT_END) if self._thinking else -1
-        if end >= 0 and (call.name is None or end < call.start):
+        if 0 <= end < call.start:  # not in what may become a call
             deltas += self._say(kind, text[:end].rstrip())
             self._rest = text[end + len(THOUGHT_END) :]
             self._thinking, self._blank = False, True

@@ -143,6 +143,12 @@ def test_calls_in_thoughts(size: int) -> None:
     assert calls_of(message) == [("stop", {})]
 
 
+@SIZES
+def test_the_end_of_a_thought_inside_a_call(size: int) -> None:
+    text = '<tool_call>\n{"name": "stop", "</think>": 1, "arguments": {}}\n</tool_call>'
+    assert calls_of(parse(text, size, thinking=True)) == [("stop", {})]
+
+
 @pytest.mark.parametrize("size", [1, 1000])
 def test_cut_off(size: int) -> None:
     whole = hermes_call("look", '{"word": "a b", "limit": 3}')
