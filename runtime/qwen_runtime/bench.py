@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName
 from rich.table import Table
 
+from qwen_runtime.artifact import Artifact
 from qwen_runtime.bandwidth import read_bandwidth
 from qwen_runtime.child import ChildEnded, child
 from qwen_runtime.model import Model
@@ -24,6 +28,7 @@ DEFAULT_TOKENS = 32
 DEFAULT_ROUNDS = 3
 _TEXT = "A list is mutable, and a tuple is not. "
 _REPORT = "report.json"
+_THREADS = "ORT_INTRA_OP_NUM_THREADS"  # ONNX Runtime's; it counts where a session asks for 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def bench(
     contexts: Sequence[int] | None = None,
     tokens: int = DEFAULT_TOKENS,
     rounds: int = DEFAULT_ROUNDS,
+    threads: int | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Bench:
     """Measure in a process of its own, whose memory is the model's.
@@ -96,15 +102,18 @@ def bench(
         contexts: lengths of prompt, in tokens; None is `DEFAULT_CONTEXTS`, as far as they fit.
         tokens: to decode after each prompt.
         rounds: how often each length is measured; one more before them warms up.
+        threads: that ONNX Runtime computes with on the CPU; None: as many as there are physical cores.
         note: told what is being done.
 
     Raises:
         UserError: the artifact cannot be loaded, a length does not fit its context, or the provider ended
             the process.
     """
+    if threads is not None and Artifact.open(artifact).backend != BackendName.ONNX:
+        raise UserError(f"{artifact} is for OpenVINO, and --threads is for ONNX Runtime: leave it off")
     note("loading")
     try:
-        with child(artifact, provider) as model:
+        with computing_with(threads), child(artifact, provider) as model:
             loaded = model.loaded
             lengths = _fitting(contexts, loaded.info.context_length - tokens)
             note("warming up")
@@ -137,6 +146,20 @@ def bench(
         decode_bytes=decode_bytes,
         points=tuple(_point(length, found, ceiling) for length, found in timings.items()),
     )
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """Processes that are started inside, and take ONNX Runtime's own number of threads, take `threads`."""
+    before = os.environ.get(_THREADS)
+    try:
+        if threads is not None:
+            os.environ[_THREADS] = str(threads)
+        yield
+    finally:
+        os.environ.pop(_THREADS, None)
+        if before is not None:
+            os.environ[_THREADS] = before
 
 
 def table(found: Bench) -> Table:

@@ -14,6 +14,7 @@ _EPILOG = """\b
 Examples:
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu --contexts 512,4096 --rounds 5 --plot speed.png
+  qwen-run bench artifacts/Qwen3.5-0.8B-cpu --threads 6
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu --json > speed.json
 """
 
@@ -39,6 +40,12 @@ def _lengths(context: click.Context, parameter: click.Parameter, text: str | Non
 @click.option(
     "--rounds", default=3, show_default=True, type=click.IntRange(1), help="The medians of so many are shown."
 )
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="That ONNX Runtime computes with on the CPU.  [default: one for each physical core]",
+)
 @PROVIDER
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it too, into this PNG file.")
 @JSON
@@ -48,6 +55,7 @@ def bench(
     contexts: list[int] | None,
     tokens: int,
     rounds: int,
+    threads: int | None,
     provider: str,
     picture: Path | None,
     as_json: bool,
@@ -62,7 +70,7 @@ def bench(
         from qwen_runtime import bench as measuring
 
         with Console(stderr=True).status("starting") as status:
-            found = measuring.bench(artifact, provider, contexts, tokens, rounds, status.update)
+            found = measuring.bench(artifact, provider, contexts, tokens, rounds, threads, status.update)
         if picture is not None:
             measuring.plot(found, picture)
         if as_json:
