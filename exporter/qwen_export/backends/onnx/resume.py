@@ -47,7 +47,7 @@ def open_journal(work: Path, fingerprint: str, progress: Progress) -> Journal:
         journal = Journal(journal_path)
         progress.note(f"an earlier export did not finish: going on after {len(journal.done)} weights")
     else:
-        if mark.exists():
+        if mark.exists() and mark.read_text() != fingerprint:
             progress.note("an earlier export of something else did not finish: starting over")
         mark.unlink(missing_ok=True)
         shutil.rmtree(staged, ignore_errors=True)
