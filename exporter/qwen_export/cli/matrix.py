@@ -82,7 +82,7 @@ def matrix(
         if ray is not None:
             from qwen_export.matrix.cluster import import_ray
 
-            import_ray()
+            import_ray(ray)
         groups = plan(combinations(read_release(file), file.absolute().parent))
         console = Console(file=sys.stdout)
         if dry_run:
@@ -118,7 +118,7 @@ def _done(
     else:
         from qwen_export.matrix.cluster import run_on_cluster
 
-        yield from run_on_cluster(groups, ray, cpus, lambda line: click.echo(line, err=True))
+        yield from run_on_cluster(groups, ray, cpus)
 
 
 @contextmanager

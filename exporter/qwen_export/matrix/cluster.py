@@ -7,8 +7,9 @@ goes on where it was on another. Every path is on a folder that all machines hav
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from qwen_common.errors import UserError, one_line
@@ -18,14 +19,13 @@ from qwen_export.matrix.plan import Planned
 from qwen_export.matrix.run import Outcome, run
 from qwen_export.progress import Progress
 
+_LOOPBACK = ("127.", "localhost:")
 _RETRIES = 3  # of a task whose machine is lost
 
 Group = Sequence[Planned]
 
 
-def run_on_cluster(
-    groups: Sequence[Group], address: str, cpus: int | None, note: Callable[[str], None]
-) -> Iterator[list[Outcome]]:
+def run_on_cluster(groups: Sequence[Group], address: str, cpus: int | None) -> Iterator[list[Outcome]]:
     """`run` of each group, wherever there is room; outcomes as they come.
 
     Args:
@@ -35,17 +35,25 @@ def run_on_cluster(
     Raises:
         UserError: Ray is not installed, there is no such cluster, or no machine has what a task needs.
     """
-    ray = _connected(address)
+    with redirect_stdout(sys.stderr):  # Ray shows there what its machines print, and stdout is for --json
+        ray = _connected(address)
+        try:
+            yield from _outcomes(ray, groups, address, cpus)
+        finally:
+            ray.shutdown()
+
+
+def _outcomes(ray: Any, groups: Sequence[Group], address: str, cpus: int | None) -> Iterator[list[Outcome]]:
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not machines:
+        raise UserError(f"the Ray cluster at {address} has no machine with a core: start one")
+    cores = cpus or int(min(machine["CPU"] for machine in machines))
+    needs = [(group, max(one.memory for one in group)) for group in groups]
+    for group, memory in needs:
+        _require(group, cores, memory, machines)
     running: dict[Any, Group] = {}
     try:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"]]
-        if not machines:
-            raise UserError(f"the Ray cluster at {address} has no machine with a core: start one")
-        cores = cpus or int(min(machine["CPU"] for machine in machines))
-        needs = [(group, cores, max(one.memory for one in group)) for group in groups]
-        for need in needs:
-            _require(*need, machines)
-        for group, _, memory in needs:
+        for group, memory in needs:
             task = ray.remote(num_cpus=cores, memory=memory, max_retries=_RETRIES)(_task)
             running[task.remote(group, own_version())] = group
         while running:
@@ -58,16 +66,20 @@ def run_on_cluster(
     finally:
         for task in running:
             ray.cancel(task)
-        ray.shutdown()
 
 
-def import_ray() -> Any:
-    """The module.
+def import_ray(address: str) -> Any:
+    """The module, set up for a cluster.
 
     Raises:
         UserError: it is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # With more tries, minutes go by without a word where there is no cluster.
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "3"}
+    if address.startswith(_LOOPBACK):  # which Ray would replace by the machine's other address
+        settings["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
@@ -77,7 +89,7 @@ def import_ray() -> Any:
 
 def _connected(address: str) -> Any:
     """The module `ray`, connected."""
-    ray = import_ray()
+    ray = import_ray(address)
     try:
         ray.init(address=address, log_to_driver=True, logging_level="warning")
     except Exception as error:  # the library's own, and those of its clients

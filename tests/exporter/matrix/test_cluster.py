@@ -7,7 +7,6 @@ Slow, and skipped without Ray: `pip install 'qwen-edge[cluster,test]'` in an env
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -60,9 +59,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    head = {"num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.machines = [made.add_node(num_cpus=1, memory=4_000_000_000) for _ in range(2)]
+    where = {"node_ip_address": "127.0.0.1", "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **where})
+    made.machines = [made.add_node(num_cpus=1, memory=4_000_000_000, **where) for _ in range(2)]
     made.wait_for_nodes()
     yield made
     made.shutdown()
@@ -71,9 +70,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def start(folder: Path, address: str, *options: str) -> subprocess.Popen[str]:
     code = "from qwen_export.cli import main\nmain()"
     arguments = ["matrix", str(folder / "release.toml"), "--ray", address, "--json", *options]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    with (folder / "stderr").open("w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
 
 
 def check(folder: Path, output: str) -> None:
@@ -105,6 +105,7 @@ def test_a_machine_is_lost(folder: Path, cluster: Any) -> None:
         time.sleep(0.01)
     cluster.remove_node(cluster.machines[0], allow_graceful=False)
     assert process.wait(300) == 0
+    assert "an earlier export did not finish: going on" in (folder / "stderr").read_text()
     check(folder, process.communicate()[0])
 
 

@@ -24,6 +24,7 @@ from tests.support.adapters import train
 from tests.support.files import hashes
 from tests.support.hub_server import COMMIT, HubServer
 from tests.support.random_checkpoints import load_tensors, save_shards, write_random_checkpoint
+from tests.support.registry_server import registry_alone
 
 THREE = '["cpu", "strix-halo", {profile = "cpu", set = ["weights.body=int8"], name = "cpu-8"}]'
 
@@ -292,3 +293,14 @@ def test_pushed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hub.token = "another"
         made = rows(matrix(folder, text, "--json"), code=2)
         assert "the hub did not take" in made["tiny for cpu"]["error"]
+
+
+def test_pushed_to_a_registry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry_alone(folder / "docker", monkeypatch) as server:
+        text = f'push = "oci://{server.host}/Team/{{name}}:{{profile}}"' + RELEASE.replace(THREE, '["cpu"]')
+        assert "names nothing in a registry" in refusal(matrix(folder, text))  # what is not a field stays
+        (row,) = rows(matrix(folder, text.replace("Team", "team"), "--json")).values()
+        assert row["push"] == f"oci://{server.host}/team/tiny:cpu"
+        assert row["pushed"].startswith("sha256:")
+        (again,) = rows(matrix(folder, text.replace("Team", "team"), "--json")).values()
+        assert (again["state"], again["pushed"]) == ("unchanged", row["pushed"])
