@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from rich.table import Table
 
 from benchmarks.builder import command as builder_command
 from benchmarks.builder import wrap
-from benchmarks.decode import Peer, bytes_read, file_bytes, onnx_peer, spread
+from benchmarks.decode import PROMPT, Peer, bytes_read, file_bytes, measure, onnx_peer, spread
 from benchmarks.export import watched
 from benchmarks.geometry import GEOMETRIES, write_checkpoint
 from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
@@ -110,17 +109,6 @@ def peers(
     return found
 
 
-def take_turns(found: list[Peer], rounds: int) -> None:
-    with ExitStack() as stack:
-        for peer in found:
-            stack.enter_context(peer.running())
-        for _ in range(rounds + 1):
-            for peer in found:
-                peer.take_turn()
-    for peer in found:
-        peer.turns.pop(0)  # a warm-up
-
-
 def options(description: str | None, sizes: list[str]) -> argparse.ArgumentParser:
     """Those of a benchmark of this kind."""
     parser = argparse.ArgumentParser(
@@ -148,7 +136,7 @@ def main() -> None:
         }
         for size in asked.sizes:
             found = peers(size, profiles, asked, Path(name, size))
-            take_turns(found, asked.rounds)
+            measure(found, PROMPT, asked.rounds)
             for peer in found:
                 assert peer.bytes
                 speeds = {speed: [turn[speed] for turn in peer.turns] for speed in ("prefill", "decode")}

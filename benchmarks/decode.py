@@ -60,6 +60,7 @@ from benchmarks.geometry import GEOMETRIES, generated_checkpoint, write_checkpoi
 from benchmarks.support.artifacts import Quiet
 from benchmarks.support.checkpoints import TINY, copy_tokenizer
 
+PROMPT = 512
 LLAMA = "llama.cpp"
 LENGTH = "{prompt}"  # in a peer's command
 BANDWIDTH = "bandwidth"
@@ -337,7 +338,7 @@ def main() -> None:
         "--peer", action="append", default=[], metavar="NAME=COMMAND", help=f"{LENGTH} in it is the length"
     )
     parser.add_argument(
-        "--prompt", nargs="+", type=int, default=[512], metavar="N", help="tokens; a table for each length"
+        "--prompt", nargs="+", type=int, default=[PROMPT], metavar="N", help="tokens; a table for each length"
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=32, help="decoded in each round")

@@ -22,8 +22,8 @@ from qwen_runtime.adapters import vulkan_adapters
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cuda import lowerings, options, peers, take_turns
-from benchmarks.decode import SPEEDS, spread
+from benchmarks.cuda import lowerings, options, peers
+from benchmarks.decode import PROMPT, SPEEDS, measure, spread
 from benchmarks.geometry import GEOMETRIES
 from benchmarks.support.checkpoints import TINY
 
@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for size in asked.sizes:
             found = peers(size, lowerings(PROFILE), asked, Path(folder, size), plugin="webgpu")
-            take_turns(found, asked.rounds)
+            measure(found, PROMPT, asked.rounds)
             for peer in found:
                 assert peer.bytes
                 speeds = {speed: [turn[speed] for turn in peer.turns] for speed in SPEEDS}

@@ -221,10 +221,10 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
 def test_text_only_export_is_a_text_artifact(tmp_path: Path) -> None:
     checkpoint = write_vision_checkpoint(tmp_path / "checkpoint")
     graphs = build_graphs(Checkpoint.open(str(checkpoint), text_only=True), load_profile("cpu"))
-    assert list(graphs.by_file) == ["model.onnx"]
+    assert not {"vision.onnx", "embedding.onnx"} & graphs.by_file.keys()
     assert "vision" not in graphs.bytes_by_role()
     whole = build_graphs(Checkpoint.open(str(checkpoint)), load_profile("cpu"))
-    assert list(whole.by_file) == ["model.onnx", "embedding.onnx", "vision.onnx"]
+    assert {"vision.onnx", "embedding.onnx"} < whole.by_file.keys()
     assert whole.bytes_by_role()["vision"] > 0
 
 

@@ -314,7 +314,7 @@ def test_mistakes(tmp_path: Path) -> None:
             "--set",
             "hardware.memory_budget_gb=0.01",
         ],
-        "--calibration is for --auto-precision and": ["--calibration", str(short)],
+        "--calibration is for --auto-precision, ": ["--calibration", str(short)],
         "is for ONNX Runtime": ["--profile", "intel-lunar-lake", "--auto-precision", "--bits", "5"],
         "compression awq is for backend openvino": ["--set", "compression=awq"],
         "give a text of 128": ["--auto-precision", "--bits", "6", "--calibration", str(short)],
