@@ -91,7 +91,7 @@ class SpeculativeGenerator(OrtGenerator):
         self._expected: list[int] = []
         self._head = Head(self._sessions.head, max_length + 1) if self._sessions.head is not None else None
         self._run: StatefulSession | None = None  # has the states while it is there
-        self._further: dict[str, list[Any]] = {}  # spare memory that only such runs need
+        self._memory: dict[str, list[Any]] = {}  # more of it for states, which only such runs need
         self._kept: list[int] = []  # tokens of its last run that stay
         self._shown: dict[str, npt.NDArray[Any]] = {}  # what that run has shown of all its tokens
         self._draft: Draft | None = None  # for the token that is chosen next, and those after it
@@ -156,12 +156,9 @@ class SpeculativeGenerator(OrtGenerator):
     def _check(self, token: int, drafted: Sequence[int]) -> Logits:
         """Run `token` and what was drafted after it; the logits after `token`."""
         if self._run is None:
-            spare = {
-                name: [value, *self._further.get(name, ())] for name, value in self._spare_values.items()
-            }
             sessions = self._sessions
             self._run = StatefulSession(
-                sessions.decoder, self._values, len(self._tokens), sessions.rows, spare
+                sessions.decoder, self._values, len(self._tokens), sessions.rows, self._memory
             )
         started = time.perf_counter()
         tokens = [token, *drafted]
@@ -189,9 +186,7 @@ class SpeculativeGenerator(OrtGenerator):
             started = time.perf_counter()
             found = run(tokens, settle=True, position_ids=self._places(tokens))
             self._switch.settled(time.perf_counter() - started)
-        self._values = run.values
-        self._spare_values = {name: spare[0] for name, spare in run.spare.items()}
-        self._further = {name: spare[1:] for name, spare in run.spare.items()}
+        self._values, self._memory = run.values, run.spare
         if found is None:
             return self._plain(tokens)
         self._show(tokens, found.get(_SHOWN))
