@@ -163,13 +163,13 @@ class StatefulSession:
             name: [output for output in outputs if output.startswith(name.replace(_PAST, _PRESENT))]
             for name in self.values
         }
+        self._fixed = {name for name in self.values if "past_sequence_length" not in taken[name].shape}
         self.spare: dict[str, list[Any]] = {}
-        for name, present in self._present.items():
-            if "past_sequence_length" not in taken[name].shape:
-                there = [value(array) for array in (spare or {}).get(name, ())]
-                shape, dtype = self.values[name].shape(), _DTYPES[taken[name].type]
-                made = [value(np.empty(shape, dtype)) for _ in range(len(present) - len(there))]
-                self.spare[name] = there + made
+        for name in () if self._defers else self._fixed:
+            there = [value(array) for array in (spare or {}).get(name, ())]
+            shape, dtype = self.values[name].shape(), _DTYPES[taken[name].type]
+            made = [value(np.empty(shape, dtype)) for _ in range(len(self._present[name]) - len(there))]
+            self.spare[name] = there + made
         self._outputs = [name for name in outputs if not name.startswith((_PRESENT, _SETTLED))]
 
     @property
@@ -202,7 +202,7 @@ class StatefulSession:
         for name, state in self.values.items():
             binding.bind_ortvalue_input(name, state)
             for output, value in zip(self._present[name], self._places(name), strict=True):
-                if self._defers and not settle and name in self.spare:
+                if self._defers and not settle and name in self._fixed:
                     output = output.replace(_PRESENT, _SETTLED, 1)
                 binding.bind_ortvalue_output(output, value)
         self._session.run_with_iobinding(binding)
@@ -212,7 +212,6 @@ class StatefulSession:
         }
         if self._defers:
             self._waiting = self._nothing if settle else found.pop(_ENTERING)
-            self._swap(0)
         if settle:
             self._length = end
         return found
@@ -226,7 +225,7 @@ class StatefulSession:
             self._swap(count - 1)
 
     def _places(self, name: str) -> list[Any]:
-        """Where the state `name` is written: keys and values stay in their place."""
+        """Where the state `name` is written: in its own place, unless it may have to be taken back."""
         return self.spare.get(name) or [self.values[name]] * len(self._present[name])
 
     def _swap(self, place: int) -> None:
