@@ -1,4 +1,4 @@
-"""Rubbish that a grammar lets through: what a model without any sense might write."""
+"""What a grammar lets through, rubbish too: what a model without any sense might write."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import numpy as np
 
 _TOKENIZER = llguidance.LLTokenizer("byte")
 _ENDS = b'\n<>/}]",0'  # else strings and numbers would hardly ever end
+
+
+def takes(lark: str, text: str) -> bool:
+    """Whether `text` is a whole answer of the grammar `lark`, as `qwen_runtime.grammar.lark` writes it."""
+    matcher = llguidance.LLMatcher(_TOKENIZER, lark)
+    assert not matcher.get_error()
+    tokens = _TOKENIZER.tokenize_bytes(text.encode())
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
 def rubbish(lark: str, seed: int, begin: str = "", longest: int = 3000) -> str | None:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from qwen_runtime.tool_calls import values
-from qwen_runtime.tool_calls.json_schema import allowed, argument_schema, forms
+from qwen_runtime.tool_calls.arguments import ArgumentsReader
+from qwen_runtime.tool_calls.json_schema import allowed, argument_schema
 from qwen_runtime.tool_calls.protocol import Opening
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
@@ -81,46 +82,26 @@ def after_call(text: str, final: bool) -> tuple[int, str | None] | None:
     return None if not final and CALL_END.startswith(text[at:]) else (at, None)
 
 
-class CallReader:
-    """As `protocol.CallReader`. Of an argument that is given twice the first counts, for it may have been
-    passed on."""
+class CallReader(ArgumentsReader):
+    """As `protocol.CallReader`."""
 
     def __init__(self, parameters: Any) -> None:
-        self.ended = False
-        self.rest = ""
-        self._parameters = parameters
-        self._forms = forms(parameters, parameters)
-        self._given: set[str] = set()
+        super().__init__(parameters)
         self._begun = False
-        self._value: _String | _Other | None = None
 
-    def feed(self, text: str, final: bool = False) -> str:
-        self.rest += text
-        return "".join(self._read(final))
-
-    def _read(self, final: bool) -> Iterator[str]:
-        while not self.ended:
-            if self._value is not None:
-                yield self._value.feed(self.rest, final)
-                self.rest = self._value.rest
-                if not self._value.ended:
-                    return
-                self._value = None
-            elif not self._begun:
-                if not self._begin(final):
-                    return
-                if self.ended:
-                    yield "{}"
-            elif (found := _BEFORE_MEMBER.search(self.rest)) is None:
-                self.rest = self.rest[_complete(self.rest) :]
-                return
-            elif found[0] == '"':
-                if not self._member(found.start(), final):
-                    return
-            else:
-                self.ended = True
-                self.rest = self.rest[found.end() if found[0] == "}" else found.start() :]
-                yield "}" if self._given else "{}"
+    def _step(self, final: bool) -> str | None:
+        if not self._begun:
+            if not self._begin(final):
+                return None
+            return "{}" if self.ended else ""
+        found = _BEFORE_MEMBER.search(self.rest)
+        if found is None:
+            self.rest = self.rest[_complete(self.rest) :]
+            return None
+        if found[0] == '"':
+            return "" if self._member(found.start(), final) else None
+        self.rest = self.rest[found.end() if found[0] == "}" else found.start() :]
+        return self._end()
 
     def _begin(self, final: bool) -> bool:
         """Into the object; False where it takes more text."""
@@ -154,10 +135,7 @@ class CallReader:
         if colon.end() == len(self.rest):
             return False
         name = _decoded(key[0][1:-1])
-        begin = f"{', ' if self._given else '{'}{json.dumps(name, ensure_ascii=False)}: "
-        if name in self._given:
-            begin = ""
-        self._given.add(name)
+        begin = self._begin_value(name)
         self.rest = self.rest[colon.end() :]
         if self.rest.startswith('"'):
             self.rest = self.rest[1:]

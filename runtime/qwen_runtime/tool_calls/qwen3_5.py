@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from qwen_runtime.tool_calls import values
+from qwen_runtime.tool_calls.arguments import ArgumentsReader
 from qwen_runtime.tool_calls.json_schema import (
     Allowed,
     allowed,
     argument_schema,
-    forms,
 )
 from qwen_runtime.tool_calls.protocol import Opening
 
@@ -102,54 +102,30 @@ def after_call(text: str, final: bool) -> tuple[int, str | None] | None:
     return 0, None
 
 
-class CallReader:
-    """As `protocol.CallReader`. Of an argument that is given twice the first counts, for it may have been
-    passed on."""
+class CallReader(ArgumentsReader):
+    """As `protocol.CallReader`."""
 
     def __init__(self, parameters: Any) -> None:
-        self.ended = False
-        self.rest = ""
-        self._parameters = parameters
-        self._forms = forms(parameters, parameters)
+        super().__init__(parameters)
         self._known = {name for form in self._forms for name in form.properties}
-        self._given: set[str] = set()
-        self._value: _Value | None = None
 
-    def feed(self, text: str, final: bool = False) -> str:
-        self.rest += text
-        return "".join(self._read(final))
-
-    def _read(self, final: bool) -> Iterator[str]:
-        while not self.ended:
-            if self._value is not None:
-                yield self._value.feed(self.rest, final)
-                self.rest = self._value.rest
-                if not self._value.ended:
-                    return
-                self._value = None
-            elif found := _MARK.search(self.rest):
-                yield self._step(found)
-            else:
-                self.rest = self.rest[_complete(self.rest) :]
-                return
-
-    def _step(self, found: re.Match[str]) -> str:
+    def _step(self, final: bool) -> str | None:
         """Past a mark between arguments. Whatever stands before it has no place in a call."""
+        found = _MARK.search(self.rest)
+        if found is None:
+            self.rest = self.rest[_complete(self.rest) :]
+            return None
         if found["parameter"]:
             self._value = self._argument(_meant(found["parameter"], self._known))
         elif _mark(found) != PARAMETER_END:
-            self.ended = True
             self.rest = self.rest[found.end() if _mark(found) == FUNCTION_END else found.start() :]
-            return "}" if self._given else "{}"
+            return self._end()
         self.rest = self.rest[found.end() :]
         return ""
 
     def _argument(self, name: str) -> _Value:
-        begin = f"{', ' if self._given else '{'}{json.dumps(name, ensure_ascii=False)}: "
         schema = argument_schema(self._forms, name)
-        if name in self._given:
-            begin = ""
-        self._given.add(name)
+        begin = self._begin_value(name)
         missing = self._known - self._given if self._known else None
         return _Value(begin, allowed(schema, self._parameters), missing)
 

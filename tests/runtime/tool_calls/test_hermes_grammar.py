@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import llguidance
 import pytest
 from jsonschema import Draft202012Validator
 from qwen_runtime.grammar import lark, make_guidance, structural_tag
 from qwen_runtime.serve.tool_check import held_to_schemas
 
 from tests.support.answers import calls_of, hermes_call, read_answer
-from tests.support.constrained import rubbish
+from tests.support.constrained import rubbish, takes
 
 NODE = {
     "type": "object",
@@ -56,12 +55,8 @@ def written(arguments: Any) -> str:
 
 @pytest.mark.parametrize("parameters,good,bad", CASES)
 def test_llguidance(parameters: Any, good: list[Any], bad: list[Any]) -> None:
-    tokenizer = llguidance.LLTokenizer("byte")
     for arguments in [*good, *bad]:
-        matcher = llguidance.LLMatcher(tokenizer, lark(guidance(parameters)))
-        assert not matcher.get_error()
-        tokens = tokenizer.tokenize_bytes(written(arguments).encode())
-        taken = matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+        taken = takes(lark(guidance(parameters)), written(arguments))
         assert taken == (arguments in good), arguments
 
 

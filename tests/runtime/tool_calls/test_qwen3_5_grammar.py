@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import llguidance
 import pytest
 from qwen_runtime.grammar import lark, make_guidance, structural_tag
 
 from tests.support.answers import argument, call, calls_of, read_answer
+from tests.support.constrained import takes
 
 NODE = {
     "type": "object",
@@ -80,12 +80,8 @@ def guidance(parameters: Any) -> str:
 
 @pytest.mark.parametrize("parameters,good,bad", CASES)
 def test_llguidance(parameters: Any, good: list[dict[str, str]], bad: list[dict[str, str]]) -> None:
-    tokenizer = llguidance.LLTokenizer("byte")
     for arguments in [*good, *bad]:
-        matcher = llguidance.LLMatcher(tokenizer, lark(guidance(parameters)))
-        assert not matcher.get_error()
-        tokens = tokenizer.tokenize_bytes(written(arguments).encode())
-        taken = matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+        taken = takes(lark(guidance(parameters)), written(arguments))
         assert taken == (arguments in good), arguments
 
 
