@@ -6,10 +6,9 @@ Source of the types' layouts: ggml-common.h; those that are not kept are dequant
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -19,8 +18,10 @@ from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.tensors.plain import PlainTensor
 from qwen_export.checkpoint.tensors.tensor import (
+    Assembled,
     CheckpointTensor,
     DerivedTensor,
+    Part,
     PrequantizedTensor,
     Scheme,
     common_scheme,
@@ -43,7 +44,7 @@ _SCANNED_BYTES = 4 * 1024 * 1024  # of a Q4_1 tensor at a time
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class GgufTensor(Assembled):
     """Floats, or blocks of codes that are dequantised as they are read.
 
     Attributes:
@@ -62,13 +63,8 @@ class GgufTensor:
     def forms(self) -> Counter[str]:
         return Counter() if self.kind in FLOATS else Counter([self.kind.name])
 
-    @property
-    def nbytes(self) -> int:
-        return self.words.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.words.files
+    def _parts(self) -> Iterable[Part]:
+        return (self.words,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         stored = self.words.read(start, stop)
@@ -171,7 +167,7 @@ class Mxfp4Tensor(GgufTensor):
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Assembled):
     """Tensors one after the other along axis 0."""
 
     parts: tuple[CheckpointTensor, ...]
@@ -180,13 +176,8 @@ class Joined:
     def shape(self) -> tuple[int, ...]:
         return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
 
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return frozenset().union(*(part.files for part in self.parts))
+    def _parts(self) -> Iterable[Part]:
+        return self.parts
 
     @property
     def forms(self) -> Counter[str]:

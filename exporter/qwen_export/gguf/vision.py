@@ -6,7 +6,7 @@ Source: llama.cpp's conversion/qwen3vl.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.architecture.vision import VISION
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, float32
+from qwen_export.checkpoint.tensors.tensor import Assembled, CheckpointTensor, Part, float32
 from qwen_export.gguf.file import GgufFile
 from qwen_export.gguf.metadata import Keys, decimal
 from qwen_export.gguf.tensors import tensor
@@ -62,7 +62,7 @@ _PIXELS = {"shortest_edge": "image_min_pixels", "longest_edge": "image_max_pixel
 
 
 @dataclass(frozen=True)
-class Frames:
+class Frames(Assembled):
     """The patch convolution [out, in, frames, height, width], from a tensor for each frame."""
 
     frames: tuple[CheckpointTensor, ...]
@@ -72,13 +72,8 @@ class Frames:
         n, channels, *patch = self.frames[0].shape
         return n, channels, len(self.frames), *patch
 
-    @property
-    def nbytes(self) -> int:
-        return sum(frame.nbytes for frame in self.frames)
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return frozenset().union(*(frame.files for frame in self.frames))
+    def _parts(self) -> Iterable[Part]:
+        return self.frames
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.stack([float32(frame.read(start, stop)) for frame in self.frames], axis=2)

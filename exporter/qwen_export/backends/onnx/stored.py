@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from qwen_common.errors import UserError
 from qwen_export.architecture.tensors import TensorSpec
 from qwen_export.backends.onnx.graphs import Graphs
 from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import Assembled, Part
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.graph.weights import Rows, Transform, Weight, deinterleave_gate_up, interleave_gate_up
 from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize
@@ -71,7 +72,7 @@ class _Segment:
 
 
 @dataclass(frozen=True)
-class OnnxTensor:
+class OnnxTensor(Assembled):
     """A tensor of the checkpoint, read from the artifact; a `CheckpointTensor`.
 
     Attributes:
@@ -87,13 +88,8 @@ class OnnxTensor:
     def quantised(self) -> bool:
         return not all(isinstance(segment.weight.storage, np.dtype) for segment in self.segments)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for segment in self.segments for part in segment.parts)
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return frozenset(part.file for segment in self.segments for part in segment.parts)
+    def _parts(self) -> Iterable[Part]:
+        return (part for segment in self.segments for part in segment.parts)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 rows `start` to `stop` of axis 0."""

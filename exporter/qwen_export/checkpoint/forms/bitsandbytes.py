@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from qwen_export.checkpoint.forms.codes import Codes
 from qwen_export.checkpoint.forms.integers import IntegerTensor, check_integers
 from qwen_export.checkpoint.forms.scales import Scales
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.tensor import Assembled, CheckpointTensor, Part
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _UINT8, _INT8, _FLOAT32 = np.dtype(np.uint8), np.dtype(np.int8), np.dtype(np.float32)
@@ -41,7 +41,7 @@ class _State(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Nested:
+class _Nested(Assembled):
     """Scales that are codes themselves: `offset` + values[code] times a factor for each `block`."""
 
     values: PlainTensor
@@ -49,9 +49,12 @@ class _Nested:
     block: int
     offset: float
 
+    def _parts(self) -> Iterable[Part]:
+        return self.values, self.scales
+
 
 @dataclass(frozen=True)
-class FourBitTensor:
+class FourBitTensor(Assembled):
     """[N, K] of 4-bit codes for `values`, the first of two in a byte's upper half.
 
     Attributes:
@@ -70,13 +73,9 @@ class FourBitTensor:
     def forms(self) -> Counter[str]:
         return Counter([self.form])
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.codes.files | self.scales.files
+    def _parts(self) -> Iterable[Part]:
+        parts = (self.codes, self.values, self.scales)
+        return (*parts, self.nested) if self.nested else parts
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 rows."""

@@ -7,8 +7,8 @@ MatMulNBits' order. How the codes lie in words is each method's own (`Codes`).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from qwen_common.errors import UserError
@@ -16,7 +16,7 @@ from qwen_common.errors import UserError
 from qwen_export.checkpoint.forms.codes import Codes
 from qwen_export.checkpoint.forms.scales import Scales, are_scales
 from qwen_export.checkpoint.tensors.plain import PlainTensor
-from qwen_export.checkpoint.tensors.tensor import Scheme
+from qwen_export.checkpoint.tensors.tensor import Assembled, Part, Scheme
 from qwen_export.quantize.blockwise import Quantization, pack_codes
 
 _KEPT_BITS = (4, 8)  # MatMulNBits' and QMoE's on every provider
@@ -24,7 +24,7 @@ _SMALLEST_GROUP = 16  # MatMulNBits' smallest block
 
 
 @dataclass(frozen=True)
-class IntegerTensor:
+class IntegerTensor(Assembled):
     """w = (code - zero point) * scale, for groups of input features; a `PrequantizedTensor`.
 
     Attributes:
@@ -46,14 +46,9 @@ class IntegerTensor:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.words.nbytes + self.scales.nbytes + (self.zeros.words.nbytes if self.zeros else 0)
-
-    @property
-    def files(self) -> frozenset[Path]:
-        files = self.codes.words.files | self.scales.files
-        return files | self.zeros.words.files if self.zeros else files
+    def _parts(self) -> Iterable[Part]:
+        parts = (self.codes.words, self.scales, self.zeros and self.zeros.words, self.group_of)
+        return (part for part in parts if part)
 
     @property
     def _group(self) -> int:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from qwen_export.checkpoint.forms.fp8 import fp8_tensor
 from qwen_export.checkpoint.forms.scales import E4M3, E8M0, Scales
 from qwen_export.checkpoint.forms.targets import is_name_of
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor, pieces, take
-from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
+from qwen_export.checkpoint.tensors.tensor import Assembled, CheckpointTensor, Part
 
 _UINT32, _UINT8 = np.dtype(np.uint32), np.dtype(np.uint8)
 _NORM = re.compile(r"model\.norm\.weight|.*\.(?:input_layernorm|post_attention_layernorm|[qk]_norm)\.weight")
@@ -124,7 +123,7 @@ class MlxConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class AffineTensor:
+class AffineTensor(Assembled):
     """w = code * scale + bias, for groups of input features; [N, K]."""
 
     codes: Codes
@@ -139,13 +138,8 @@ class AffineTensor:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.words.nbytes + self.scales.nbytes + self.biases.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.codes.words.files | self.scales.files | self.biases.files
+    def _parts(self) -> Iterable[Part]:
+        return self.codes.words, self.scales, self.biases
 
     @property
     def _group(self) -> int:
@@ -161,20 +155,15 @@ class AffineTensor:
 
 
 @dataclass(frozen=True)
-class _Changed:
+class _Changed(Assembled):
     """Rows of a stored tensor, as transformers has them."""
 
     stored: PlainTensor
     shape: tuple[int, ...]
     change: Callable[[np.ndarray], np.ndarray]
 
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.stored.files
+    def _parts(self) -> Iterable[Part]:
+        return (self.stored,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.change(self.stored.read(start, stop))

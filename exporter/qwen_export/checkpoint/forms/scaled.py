@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.forms.scales import E4M3, Scales, values_of
 from qwen_export.checkpoint.tensors.plain import PlainTensor
+from qwen_export.checkpoint.tensors.tensor import Assembled, Part
 from qwen_export.quantize.fp4 import Fp4, unpack
 
 E4M3_VALUES = values_of(E4M3)
 
 
 @dataclass(frozen=True)
-class ScaledTensor:
+class ScaledTensor(Assembled):
     """[N, K] or experts' [E, N, K], dequantised as it is read; an `Fp4Tensor`.
 
     Attributes:
@@ -44,13 +45,8 @@ class ScaledTensor:
         *rows, columns = self.codes.shape
         return (*rows, columns if len(self.values) == 256 else 2 * columns)
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.codes.files | self.scales.files
+    def _parts(self) -> Iterable[Part]:
+        return self.codes, self.scales
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 rows."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
+from qwen_export.checkpoint.tensors.tensor import Assembled, Part
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -24,7 +25,7 @@ _BYTES = {dtype: values_of(dtype) for dtype in (E4M3, E8M0)}
 
 
 @dataclass(frozen=True)
-class Scales:
+class Scales(Assembled):
     """Factors of blocks of a matrix [N, K], or of as many matrices as there are experts.
 
     Attributes:
@@ -49,13 +50,8 @@ class Scales:
     def columns(self) -> int:
         return self.tensor.shape[0 if self.outputs_last else -1]
 
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes + (self.whole.nbytes if self.whole else 0)
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.tensor.files | (self.whole.files if self.whole else frozenset())
+    def _parts(self) -> Iterable[Part]:
+        return (self.tensor, self.whole) if self.whole else (self.tensor,)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 [n, columns] for rows `start` to `stop` of the matrix."""

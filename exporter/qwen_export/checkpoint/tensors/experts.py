@@ -6,15 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.tensors.tensor import (
+    Assembled,
     CheckpointTensor,
     Fp4Tensor,
+    Part,
     PrequantizedTensor,
     Scheme,
     common_scheme,
@@ -29,7 +30,7 @@ _STACKS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 @dataclass(frozen=True)
-class StackedExperts:
+class StackedExperts(Assembled):
     """All experts' weights as one [E, N, K], from tensors of their own.
 
     Attributes:
@@ -43,13 +44,8 @@ class StackedExperts:
         first = self.experts[0]
         return len(self.experts), sum(part.shape[0] for part in first), first[0].shape[1]
 
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for expert in self.experts for part in expert)
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return frozenset().union(*(part.files for expert in self.experts for part in expert))
+    def _parts(self) -> Iterable[Part]:
+        return (part for expert in self.experts for part in expert)
 
     @property
     def forms(self) -> Counter[str]:

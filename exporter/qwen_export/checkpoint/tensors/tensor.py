@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,11 +17,8 @@ from qwen_export.quantize.blockwise import Quantization
 from qwen_export.quantize.fp4 import Fp4
 
 
-class CheckpointTensor(Protocol):
-    """One tensor of the model, in the model's shape: what `Checkpoint.tensors` holds for each name."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+class Part(Protocol):
+    """What lies in a checkpoint's shards."""
 
     @property
     def nbytes(self) -> int:
@@ -30,6 +28,13 @@ class CheckpointTensor(Protocol):
     def files(self) -> frozenset[Path]:
         """The shards that it is read from."""
 
+
+class CheckpointTensor(Part, Protocol):
+    """One tensor of the model, in the model's shape: what `Checkpoint.tensors` holds for each name."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of axis 0, as floats. Safe to call from several threads.
 
@@ -38,8 +43,24 @@ class CheckpointTensor(Protocol):
         """
 
 
+class Assembled:
+    """What is put together from parts that are stored: a `Part`, once a subclass has `_parts`."""
+
+    def _parts(self) -> Iterable[Part]:
+        """Everything that is read for it."""
+        raise NotImplementedError
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts())
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset().union(*(part.files for part in self._parts()))
+
+
 @dataclass(frozen=True)
-class DerivedTensor:
+class DerivedTensor(Assembled):
     """A tensor of the same shape as `source`, whose numbers are made of its: a `CheckpointTensor`, once a
     subclass has `read`."""
 
@@ -49,13 +70,8 @@ class DerivedTensor:
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
 
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    @property
-    def files(self) -> frozenset[Path]:
-        return self.source.files
+    def _parts(self) -> Iterable[Part]:
+        return (self.source,)
 
     @property
     def forms(self) -> Counter[str]:

@@ -14,6 +14,7 @@ from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.checkpoint.dequantised import dequantised
+from qwen_export.checkpoint.tensors.plain import PlainTensor
 from qwen_export.checkpoint.tensors.tensor import PrequantizedTensor
 from qwen_export.reference import Weights
 from safetensors.torch import load_file, save_file
@@ -66,6 +67,26 @@ def test_weights_answer_as_the_librarys(form: str) -> None:
     ]
     notes = " ".join(dequantised(checkpoint.tensors, integers))
     assert said in notes and ("are dequantised" in notes) == bool(said)
+
+
+@pytest.mark.parametrize("form", KEPT)
+def test_a_weight_has_the_bytes_and_files_that_are_read_for_it(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Progress, and what is fetched and deleted, go by them."""
+    read: dict[tuple[Path, int], int] = {}
+    columns = PlainTensor.columns
+
+    def seen(tensor: PlainTensor, *where: int) -> np.ndarray:
+        read[tensor.file, tensor.offset] = tensor.nbytes
+        return columns(tensor, *where)
+
+    tensors = Checkpoint.open(str(RECORDED / form)).tensors
+    monkeypatch.setattr(PlainTensor, "columns", seen)
+    for name, tensor in tensors.items():
+        read.clear()
+        tensor.read(0, tensor.shape[0])
+        assert (tensor.nbytes, tensor.files) == (sum(read.values()), {file for file, _ in read}), name
 
 
 def damaged(form: str, folder: Path, **config: Any) -> Path:
