@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime import state as states
-from qwen_runtime.state import KeptState, Outline, common_keys
+from qwen_runtime.state import KeptState, Outline
 
 _log = logging.getLogger(__name__)
 
@@ -59,15 +59,22 @@ class StateFolder:
                 f"states cannot be kept in {root} ({error.strerror}): choose another folder"
             ) from error
 
-    def find(self, keys: Keys, more_than: int, fits: Callable[[KeptState], bool]) -> KeptState | None:
+    def find(
+        self,
+        keys: Keys,
+        more_than: int,
+        fits: Callable[[KeptState], bool],
+        among: Mapping[Path, Outline] | None = None,
+    ) -> KeptState | None:
         """The state that spares most of a text of `keys`, if it spares more than so many tokens.
 
         Args:
             fits: whether the model takes it.
+            among: the `index`, where the caller has it already.
         """
         useful = [
             (spared, -len(held.keys), path)
-            for path, held in self._index().items()
+            for path, held in (self.index() if among is None else among).items()
             if (spared := held.spares(keys)) > more_than
         ]
         for spared, _, path in sorted(useful, reverse=True):
@@ -86,10 +93,6 @@ class StateFolder:
                 self._outlines[path] = found.outline
         return None
 
-    def common(self, keys: Keys) -> int:
-        """How many tokens of a text of `keys` a state's begins with too, at most."""
-        return max((common_keys(held.keys, keys) for held in self._index().values()), default=0)
-
     def put(self, kept: KeptState) -> None:
         """Write `kept`, unless what is there spares nearly as much of it.
 
@@ -97,7 +100,7 @@ class StateFolder:
         is written.
         """
         keys = kept.keys[: kept.length]
-        prefixes = {path: held for path, held in self._index().items() if _begins(keys, held.keys)}
+        prefixes = {path: held for path, held in self.index().items() if _begins(keys, held.keys)}
         if kept.length < max((len(held.keys) for held in prefixes.values()), default=0) + _WORTH:
             return
         if kept.nbytes > self._size:
@@ -120,7 +123,7 @@ class StateFolder:
     def _path(self, keys: Keys) -> Path:
         return self._folder / (hashlib.sha256(keys.tobytes()).hexdigest()[:32] + _SUFFIX)
 
-    def _index(self) -> dict[Path, Outline]:
+    def index(self) -> dict[Path, Outline]:
         """The outline of each state that is there and can be used."""
         with self._lock:
             there = {path for path, _ in _files(self._folder)}

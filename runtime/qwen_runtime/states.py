@@ -7,7 +7,7 @@ generators, of which each keeps one sequence, one point of it, and nothing on di
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.backends.protocol import Generator
 from qwen_runtime.prefill import Cancelled, Prefill, append
-from qwen_runtime.state import KeptState, Point, common_keys, read
+from qwen_runtime.state import KeptState, Outline, Point, common_keys, read
 from qwen_runtime.state_folder import StateFolder, write_state
 
 GB = 10**9
@@ -100,8 +100,9 @@ class States:
             beginning: how far other conversations' prompts may agree with this one, in tokens.
             turn: the same of the next turn's.
         """
-        common = min(self._common(keys), len(keys) - 1)
-        state = self.take(keys)
+        on_disk = {} if self._folder is None else self._folder.index()
+        common = min(self._common(keys, on_disk.values()), len(keys) - 1)
+        state = self.take(keys, on_disk)
         start = 0 if state is None else state.length
         points: list[Point] = [] if state is None else list(state.points)
         if state is not None:
@@ -144,12 +145,12 @@ class States:
             stops[min(stops)] = True
         return stops
 
-    def _common(self, keys: npt.NDArray[np.int64]) -> int:
+    def _common(self, keys: npt.NDArray[np.int64], on_disk: Iterable[Outline]) -> int:
         """How many tokens of a text of `keys` one that is kept begins with too, at most."""
         with self._lock:
-            kept = list(self._states)
-        found = max((common_keys(state.keys, keys) for state in kept), default=0)
-        return found if self._folder is None else max(found, self._folder.common(keys))
+            kept = [state.keys for state in self._states]
+        kept += [held.keys for held in on_disk]
+        return max((common_keys(held, keys) for held in kept), default=0)
 
     def read_ahead(
         self,
@@ -173,14 +174,20 @@ class States:
         points = [*state.points, generator.point()] if done > state.length else state.points
         self.put(KeptState(keys, generator.caches, points))
 
-    def take(self, keys: npt.NDArray[np.int64]) -> KeptState | None:
-        """The state that spares most of a text of `keys`; its last point is where to go on."""
+    def take(
+        self, keys: npt.NDArray[np.int64], on_disk: Mapping[Path, Outline] | None = None
+    ) -> KeptState | None:
+        """The state that spares most of a text of `keys`; its last point is where to go on.
+
+        Args:
+            on_disk: as the folder was listed for it already.
+        """
         with self._lock:
             serving = [(state, count) for state in self._states if (count := state.serves(keys))]
         best, points = max(serving, key=lambda pair: pair[0].points[pair[1] - 1].length, default=(None, 0))
         length = 0 if best is None else best.points[points - 1].length
         if self._folder is not None:
-            found = self._folder.find(keys, length, self._model.fits)
+            found = self._folder.find(keys, length, self._model.fits, on_disk)
             if found is not None:
                 points = found.serves(keys)
                 return found if points == len(found.points) else found.until(points).copy()

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from qwen_common.errors import UserError
 from qwen_profiles.schema import load_profile
-from qwen_runtime import Guidance, Model, Sampling, StateSettings
+from qwen_runtime import Guidance, Model, Sampling, StateSettings, state_folder
 from qwen_runtime.grammar import make_guidance
 from qwen_runtime.prefix import common_prefix
 from qwen_runtime.tokenizer import Tokenizer
@@ -73,6 +73,19 @@ def test_a_conversation_goes_on_after_a_restart(artifact: Path, fresh: Model, tm
     # The last three questions are on disk.
     assert again[0] == first[1]
     assert again[1:] >= first[1:]
+
+
+def test_a_prompt_lists_the_folder_once(
+    cpu_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with keeping(cpu_artifact, tmp_path) as model:
+        answer(model, [SYSTEM, QUESTION])
+    listed: list[Path] = []
+    files = state_folder._files
+    monkeypatch.setattr(state_folder, "_files", lambda folder: listed.append(folder) or files(folder))
+    with keeping(cpu_artifact, tmp_path) as model:
+        generation = model.generate([SYSTEM, QUESTION], max_tokens=1, sampling=GREEDY)
+        assert generation.cached_tokens and len(listed) == 1
 
 
 def test_another_question_begins_after_the_same_instructions(

@@ -7,8 +7,7 @@ from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
-from qwen_export.gguf.file import read_gguf
-from qwen_export.gguf.opening import open_gguf
+from qwen_export.gguf.opening import open_files
 from qwen_export.gguf.tensors import FLOATS, KEPT
 
 _EXPORT = {
@@ -22,10 +21,9 @@ def inspect_gguf(source: str, mmproj: Path | None = None) -> dict[str, Any]:
     """Geometry, tensors by type, tokenizer and template, and what is not read.
 
     Raises:
-        UserError: as `open_gguf`.
+        UserError: as `opening.open_gguf`.
     """
-    checkpoint = open_gguf(source, mmproj)
-    files = [read_gguf(Path(source)), *([read_gguf(mmproj)] if mmproj else [])]
+    checkpoint, files = open_files(source, mmproj)
     types: dict[str, dict[str, Any]] = {}
     for tensor in (tensor for file in files for tensor in file.tensors.values()):
         entry = types.setdefault(tensor.kind.name, {"tensors": 0, "bytes": 0})

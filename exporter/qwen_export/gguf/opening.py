@@ -44,9 +44,17 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
         UserError: a file is damaged, or of another model, a part is missing, or something in it is not
             supported.
     """
+    return open_files(source, mmproj, text_only)[0]
+
+
+def open_files(
+    source: str, mmproj: Path | None = None, text_only: bool = False
+) -> tuple[Checkpoint, list[GgufFile]]:
+    """The same, and the files' headers."""
     if mmproj and text_only:
         raise UserError("--text-only leaves the vision tower out, which --mmproj names: give one of them")
     file = read_gguf(Path(source))
+    read = [file]
     text = text_config(file)
     tokenizer = read_tokenizer(file)
     if not tokenizer.ends:
@@ -70,7 +78,7 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
             raise UserError(
                 f"{file.path} is of {text['model_type']}, which has no vision tower: leave --mmproj off"
             )
-        tower = read_gguf(mmproj)
+        read.append(tower := read_gguf(mmproj))
         vision, files["config.json"] = _with_tower(file, tower, config, text, tokenizer)
         files["preprocessor_config.json"] = processor(tower)
         of_tower, strange = vision_tensors(tower)
@@ -83,7 +91,7 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
         )
     if unread:
         notes.append(f"not read, because the model has no such tensors: {listed(unread)}")
-    return Checkpoint(
+    checkpoint = Checkpoint(
         _folder(file.name, files, tokenizer),
         source,
         None,
@@ -95,6 +103,7 @@ def open_gguf(source: str, mmproj: Path | None = None, text_only: bool = False) 
         tuple(notes),
         identity=identity({path for tensor in tensors.values() for path in tensor.files}, ()),
     )
+    return checkpoint, read
 
 
 def _with_tower(

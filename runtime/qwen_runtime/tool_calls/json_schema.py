@@ -6,11 +6,11 @@ Source: JSON Schema 2020-12, and OpenAPI 3.0's `nullable`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import islice, product
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 from urllib.parse import unquote
 
 _NUMBER = frozenset({"number", "integer"})
@@ -36,7 +36,7 @@ _KEYWORDS = {
     "string": ("pattern", "minLength", "maxLength"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }  # fmt: skip
-_MOST_FORMS = 100  # of one function's arguments; each multiplies the grammar
+_MOST_FORMS = 100  # of one value; each multiplies the grammar
 _MOST_STEPS = 10_000  # schemas that are looked at for one value, which references may multiply without end
 
 
@@ -200,35 +200,51 @@ def forms(schema: Any, root: Any) -> list[Arguments]:
         root: as for `allowed`.
     """
     try:
-        return _forms(schema, root, {})
+        return combined(schema, root, _own, [Arguments()]) or _own(schema) or [Arguments()]
     except RecursionError:
         return [Arguments()]
 
 
-def _forms(schema: Any, root: Any, known: dict[str, list[Arguments]]) -> list[Arguments]:
-    """Args:
-    known: forms of references; none of those that are being followed, which may lead in a circle.
+class _Form(Protocol):
+    def __and__(self, other: Self, /) -> Self: ...
+
+
+_F = TypeVar("_F", bound=_Form)
+
+
+def combined(
+    schema: Any,
+    root: Any,
+    own: Callable[[Any], list[_F]],
+    circular: list[_F],
+    known: dict[str, list[_F]] | None = None,
+) -> list[_F]:
+    """The forms that a value of one kind may have by a schema, its references and its combinations.
+
+    Args:
+        own: those of a schema by itself; none where it allows no value of that kind.
+        circular: those of a reference within what it refers to.
+        known: those of references that were followed.
+
+    Raises:
+        RecursionError: schemas are too deep.
     """
-    if not isinstance(schema, Mapping):
-        return [Arguments()]
-    found = [_own(schema)]
+    known = {} if known is None else known
+    found = own(schema)
+    if not found or not isinstance(schema, Mapping):
+        return found
     reference = schema.get("$ref")
     if isinstance(reference, str):
         if reference not in known:
-            known[reference] = []
-            known[reference] = _forms(within(root, reference), root, known)
-        found = _product(found, known[reference] or [Arguments()])
+            known[reference] = circular
+            known[reference] = combined(within(root, reference), root, own, circular, known)
+        found = _product(found, known[reference])
     for each in as_list(schema.get("allOf")):
-        found = _product(found, _forms(each, root, known))
+        found = _product(found, combined(each, root, own, circular, known))
     for keyword in ("anyOf", "oneOf"):
-        branches = [
-            form
-            for each in as_list(schema.get(keyword))
-            if _may_be_object(each, root)
-            for form in _forms(each, root, known)
-        ]
-        if branches:
-            found = _product(found, branches)
+        if branches := as_list(schema.get(keyword)):
+            every = (combined(each, root, own, circular, known) for each in branches)
+            found = _product(found, [form for forms in every for form in forms])
     return found
 
 
@@ -249,12 +265,16 @@ def standalone(schema: Any, root: Any) -> Any:
     return {**moved, "$defs": {**moved.get("$defs", {}), "parameters": _moved(root)}}
 
 
-def _own(schema: Mapping[str, Any]) -> Arguments:
+def _own(schema: Any) -> list[Arguments]:
     """What `schema` says of an object by itself."""
+    if not isinstance(schema, Mapping):
+        return [] if schema is False else [Arguments()]
+    if types_of(schema.get("type")).isdisjoint(("any", "object")):
+        return []
     properties, required = schema.get("properties"), schema.get("required")
     patterns = schema.get("patternProperties")
     fewest, most = schema.get("minProperties"), schema.get("maxProperties")
-    return Arguments(
+    form = Arguments(
         properties if isinstance(properties, Mapping) else {},
         frozenset(name for name in as_list(required) if isinstance(name, str)),
         patterns if isinstance(patterns, Mapping) else {},
@@ -262,6 +282,7 @@ def _own(schema: Mapping[str, Any]) -> Arguments:
         fewest if isinstance(fewest, int) else 0,
         most if isinstance(most, int) else None,
     )
+    return [form]
 
 
 def _others(schema: Mapping[str, Any]) -> Any:
@@ -272,15 +293,6 @@ def _others(schema: Mapping[str, Any]) -> Any:
     asked = others is True or (others is None and schema.get("minProperties"))
     named = schema.get("properties") or schema.get("patternProperties")
     return {} if asked and not named else None
-
-
-def _may_be_object(schema: Any, root: Any) -> bool:
-    """As far as a look can tell."""
-    for _ in range(10):
-        if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str):
-            schema = within(root, schema["$ref"])
-    kinds = types_of(schema.get("type")) if isinstance(schema, Mapping) else _ANY
-    return not kinds.isdisjoint(("any", "object"))
 
 
 def _both(one: Any, other: Any) -> Any:
@@ -295,7 +307,7 @@ def _conjuncts(schema: Any) -> list[Any]:
     return as_list(schema["allOf"]) if alone else [schema]
 
 
-def _product(some: Sequence[Arguments], others: Sequence[Arguments]) -> list[Arguments]:
+def _product(some: Sequence[_F], others: Sequence[_F]) -> list[_F]:
     return [one & other for one, other in islice(product(some, others), _MOST_FORMS)]
 
 

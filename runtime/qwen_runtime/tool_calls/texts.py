@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
 from typing import Any
 
-from qwen_runtime.tool_calls.json_schema import as_list, types_of, within
+from qwen_runtime.tool_calls.json_schema import combined, types_of
 
 ANY = r"(.|\n)*"
-_MOST_FORMS = 100  # of one string; each is a regular expression of its own
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_"}
 _COUNT = re.compile(r"\{\d+(,\d*)?\}")
 # Look-around and groups with names, references back, classes of Unicode, borders of words.
@@ -92,36 +90,18 @@ def texts(schema: Any, root: Any) -> list[Text]:
         root: the schema that `$ref` refers into.
     """
     try:
-        return [text for text in _texts(schema, root, {}) if text.possible]
+        found = combined(schema, root, _own, [])
     except RecursionError:
         return [Text()]
+    return list(dict.fromkeys(text for text in found if text.possible))
 
 
-def _texts(schema: Any, root: Any, known: dict[str, list[Text]]) -> list[Text]:
-    """Args:
-    known: forms of references; none of those that are being followed, which may lead in a circle.
-    """
+def _own(schema: Any) -> list[Text]:
+    """What `schema` says of a string by itself, without what no regular expression says."""
     if not isinstance(schema, Mapping):
         return [] if schema is False else [Text()]
     if "const" in schema or schema.get("enum") or not {"any", "string"} & types_of(schema.get("type")):
         return []
-    found = [_own(schema)]
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        if reference not in known:
-            known[reference] = []
-            known[reference] = _texts(within(root, reference), root, known)
-        found = _product(found, known[reference])
-    for each in as_list(schema.get("allOf")):
-        found = _product(found, _texts(each, root, known))
-    for keyword in ("anyOf", "oneOf"):
-        if branches := as_list(schema.get(keyword)):
-            found = _product(found, [form for each in branches for form in _texts(each, root, known)])
-    return found
-
-
-def _own(schema: Mapping[str, Any]) -> Text:
-    """What `schema` says of a string by itself, without what no regular expression says."""
     patterns = []
     pattern, form = schema.get("pattern"), schema.get("format")
     if isinstance(pattern, str) and (found := whole(pattern)) is not None:
@@ -129,7 +109,7 @@ def _own(schema: Mapping[str, Any]) -> Text:
     if isinstance(form, str) and form in FORMATS:
         patterns.append(FORMATS[form])
     fewest, most = (_count(schema.get(keyword)) for keyword in ("minLength", "maxLength"))
-    return Text(fewest or 0, most, tuple(patterns))
+    return [Text(fewest or 0, most, tuple(patterns))]
 
 
 def whole(pattern: str) -> str | None:
@@ -209,10 +189,6 @@ def _class(pattern: str, at: int) -> tuple[str, int]:
     if at == begin or at >= len(pattern):
         return "", len(pattern)
     return f"[{'^' if negated else ''}{''.join(found)}]", at + 1
-
-
-def _product(some: Sequence[Text], others: Sequence[Text]) -> list[Text]:
-    return list(dict.fromkeys(one & other for one, other in islice(product(some, others), _MOST_FORMS)))
 
 
 def _count(value: Any) -> int | None:

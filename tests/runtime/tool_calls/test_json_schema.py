@@ -46,3 +46,13 @@ def test_what_is_nested_too_deeply_allows_anything() -> None:
     schema = {"$defs": chain, "$ref": "#/$defs/a0"}
     assert allowed(nested, nested).text and allowed(schema, schema).text
     assert len(forms(nested, nested)) == len(forms(schema, schema)) == 1
+
+
+def test_branches_that_are_no_objects_are_no_forms() -> None:
+    """However far a reference leads to them; what contradicts itself keeps what it says."""
+    schema: dict[str, Any] = {"$defs": {"text": {"type": "string"}, "far": {"$ref": "#/$defs/text"}}}
+    one, properties = {"required": ["a"]}, {"a": {}}
+    schema |= {"properties": properties, "anyOf": [one, {"$ref": "#/$defs/far"}, {"type": "null"}, False]}
+    assert [(form.properties, form.required) for form in forms(schema, schema)] == [(properties, {"a"})]
+    (alone,) = forms({"properties": properties, "allOf": [{"type": "string"}]}, {})
+    assert alone.properties == properties
