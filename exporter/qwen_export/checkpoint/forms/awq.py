@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from qwen_common.errors import UserError
 
@@ -16,6 +17,7 @@ from qwen_export.checkpoint.forms.scales import Scales
 from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
+_WORDS = np.dtype(np.int32), np.dtype(np.uint32)
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -50,6 +52,9 @@ def awq_tensor(stored: dict[str, PlainTensor], module: str, symmetric: bool) -> 
             f"{qweight.name} has codes, zero points and scales of the shapes "
             f"{(qweight.shape, qzeros.shape, scales.shape)}, of no matrix: download the checkpoint again"
         )
+    for part in (qweight, qzeros):
+        if part.dtype not in _WORDS:
+            raise UserError(f"{part.name} is {part.dtype}, and AWQ's are int32: download it again")
     n = 8 * qweight.shape[-1]
     shape, groups = (n, qweight.shape[0]), scales.shape[0]
     codes = Codes(qweight, shape, 4, along_inputs=False, outputs_last=True, places=_PLACES)

@@ -25,7 +25,8 @@ from qwen_export.quantize.fp4 import NVFP4
 
 _Size = Annotated[int, Field(gt=0)]
 _REGEX = "re:"
-_INT8 = np.dtype(np.int8)
+_MXFP8 = "mxfp8-quantized"
+_UINT8, _INT8, _INT32 = np.dtype(np.uint8), np.dtype(np.int8), np.dtype(np.int32)
 
 
 def _from_text(value: Any) -> Any:
@@ -44,6 +45,7 @@ class _Weights(BaseModel):
     strategy: Literal["tensor", "channel", "group", "tensor_group", "block"] | None = None
     group_size: Annotated[int, Field(ge=-1)] | None = None
     block_structure: Annotated[tuple[_Size, _Size], BeforeValidator(_from_text)] | None = None
+    scale_dtype: str | None = None
 
 
 class _Group(BaseModel):
@@ -84,7 +86,7 @@ class CompressedTensorsConfig(BaseModel):
 
     def _tensor(self, stored: dict[str, PlainTensor], module: str) -> CheckpointTensor:
         """The weight of one module (its name with the dot), its parts taken out of `stored`."""
-        weights = self._weights(module.removesuffix("."))
+        weights, form = self._weights(module.removesuffix("."))
         packed = stored.get(module + "weight_packed")
         found = module + ("weight_packed" if packed else "weight_scale")
         scales = take(stored, module + "weight_scale", found)
@@ -111,16 +113,18 @@ class CompressedTensorsConfig(BaseModel):
                     f"the checkpoint has {weight.name}, but no weight_global_scale: is a shard missing?"
                 )
             return fp4_tensor(weight, scales, weights.group_size or 0, whole, divides=True)
-        return _floats(weights, weight, scales)
+        powers = form == _MXFP8 or weights.scale_dtype == "torch.uint8"
+        return _floats(weights, weight, scales, E8M0 if powers else None)
 
-    def _weights(self, module: str) -> _Weights:
-        """The most specific group whose targets name the module: by name, by expression, by class."""
+    def _weights(self, module: str) -> tuple[_Weights, str]:
+        """And format, of the most specific group whose targets name the module: by name, by expression, by
+        class."""
         kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
         targets = {target: group for group in self.config_groups.values() for target in group.targets}
         named = sorted(targets, key=lambda target: (_REGEX in target, target))
         for target in (*(target for target in named if _names(target, module)), kind):
             if target in targets and (weights := targets[target].weights):
-                return weights
+                return weights, targets[target].format or self.format
         raise UserError(
             f"config.json, quantization_config: no group has {module} among its targets, and its weight is "
             "quantised: is config.json of another checkpoint?"
@@ -150,7 +154,7 @@ def _integers(
     groups = next(_group_counts(weights, k), 0) if n else 0
     rows = 1 if weights.strategy == "tensor" else n
     placed = scales.reshaped((rows, groups))
-    if placed is None or not groups or not are_scales(scales) or weight.dtype not in (_INT8, np.int32):
+    if placed is None or not groups or not are_scales(scales) or weight.dtype not in (_INT8, _INT32):
         raise UserError(
             f"{scales.name} ({scales.dtype} {scales.shape}) holds no scales for {n} x {k} weights "
             f"({weight.name}, {weight.dtype}) with strategy {weights.strategy} and group_size "
@@ -159,6 +163,8 @@ def _integers(
     zero_points = None
     if zeros is None and not weights.symmetric:
         raise UserError(f"the checkpoint has {weight.name}, but no weight_zero_point: is a shard missing?")
+    if zeros and zeros.dtype not in (_INT8, _INT32):
+        raise UserError(f"{zeros.name} is {zeros.dtype}, and holds no zero points: download it again")
     if weights.symmetric and rows != n:  # all of them have one, of which nothing is to be said
         zeros = None
     if zeros and zeros.dtype == _INT8:
@@ -188,7 +194,12 @@ def _packed_shape(weight: PlainTensor, shape: PlainTensor | None) -> tuple[int, 
     return n, k
 
 
-def _floats(weights: _Weights, weight: PlainTensor, scales: PlainTensor) -> ScaledTensor:
+def _floats(
+    weights: _Weights, weight: PlainTensor, scales: PlainTensor, bytes_are: np.dtype | None
+) -> ScaledTensor:
+    """Args:
+    bytes_are: what scales are, if they are bytes.
+    """
     if weight.dtype in FLOATS:
         raise UserError(
             f"{weight.name} is {weight.dtype} and has scales: the checkpoint was saved before it was "
@@ -197,5 +208,9 @@ def _floats(weights: _Weights, weight: PlainTensor, scales: PlainTensor) -> Scal
     if weights.strategy == "block" and weights.block_structure:
         return fp8_tensor(weight, scales, weights.block_structure)
     if weights.strategy in ("group", "tensor_group") and weights.group_size:
-        return fp8_tensor(weight, scales, (1, weights.group_size), bytes_are=E8M0)
+        if bytes_are and scales.dtype not in (_UINT8, bytes_are):
+            raise UserError(
+                f"{scales.name} is {scales.dtype}, and scales of MXFP8 are bytes: download it again"
+            )
+        return fp8_tensor(weight, scales, (1, weights.group_size), bytes_are)
     return fp8_tensor(weight, scales, None)

@@ -13,7 +13,7 @@ from qwen_common.errors import UserError
 
 from qwen_export.checkpoint.forms.fp4 import fp4_tensor
 from qwen_export.checkpoint.forms.fp8 import fp8_tensor
-from qwen_export.checkpoint.forms.scales import E8M0
+from qwen_export.checkpoint.forms.scales import E4M3, E8M0
 from qwen_export.checkpoint.tensors.plain import PlainTensor, pieces, take
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
@@ -60,7 +60,7 @@ def _tensor(stored: dict[str, PlainTensor], module: str) -> CheckpointTensor:
     if len(weight.shape) != 2:
         raise UserError(f"{weight.name} has the shape {weight.shape}, of no weight that has scales")
     if weight.dtype == _UINT8:
-        group = _MX_GROUP if whole is None and scales.dtype in (_UINT8, E8M0) else _NV_GROUP
+        group = _MX_GROUP if whole is None and scales.dtype != E4M3 else _NV_GROUP
         if group == _NV_GROUP and whole is None:
             raise UserError(f"the checkpoint has {scales.name}, but no weight_scale_2: is a shard missing?")
         return fp4_tensor(weight, scales, group, whole)

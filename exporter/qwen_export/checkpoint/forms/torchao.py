@@ -40,13 +40,13 @@ def _tensor(stored: dict[str, PlainTensor], module: str) -> CheckpointTensor:
     codes = stored.pop(module + "_weight_qdata")
     scales = take(stored, module + "_weight_scale", codes.name)
     zeros = stored.pop(module + "_weight_zero_point", None)
-    if codes.dtype == E4M3 and zeros is None:
+    if codes.dtype == E4M3 and scales.dtype in FLOATS and zeros is None:
         return fp8_tensor(codes, scales, None)
     plain = codes.dtype == _INT8 and scales.dtype in FLOATS and len(codes.shape) == len(scales.shape) == 2
     if not plain or zeros is None or zeros.dtype != _INT8 or zeros.shape != scales.shape:
         raise UserError(
-            f"{codes.name} ({codes.dtype} {codes.shape}) is in a layout of torchao's that is not supported "
-            "yet: give the checkpoint in bf16, or one that Float8WeightOnlyConfig, Int8WeightOnlyConfig or "
+            f"{codes.name} ({codes.dtype} {codes.shape}, scales {scales.dtype}) is in a layout of torchao's "
+            "that is not supported yet: give the checkpoint in bf16, or one that Float8WeightOnlyConfig, Int8WeightOnlyConfig or "
             "IntxWeightOnlyConfig made"
         )
     n, k = codes.shape

@@ -253,6 +253,37 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
         change("weight_scale", lambda t: t.index_fill(0, torch.tensor(5), torch.nan)),
         "holds NaN or Inf",
     ),
+    "scales of MXFP8 as floats": (
+        "mxfp8",
+        change("weight_scale", lambda t: t.bfloat16()),
+        f"{GATE}.weight_scale is bfloat16, and scales of MXFP8 are bytes",
+    ),
+    "scales of groups as bytes": (
+        "fp8, groups",
+        change("weight_scale", lambda t: t.to(torch.uint8)),
+        f"{GATE}.weight_scale (uint8 (384, 4)) holds no scales for 1 x 64 blocks",
+    ),
+    "scales of a row as bytes": (
+        "fp8, a scale a row",
+        change("weight_scale", lambda t: t.to(torch.uint8)),
+        "weight_scale (uint8 (384, 1)) holds no scales",
+    ),
+    "scales of FP4 as floats": ("nvfp4", change("weight_scale", lambda t: t.float()), "are no 4-bit floats"),
+    "scales of MXFP4 as floats": (
+        "mxfp4",
+        change("weight_scale", lambda t: t.float()),
+        "are no 4-bit floats",
+    ),
+    "zero points without their sign": (
+        "int8 with zero points",
+        change("weight_zero_point", lambda t: t.view(torch.uint8)),
+        "weight_zero_point is uint8, and holds no zero points",
+    ),
+    "packed zero points as floats": (
+        "int4 with zero points",
+        change("weight_zero_point", lambda t: t.float()),
+        "weight_zero_point is float32, and holds no zero points",
+    ),
     "no zero points": (
         "int4 with zero points",
         change("weight_zero_point", lambda t: None),

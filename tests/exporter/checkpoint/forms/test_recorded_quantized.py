@@ -160,6 +160,28 @@ def test_torchaos_layout_for_one_kernel(tmp_path: Path) -> None:
         Checkpoint.open(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("form", "part", "dtype"),
+    [("torchao-fp8", "scale", torch.float8_e8m0fnu), ("torchao-int8", "zero_point", torch.uint8)],
+)
+def test_torchaos_parts_in_another_dtype(form: str, part: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = damaged(form, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.0.mlp.gate_proj._weight_{part}"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"mlp\.gate_proj.*is in a layout of torchao's"):
+        Checkpoint.open(str(folder))
+
+
+def test_words_of_awq_are_in_its_order(tmp_path: Path) -> None:
+    folder = damaged("auto-round-awq", tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj.qzeros"
+    save_file({**tensors, name: tensors[name].view(torch.uint8)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"gate_proj\.qzeros is uint8, and AWQ's are int32"):
+        Checkpoint.open(str(folder))
+
+
 def test_a_stack_of_experts_without_a_byte(tmp_path: Path) -> None:
     """However many it says that there are."""
     folder = damaged("mlx-8-experts", tmp_path / "damaged")
@@ -178,6 +200,10 @@ def test_a_stack_of_experts_without_a_byte(tmp_path: Path) -> None:
         ("bitsandbytes-nf4-nested", "weight.absmax", torch.float32),
         ("mlx-mxfp8", "scales", torch.float32),
         ("auto-round-own", "g_idx", torch.bool),
+        ("auto-round-awq", "qzeros", torch.int64),
+        ("auto-round-gptq", "scales", torch.float64),
+        ("mlx-4", "biases", torch.int32),
+        ("modelopt-mxfp4", "weight_scale", torch.bfloat16),
     ],
 )
 def test_parts_in_another_dtype(form: str, part: str, dtype: torch.dtype, tmp_path: Path) -> None:
