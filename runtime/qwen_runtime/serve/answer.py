@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.serve.errors import request_failed
 from qwen_runtime.serve.worker import Done, Failed, Piece, Reply, Started
+from qwen_runtime.speculative.acceptance import Acceptance
 
 
 class Answer:
@@ -22,6 +23,7 @@ class Answer:
         logprobs: of the tokens whose text was not in a piece, once it has ended.
         finish_reason: "stop" or "length", once it has ended.
         stop_string: the text that stopped it, if it was one.
+        acceptance: of drafted tokens, once it has ended; None unless decoding is speculative.
     """
 
     def __init__(self, job_id: int, cancel: Callable[[int], None]) -> None:
@@ -32,6 +34,7 @@ class Answer:
         self.logprobs: tuple[TokenLogprob, ...] = ()
         self.finish_reason = ""
         self.stop_string: str | None = None
+        self.acceptance: Acceptance | None = None
         self.replies: asyncio.Queue[Reply] = asyncio.Queue()
         self.ended = False  # the worker has nothing more to say about it
         self.begun = time.monotonic()
@@ -66,6 +69,7 @@ class Answer:
         self.finish_reason = reply.finish_reason
         self.stop_string = reply.stop_string
         self.logprobs = reply.logprobs
+        self.acceptance = reply.acceptance
         raise StopAsyncIteration
 
     async def _next(self) -> Reply:

@@ -9,6 +9,7 @@ from typing import Any
 from qwen_runtime.request import Request
 from qwen_runtime.serve.common import SEEDS, usage
 from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.speculative.acceptance import Acceptance
 
 
 def variants(request: Request, count: int) -> list[Request]:
@@ -38,6 +39,7 @@ class Answers:
         self._engine, self._requests, self._each = engine, requests, each
         self._current: Answer | None = None
         self._read = self._cached = self._written = 0
+        self._predicted: Acceptance | None = None  # where a prediction was given and can be of use
 
     async def start(self) -> None:
         """Wait until the first prompt was accepted.
@@ -63,10 +65,20 @@ class Answers:
                 self._read += answer.prompt_tokens
                 self._cached += answer.cached_tokens
             self._written += answer.completion_tokens
+            if request.prediction and (found := answer.acceptance) is not None:
+                total = self._predicted = self._predicted or Acceptance()
+                total.predicted += found.predicted
+                total.accepted_predicted += found.accepted_predicted
 
     @property
     def usage(self) -> dict[str, Any]:
-        return usage(self._read, self._written, self._cached)
+        found = usage(self._read, self._written, self._cached)
+        if (predicted := self._predicted) is not None:
+            found["completion_tokens_details"] = {
+                "accepted_prediction_tokens": predicted.accepted_predicted,
+                "rejected_prediction_tokens": predicted.predicted - predicted.accepted_predicted,
+            }
+        return found
 
     def progress(self) -> str | None:
         """As `Answer.progress`, of the one at work."""

@@ -21,10 +21,12 @@ class Draft:
 
     Attributes:
         source: those of one source are right equally often.
+        place: where the tokens stand in the text that they were found in.
     """
 
     tokens: Sequence[int]
     source: str
+    place: int | None = None
 
 
 class PromptLookup:
@@ -50,7 +52,7 @@ class PromptLookup:
         for size in range(min(_LONGEST, len(tokens)), _SHORTEST - 1, -1):
             place = self._after.get(tuple(tokens[-size:]))
             if place is not None:
-                return Draft(tokens[place : place + most], f"a match of {size} tokens")
+                return Draft(tokens[place : place + most], f"a match of {size} tokens", place)
         return None
 
 

@@ -95,6 +95,7 @@ class SpeculativeGenerator(OrtGenerator):
         self._kept: list[int] = []  # tokens of its last run that stay
         self._shown: dict[str, npt.NDArray[Any]] = {}  # what that run has shown of all its tokens
         self._draft: Draft | None = None  # for the token that is chosen next, and those after it
+        self._predicted = 0  # how many of its tokens are from what was expected
         self._checked: deque[tuple[int, Logits]] = deque()  # its tokens, and the logits after each
 
     def expect(self, tokens: Sequence[int]) -> None:
@@ -114,6 +115,7 @@ class SpeculativeGenerator(OrtGenerator):
         if len(tokens) == 1:
             self._draft, count = self._make_draft(tokens[0])
             if self._draft is not None and count:
+                self._predicted = self._of_prediction(self._draft, count)
                 return self._check(tokens[0], self._draft.tokens[:count])
         return self._settle(tokens)
 
@@ -132,6 +134,8 @@ class SpeculativeGenerator(OrtGenerator):
             return None
         self._switch.yielded()
         self.acceptance.accepted += 1
+        # The first of `_kept` is the token that the draft came after.
+        self.acceptance.accepted_predicted += len(self._kept) <= self._predicted
         self._kept.append(token)
         return logits
 
@@ -153,6 +157,10 @@ class SpeculativeGenerator(OrtGenerator):
         self._switch.drafted(Head.source, time.perf_counter() - started)
         return (draft, 0) if guess is None else (guess, 1)
 
+    def _of_prediction(self, draft: Draft, count: int) -> int:
+        """How many of the first `count` tokens of `draft` were taken from what was expected."""
+        return 0 if draft.place is None else max(0, min(count, len(self._expected) - draft.place))
+
     def _check(self, token: int, drafted: Sequence[int]) -> Logits:
         """Run `token` and what was drafted after it; the logits after `token`."""
         if self._run is None:
@@ -165,6 +173,7 @@ class SpeculativeGenerator(OrtGenerator):
         self._shown = self._run(tokens, position_ids=self._places(tokens))
         self._switch.took(len(tokens), time.perf_counter() - started)
         self.acceptance.drafted += len(drafted)
+        self.acceptance.predicted += self._predicted
         self._kept = [token]
         logits = self._shown["logits"]
         self._checked = deque((guess, logits[:, at : at + 1]) for at, guess in enumerate(drafted, 1))

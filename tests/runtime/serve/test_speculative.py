@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from openai.types import CompletionUsage
 from qwen_runtime import Model, Sampling
 
 from tests.support.servers import Server, serving
@@ -83,6 +84,13 @@ def test_a_prediction_is_drafted_from(exact: Server, model: Model) -> None:
         raw = urllib.request.urlopen(f"{exact.url}/metrics").read().decode()
         return float(re.findall(r"^qwen_edge_accepted_tokens_total (\S+)", raw, re.M)[0])
 
+    def usage(found: CompletionUsage | None) -> tuple[int, int]:
+        details = found and found.completion_tokens_details
+        assert details is not None
+        assert details.accepted_prediction_tokens is not None
+        assert details.rejected_prediction_tokens is not None
+        return details.accepted_prediction_tokens, details.rejected_prediction_tokens
+
     client, counts = exact.client(), [accepted()]
     parts = [{"type": "text", "text": expected[:90]}, {"type": "text", "text": expected[90:]}]
     for content in ("Nothing of the kind.", parts):
@@ -92,6 +100,19 @@ def test_a_prediction_is_drafted_from(exact: Server, model: Model) -> None:
         )
         assert found.choices[0].message.content == expected
         counts.append(accepted())
+        of_prediction, _ = usage(found.usage)
+        assert of_prediction <= counts[-1] - counts[-2]
+        *_, last = client.chat.completions.create(
+            model="any",
+            messages=question,
+            prediction=prediction,
+            temperature=0,
+            max_tokens=60,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        assert min(usage(last.usage)) >= 0
+        counts[-1] = accepted()
     assert counts[2] >= counts[1] >= counts[0]
 
 

@@ -292,6 +292,30 @@ def test_kept_states(trained: Path, how: Speculative) -> None:
         assert assert_same(plain, model, turn, 30).cached_tokens > 50
 
 
+def test_what_comes_from_a_prediction_is_counted_apart(trained: Path) -> None:
+    question = [{"role": "user", "content": "What is assert?"}]
+    options: dict[str, Any] = {"max_tokens": 60, "sampling": GREEDY}
+    with checking(trained, Speculative.EXACT) as model:
+
+        def counts(prediction: str) -> tuple[int, int]:
+            found = model.generate(question, prediction=prediction, **options)
+            answers.append(found.run())
+            counted = found.acceptance
+            assert counted is not None
+            assert counted.predicted <= counted.drafted
+            assert counted.accepted_predicted <= min(counted.accepted, counted.predicted)
+            return counted.predicted, counted.accepted_predicted
+
+        answers: list[str] = []
+        assert counts("") == (0, 0)
+        _, chosen = counts(answers[0])
+        assert chosen > 0
+        half = answers[0][:40]
+        tried, chosen = counts(f"{half} quite otherwise, {half} and otherwise again")
+        assert 0 < chosen < tried
+        assert len(set(answers)) == 1
+
+
 def test_it_switches_itself_off_and_on(trained: Path) -> None:
     """Whatever it does, an exact answer is the same."""
     with Model.load(trained) as plain, Model.load(trained, speculative=Speculative.EXACT) as model:

@@ -46,8 +46,8 @@ def _tensor(stored: dict[str, PlainTensor], module: str) -> CheckpointTensor:
     if not plain or zeros is None or zeros.dtype != _INT8 or zeros.shape != scales.shape:
         raise UserError(
             f"{codes.name} ({codes.dtype} {codes.shape}, scales {scales.dtype}) is in a layout of torchao's "
-            "that is not supported yet: give the checkpoint in bf16, or one that Float8WeightOnlyConfig, Int8WeightOnlyConfig or "
-            "IntxWeightOnlyConfig made"
+            "that is not supported yet: give the checkpoint in bf16, or one that Float8WeightOnlyConfig, "
+            "Int8WeightOnlyConfig or IntxWeightOnlyConfig made"
         )
     n, k = codes.shape
     groups = scales.shape[1]
