@@ -88,6 +88,8 @@ class Settings(TypedDict, total=False):
 
     layer_weights: dict[str, dict[str, StoredAs]]
     fallbacks: list[str]
+    threads: int | Literal["performance"]
+    spinning: bool
 
 
 class _FurtherAlways(TypedDict):

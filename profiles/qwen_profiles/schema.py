@@ -192,6 +192,14 @@ class Profile(_Frozen):
     context_length: int = Field(gt=0)
     """Tokens of prompt and answer together; at most the checkpoint's own limit."""
 
+    threads: Annotated[int, Field(ge=0, le=1024)] | Literal["performance"] = 0
+    """Threads that compute on the CPU, unless whoever runs the artifact says otherwise: 0 is one for each
+    physical core; `performance` one for each P core, which `qwen-run` finds and other programs do not."""
+
+    spinning: bool = True
+    """Whether threads of ONNX Runtime that wait for the next product keep their cores busy meanwhile. False
+    leaves the cores to other work, and takes longer where there is none."""
+
     hardware: Hardware
     """Memory, bandwidth, and how to recognise the machine."""
 
@@ -229,6 +237,10 @@ class Profile(_Frozen):
             raise ValueError("scale_dtype must be float16, as the activations are")
         if self.compression not in ("data-free", "gptq") and self.backend != BackendName.OPENVINO:
             raise ValueError(f"compression {self.compression} is for backend openvino: choose gptq")
+        if not self.spinning and self.backend == BackendName.OPENVINO:
+            raise ValueError(
+                "spinning is ONNX Runtime's, and OpenVINO has no such choice: leave it off the profile"
+            )
         if self.lowering not in (known := PROVIDERS[self.provider].lowerings):
             raise ValueError(
                 f"provider {self.provider} has no kernels for lowering {self.lowering}: "

@@ -18,6 +18,7 @@ from qwen_common.shape import first_fault
 
 from qwen_runtime.images import ImageSettings
 from qwen_runtime.template import read_templates
+from qwen_runtime.threads import Threads
 
 
 class _SessionOptions(TypedDict):
@@ -74,12 +75,14 @@ class Artifact:
             manifest's `runtime`: those of its fields that are needed here.
         prepacked: the graph that the CPU takes in place of the decoder's, with weights in its own layout, as
             a path from `root`.
+        threads: that compute on the CPU; None: what genai_config says.
     """
 
     root: Path
     manifest: Manifest
     genai_config: Mapping[str, Any]
     prepacked: Path | None = None
+    threads: Threads | None = None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Artifact:
@@ -174,10 +177,14 @@ class Artifact:
         takes the main ones."""
         further = manifests.further_graphs(self.manifest, provider)
         found: dict[str, Any] = {} if further is None else read_json(self.root / further["overlay"], ADVICE)
+        changed: dict[str, Any] = {}
         if self.prepacked is not None and provider == CPU.key:
+            changed["filename"] = str(self.prepacked)
+        if self.threads is not None:
+            changed["session_options"] = self.threads.session_options
+        if changed:
             model = found.get("model", {})
-            decoder = {**model.get("decoder", {}), "filename": str(self.prepacked)}
-            found = {**found, "model": {**model, "decoder": decoder}}
+            found = {**found, "model": {**model, "decoder": {**model.get("decoder", {}), **changed}}}
         return found
 
     def decoder(self, provider: str) -> str:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from qwen_common.errors import UserError
-from qwen_common.manifest import BackendName
 from rich.table import Table
 
-from qwen_runtime.artifact import Artifact
 from qwen_runtime.bandwidth import read_bandwidth
 from qwen_runtime.child import ChildEnded, child
 from qwen_runtime.model import Model
+from qwen_runtime.threads import Threads
 
 DEFAULT_CONTEXTS = (128, 512, 2048)
 DEFAULT_TOKENS = 32
 DEFAULT_ROUNDS = 3
 _TEXT = "A list is mutable, and a tuple is not. "
 _REPORT = "report.json"
-_THREADS = "ORT_INTRA_OP_NUM_THREADS"  # ONNX Runtime's; it counts where a session asks for 0
+ENDED = "{} ended the process that ran it: is there enough memory? Else try another provider"
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ class Bench:
     profile: str
     provider: str
     reason: str
+    threads: Threads | None
     rounds: int
     tokens: int
     load_seconds: float
@@ -80,7 +78,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class _Timing:
+class Timing:
     """Seconds until the prompt was read, and for each further token."""
 
     first: float
@@ -93,7 +91,7 @@ def bench(
     contexts: Sequence[int] | None = None,
     tokens: int = DEFAULT_TOKENS,
     rounds: int = DEFAULT_ROUNDS,
-    threads: int | None = None,
+    threads: int | str | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Bench:
     """Measure in a process of its own, whose memory is the model's.
@@ -102,32 +100,28 @@ def bench(
         contexts: lengths of prompt, in tokens; None is `DEFAULT_CONTEXTS`, as far as they fit.
         tokens: to decode after each prompt.
         rounds: how often each length is measured; one more before them warms up.
-        threads: that ONNX Runtime computes with on the CPU; None: as many as there are physical cores.
+        threads: as of `Model.load`.
         note: told what is being done.
 
     Raises:
         UserError: the artifact cannot be loaded, a length does not fit its context, or the provider ended
             the process.
     """
-    if threads is not None and Artifact.open(artifact).backend != BackendName.ONNX:
-        raise UserError(f"{artifact} is for OpenVINO, and --threads is for ONNX Runtime: leave it off")
     note("loading")
     try:
-        with computing_with(threads), child(artifact, provider) as model:
+        with child(artifact, provider, threads) as model:
             loaded = model.loaded
-            lengths = _fitting(contexts, loaded.info.context_length - tokens)
+            lengths = fitting(contexts, loaded.info.context_length - tokens)
             note("warming up")
-            model.call(_time, lengths[0], tokens)
-            timings: dict[int, list[_Timing]] = {length: [] for length in lengths}
+            model.call(timed, lengths[0], tokens)
+            timings: dict[int, list[Timing]] = {length: [] for length in lengths}
             for at in range(rounds):  # round by round, so that a busy minute does not hit one length alone
                 for length in lengths:
                     note(f"round {at + 1} of {rounds}: {length} tokens")
-                    timings[length].append(model.call(_time, length, tokens))
+                    timings[length].append(model.call(timed, length, tokens))
             peak = model.call(_peak)
     except ChildEnded as error:
-        raise UserError(
-            f"{artifact} ended the process that ran it: is there enough memory? Else try another provider"
-        ) from error
+        raise UserError(ENDED.format(artifact)) from error
     note("memory bandwidth")
     bandwidth, decode_bytes = read_bandwidth(), _decode_bytes(artifact)
     ceiling = bandwidth / decode_bytes if decode_bytes else None
@@ -136,6 +130,7 @@ def bench(
         profile=loaded.info.profile,
         provider=loaded.info.provider,
         reason=loaded.info.reason,
+        threads=loaded.info.threads,
         rounds=rounds,
         tokens=tokens,
         load_seconds=loaded.seconds,
@@ -146,20 +141,6 @@ def bench(
         decode_bytes=decode_bytes,
         points=tuple(_point(length, found, ceiling) for length, found in timings.items()),
     )
-
-
-@contextmanager
-def computing_with(threads: int | None) -> Iterator[None]:
-    """Processes that are started inside, and take ONNX Runtime's own number of threads, take `threads`."""
-    before = os.environ.get(_THREADS)
-    try:
-        if threads is not None:
-            os.environ[_THREADS] = str(threads)
-        yield
-    finally:
-        os.environ.pop(_THREADS, None)
-        if before is not None:
-            os.environ[_THREADS] = before
 
 
 def table(found: Bench) -> Table:
@@ -187,6 +168,7 @@ def summary(found: Bench) -> str:
     return "\n".join(
         (
             f"provider   {found.reason}",
+            f"threads    {found.threads}",
             f"loading    {found.load_seconds:.2f} s",
             f"memory     {memory}; {found.artifact_bytes / 1e6:.0f} MB of files",
             f"bandwidth  {found.bandwidth / 1e9:.1f} GB/s read by all CPUs together",
@@ -230,7 +212,12 @@ def plot(found: Bench, path: Path) -> None:
         raise UserError(f"cannot write the plot {path}: {error}") from error
 
 
-def _fitting(contexts: Sequence[int] | None, room: int) -> list[int]:
+def fitting(contexts: Sequence[int] | None, room: int) -> list[int]:
+    """Lengths of prompt, in order.
+
+    Raises:
+        UserError: one does not fit.
+    """
     if contexts is None:
         fitting = [length for length in DEFAULT_CONTEXTS if length <= room]
         if fitting:
@@ -244,7 +231,7 @@ def _fitting(contexts: Sequence[int] | None, room: int) -> list[int]:
     return sorted(set(contexts))
 
 
-def _point(length: int, timings: Sequence[_Timing], ceiling: float | None) -> Point:
+def _point(length: int, timings: Sequence[Timing], ceiling: float | None) -> Point:
     first = statistics.median(timing.first for timing in timings)
     rate = 1 / statistics.median(second for timing in timings for second in timing.next)
     return Point(length, first, length / first, rate, rate / ceiling if ceiling else None)
@@ -257,12 +244,13 @@ def _decode_bytes(artifact: Path) -> int | None:
         return None
 
 
-def _time(model: Model, length: int, tokens: int) -> _Timing:
+def timed(model: Model, length: int, tokens: int) -> Timing:
+    """A prompt of `length` tokens, and `tokens` after it."""
     ids = model.encode(_TEXT * (length + tokens))[: length + tokens]
     times = [time.perf_counter()]
     times += [time.perf_counter() for _ in model.pace(ids, length)]
     seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return _Timing(seconds[0], tuple(seconds[1:]))
+    return Timing(seconds[0], tuple(seconds[1:]))
 
 
 def _peak(model: Model) -> int:

@@ -60,22 +60,22 @@ class Child:
 
 
 @contextmanager
-def child(artifact: Path, provider: str) -> Iterator[Child]:
-    """Load `artifact` in another process, which ends with the context.
+def child(artifact: Path, provider: str, threads: int | str | None = None) -> Iterator[Child]:
+    """Load `artifact` in another process, which ends with the context; arguments as of `Model.load`.
 
     Raises:
         UserError: the artifact cannot be loaded.
         ChildEnded: the process ended.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield Child(pool, pool.submit(_load, artifact, provider).result())
+        yield Child(pool, pool.submit(_load, artifact, provider, threads).result())
 
 
-def _load(artifact: Path, provider: str) -> Loaded:
+def _load(artifact: Path, provider: str, threads: int | str | None) -> Loaded:
     global _model
     process = psutil.Process()
     before, start = process.memory_info().rss, time.perf_counter()
-    _model = Model.load(artifact, provider)
+    _model = Model.load(artifact, provider, threads=threads)
     seconds, after = time.perf_counter() - start, process.memory_info().rss
     return Loaded(_model.info, seconds, before, after, _model.scores_apart)
 

@@ -10,6 +10,7 @@ from qwen_common.errors import UserError
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.template import chosen
+from qwen_runtime.threads import Threads
 from qwen_runtime.tool_calls.registry import DEFAULT, dialect_of
 
 
@@ -20,6 +21,7 @@ class ModelInfo:
     Attributes:
         reason: one line for people.
         images: whether it can see.
+        threads: that compute on the CPU.
         templates: its chat templates by name; none where they cannot be read, which a request is told.
     """
 
@@ -30,6 +32,7 @@ class ModelInfo:
     reason: str
     context_length: int
     images: bool = False
+    threads: Threads | None = None
     templates: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -45,8 +48,15 @@ class ModelInfo:
             reason=reason,
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
+            threads=artifact.threads,
             templates=_templates(artifact),
         )
+
+    @property
+    def placed(self) -> str:
+        """Where it runs and why, and with how many threads where that is not ONNX Runtime's own choice."""
+        told = self.threads is not None and not self.threads.usual
+        return f"{self.reason}; {self.threads}" if told else self.reason
 
     @property
     def dialect(self) -> str | None:

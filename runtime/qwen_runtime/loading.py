@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from qwen_common.errors import UserError
@@ -16,6 +17,7 @@ from qwen_runtime.prompt import PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.states import States, StateSettings
+from qwen_runtime.threads import decide
 
 Parts = tuple[Artifact, ModelInfo, Backend, PromptBuilder, PromptReader]
 
@@ -30,9 +32,11 @@ def load_parts(
     image_pixels: int | None,
     prepacked: Path | None,
     speculative: Speculative | None,
+    threads: int | str | None,
 ) -> Parts:
     """Arguments and errors as of `Model.load`."""
     artifact = Artifact.open(path, verify)
+    artifact = replace(artifact, threads=decide(threads, artifact.manifest["settings"]))
     if speculative is not None and prepacked is not None:
         raise UserError("--speculative has graphs of its own, without --prepacked-dir: leave one off")
     if prepacked is not None:

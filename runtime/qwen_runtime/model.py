@@ -64,6 +64,7 @@ class Model:
         image_pixels: int | None = None,
         prepacked: Path | None = None,
         speculative: Speculative | None = None,
+        threads: int | str | None = None,
     ) -> Model:
         """Load the artifact in the folder `path`.
 
@@ -86,6 +87,9 @@ class Model:
                 model larger than the memory runs at the pace of the disk.
             speculative: guess the next tokens and check several in a run, in ONNX Runtime itself on the CPU;
                 states are kept as with `states`. Off by itself where it does not pay.
+            threads: that compute on the CPU: how many, 0 for one for each physical core, or `performance` for
+                one on each P core; `4:yield` does not keep cores busy while they wait. None: as the variable
+                ORT_INTRA_OP_NUM_THREADS says, or else the artifact. `info.threads` has what it came to.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
@@ -93,7 +97,16 @@ class Model:
         """
         return cls(
             *load_parts(
-                path, provider, verify, context_length, keep, states, image_pixels, prepacked, speculative
+                path,
+                provider,
+                verify,
+                context_length,
+                keep,
+                states,
+                image_pixels,
+                prepacked,
+                speculative,
+                threads,
             )
         )
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from qwen_export.cli import main
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile, parse_profile
 from qwen_runtime.artifact import Artifact
+from qwen_runtime.cores import find_cores
+from qwen_runtime.model import Model
 
 from benchmarks.geometry import write_checkpoint
 from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
@@ -59,6 +62,28 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
     session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     expected = {"cpu": [], "strix-halo": [{"AMDGPU": {"profile": "hip"}}]}
     assert session["provider_options"] == expected[profile]
+
+
+@pytest.mark.parametrize(
+    "settings, options, count",
+    [
+        (
+            ["threads=1", "spinning=false"],
+            {"intra_op_num_threads": 1, "session.intra_op.allow_spinning": "0"},
+            1,
+        ),
+        (["threads=performance"], {"intra_op_num_threads": 0}, len(find_cores().performance)),
+    ],
+)
+def test_threads_of_a_profile(
+    settings: list[str], options: dict[str, Any], count: int, tmp_path: Path
+) -> None:
+    output = make_artifact(TINY, load_profile("cpu", settings), tmp_path / "out", all_logits=False)
+    session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert session == options | {"provider_options": []}
+    with Model.load(output, "cpu") as model:
+        assert model.info.threads is not None and model.info.threads.count == count
+        assert model.info.threads.spinning == (len(settings) == 1) and "by the artifact" in model.info.placed
 
 
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:

@@ -249,6 +249,23 @@ def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
         load_profile(str(tmp_path / "missing.toml"))
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("threads=-1", "threads.*greater than or equal to 0"),
+        ("threads=2000", "threads.*less than or equal to 1024"),
+        ("threads=true", "threads.*integer"),
+        ("threads=eco", "threads.*performance"),
+        ("spinning=maybe", "spinning.*boolean"),
+    ],
+)
+def test_threads_are_checked(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_profile("cpu", [override])
+    with pytest.raises(UserError, match="spinning is ONNX Runtime's"):
+        load_profile("intel-lunar-lake", ["spinning=false"])
+
+
 def test_every_field_is_documented() -> None:
     document = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text(encoding="utf-8")
     assert f"{BEGIN}{fields_table()}{END}" in document

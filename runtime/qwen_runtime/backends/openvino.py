@@ -278,11 +278,13 @@ def _release(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-def _properties(artifact: Artifact, device: str) -> dict[str, str]:
+def _properties(artifact: Artifact, device: str) -> dict[str, int | str]:
     """The artifact's own, and a place for kernels compiled for a graphics device. The CPU compiles as quickly
     as it would read them."""
-    properties = artifact.provider_options(OPENVINO_EP.key)  # what profiles name beside the backend
-    if device != "cpu":
+    properties: dict[str, int | str] = {**artifact.provider_options(OPENVINO_EP.key)}  # of the profile
+    if device == "cpu":
+        properties |= artifact.threads.openvino if artifact.threads is not None else {}
+    else:
         from platformdirs import user_cache_dir
 
         properties["CACHE_DIR"] = user_cache_dir("qwen-edge", appauthor=False)

@@ -29,6 +29,7 @@ from qwen_runtime.images import Patches
 from qwen_runtime.prepacked import damaged
 from qwen_runtime.resident import settle
 from qwen_runtime.state import KeptState, Point
+from qwen_runtime.threads import apply
 from qwen_runtime.tokenizer import Tokenizer
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -57,6 +58,7 @@ class Ort:
         def session(name: str) -> Any:
             options = ort.SessionOptions()
             options.log_severity_level = 3
+            apply(options, artifact.threads)
             return ort.InferenceSession(artifact.root / name, options, providers=[CPU.onnxruntime_name])
 
         model = artifact.genai_config["model"]

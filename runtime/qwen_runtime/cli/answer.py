@@ -22,6 +22,7 @@ from qwen_runtime.cli.options import (
     PREPACKED,
     PROVIDER,
     SPECULATIVE,
+    THREADS,
     VERIFY,
     speculates,
 )
@@ -97,6 +98,7 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
 @SPECULATIVE
 @EXACT
 @PROVIDER
+@THREADS
 @PREPACKED
 @VERIFY
 @click.option("--adapter", metavar="NAME", help="Answer with an adapter that the artifact keeps apart.")
@@ -125,6 +127,7 @@ def answer(
     exact: bool,
     adapter: str | None,
     provider: str,
+    threads: str | None,
     prepacked: Path | None,
     verify: bool,
     as_json: bool,
@@ -156,9 +159,11 @@ def answer(
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
         with shown_load(artifact):
-            loaded = Model.load(artifact, provider, verify, prepacked=prepacked, speculative=how)
+            loaded = Model.load(
+                artifact, provider, verify, prepacked=prepacked, speculative=how, threads=threads
+            )
         with loaded as model:
-            click.echo(model.info.reason, err=True)
+            click.echo(model.info.placed, err=True)
             if adapter is not None:
                 model.use_adapter(adapter)
             if text is None:

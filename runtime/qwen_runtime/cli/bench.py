@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 from qwen_common.errors import reported
 
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, JSON, PROVIDER
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, JSON, PROVIDER, number_of_threads
 
 _EPILOG = """\b
 Examples:
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu --contexts 512,4096 --rounds 5 --plot speed.png
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu --threads 6
+  qwen-run bench artifacts/Qwen3.5-0.8B-cpu --threads 2,4,performance,4:yield
   qwen-run bench artifacts/Qwen3.5-0.8B-cpu --json > speed.json
 """
 
@@ -24,6 +25,13 @@ def _lengths(context: click.Context, parameter: click.Parameter, text: str | Non
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter("give numbers of tokens with commas between them, such as 128,512") from None
+
+
+def _choices(context: click.Context, parameter: click.Parameter, text: str | None) -> list[str]:
+    choices = [] if text is None else [number_of_threads(part.strip()) for part in text.split(",")]
+    if len(set(choices)) < len(choices):
+        raise click.BadParameter("give each number once")
+    return choices
 
 
 @click.command(epilog=_EPILOG)
@@ -42,9 +50,11 @@ def _lengths(context: click.Context, parameter: click.Parameter, text: str | Non
 )
 @click.option(
     "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="That ONNX Runtime computes with on the CPU.  [default: one for each physical core]",
+    "choices",
+    callback=_choices,
+    metavar="N[,N...]",
+    help="That compute on the CPU, as `qwen-run answer` takes it. Several are measured in turns and compared "
+    "in processes of their own, with the memory of all of them.  [default: as the model is run]",
 )
 @PROVIDER
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it too, into this PNG file.")
@@ -55,7 +65,7 @@ def bench(
     contexts: list[int] | None,
     tokens: int,
     rounds: int,
-    threads: int | None,
+    choices: list[str],
     provider: str,
     picture: Path | None,
     as_json: bool,
@@ -68,9 +78,25 @@ def bench(
         from rich.console import Console
 
         from qwen_runtime import bench as measuring
+        from qwen_runtime import bench_threads as comparing
 
+        if picture is not None and len(choices) > 1:
+            raise click.UsageError("--plot draws one number of threads.")
         with Console(stderr=True).status("starting") as status:
-            found = measuring.bench(artifact, provider, contexts, tokens, rounds, threads, status.update)
+            if len(choices) > 1:
+                compared = comparing.compare(
+                    artifact, choices, provider, contexts, tokens, rounds, status.update
+                )
+            else:
+                threads = choices[0] if choices else None
+                found = measuring.bench(artifact, provider, contexts, tokens, rounds, threads, status.update)
+        if len(choices) > 1:
+            if as_json:
+                click.echo(json.dumps(dataclasses.asdict(compared), indent=2))
+                return
+            Console().print(comparing.table(compared))
+            click.echo(comparing.verdict(compared))
+            return
         if picture is not None:
             measuring.plot(found, picture)
         if as_json:

@@ -9,7 +9,16 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import DEBUG, EXACT, PREPACKED, PROVIDER, SPECULATIVE, VERIFY, speculates
+from qwen_runtime.cli.options import (
+    DEBUG,
+    EXACT,
+    PREPACKED,
+    PROVIDER,
+    SPECULATIVE,
+    THREADS,
+    VERIFY,
+    speculates,
+)
 
 _EPILOG = """\b
 Examples:
@@ -130,6 +139,7 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 @SPECULATIVE
 @EXACT
 @PROVIDER
+@THREADS
 @PREPACKED
 @click.option("--kiosk", is_flag=True, help="Show the page in its kiosk mode.")
 @VERIFY
@@ -140,6 +150,7 @@ def serve(
     speculative: bool,
     exact: bool,
     provider: str,
+    threads: str | None,
     prepacked: Path | None,
     verify: bool,
     context_length: int | None,
@@ -173,7 +184,17 @@ def serve(
         listen(
             [
                 ModelSettings(
-                    path, provider, verify, context_length, keep, states, pixels, name, prepacked, how
+                    path,
+                    provider,
+                    verify,
+                    context_length,
+                    keep,
+                    states,
+                    pixels,
+                    name,
+                    prepacked,
+                    how,
+                    threads,
                 )
                 for path, name in _paths(artifacts, named)
             ],

@@ -71,7 +71,7 @@ def serve(
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         with answering(listener, settings[0].path, engines[0].info.name):
             engines[0].load()
-        print(engines[0].info.reason, flush=True)
+        print(engines[0].info.placed, flush=True)
         print(f"listening on http://{name}:{listener.getsockname()[1]}", flush=True)
         config = uvicorn.Config(
             make_app(

@@ -53,6 +53,7 @@ class ModelSettings:
     name: str | None = None
     prepacked: Path | None = None
     speculative: Speculative | None = None
+    threads: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
             image_pixels=settings.image_pixels,
             prepacked=settings.prepacked,
             speculative=settings.speculative,
+            threads=settings.threads,
         )
     except Exception as error:
         _log.debug("loading failed", exc_info=True)

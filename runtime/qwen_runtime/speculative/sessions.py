@@ -13,6 +13,7 @@ from qwen_common.providers import CPU
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.speculative import Speculative
+from qwen_runtime.threads import apply
 
 MOST_DRAFTS = 7  # a run of more tokens costs more than it can bring (docs/speculative.md)
 _GRAPHS, _HEAD = {Speculative.FAST: "speculative.onnx", Speculative.EXACT: "pairs.onnx"}, "mtp.onnx"
@@ -60,6 +61,7 @@ class Sessions:
             )
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        apply(options, artifact.threads)
         # Sessions take turns: the threads of one must not keep the cores busy while another works.
         options.add_session_config_entry("session.force_spinning_stop", "1")
 

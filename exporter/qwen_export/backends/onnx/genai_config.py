@@ -53,8 +53,7 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
             "pad_token_id": pad if pad is not None else first_end,
             "decoder": {
                 "filename": MODEL_FILE,
-                # 0: ONNX Runtime's own choice, every physical core. Without it GenAI takes half of them.
-                "session_options": {"intra_op_num_threads": 0, "provider_options": provider_options},
+                "session_options": {**_threads(profile), "provider_options": provider_options},
                 "hidden_size": config.hidden_size,
                 "head_size": config.head_dim,
                 "num_attention_heads": config.num_attention_heads,
@@ -87,6 +86,15 @@ def genai_overlay(checkpoint: Checkpoint, lowering: str, replaced: Mapping[str, 
     model = {section: {"filename": replaced[name]} for section, name in _FILES.items() if name in replaced}
     model["decoder"] = {**model.get("decoder", {}), **_layer_types(checkpoint, lowering)}
     return {"model": model, "search": {"past_present_share_buffer": _shares_buffer(lowering)}}
+
+
+def _threads(profile: Profile) -> dict[str, Any]:
+    """0: ONNX Runtime's own choice, every physical core. Without it GenAI takes half of them. Which are the P
+    cores is known where it runs, and found there by `qwen_runtime`."""
+    count = 0 if profile.threads == "performance" else profile.threads
+    return {"intra_op_num_threads": count} | (
+        {} if profile.spinning else {"session.intra_op.allow_spinning": "0"}
+    )
 
 
 def _layer_types(checkpoint: Checkpoint, lowering: str) -> dict[str, Any]:
