@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -45,6 +46,15 @@ def _known_provider(key: str) -> str:
 
 
 ProviderKey = Annotated[str, AfterValidator(_known_provider)]
+
+
+def _thread_count(value: object) -> object:
+    if value != "performance" and not (type(value) is int and 0 <= value <= 1024):
+        raise ValueError("Input should be a number from 0 to 1024, or 'performance'")
+    return value
+
+
+ThreadCount = Annotated[int | Literal["performance"], BeforeValidator(_thread_count)]
 PciId = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:([0-9a-f]{4}|\*)$")]
 
 
@@ -192,7 +202,7 @@ class Profile(_Frozen):
     context_length: int = Field(gt=0)
     """Tokens of prompt and answer together; at most the checkpoint's own limit."""
 
-    threads: Annotated[int, Field(ge=0, le=1024)] | Literal["performance"] = 0
+    threads: ThreadCount = 0
     """Threads that compute on the CPU, unless whoever runs the artifact says otherwise: 0 is one for each
     physical core; `performance` one for each P core, which `qwen-run` finds and other programs do not."""
 
