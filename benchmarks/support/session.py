@@ -17,9 +17,11 @@ class Session:
 
     providers: Sequence[str] = ("CPUExecutionProvider",)
 
-    def __init__(self, artifact: Path, batch: int = 1) -> None:
+    def __init__(self, artifact: Path, batch: int = 1, threads: int = 0) -> None:
+        """`threads` 0: as many as there are cores."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(artifact / "model.onnx", options, providers=list(self.providers))
         self.outputs = [output.name for output in self._session.get_outputs()]
         self._artifact = artifact
