@@ -18,7 +18,7 @@ class Target:
 
     Attributes:
         name: the lowering's name in profiles and manifests.
-        onnxruntime: the versions that can load the result.
+        onnxruntime: the versions that can load the result, where no node needs a newer one.
         operators: com.microsoft operators that the graph may use.
         zero_points_required: MatMulNBits must be given its zero points.
         exact_blocks: MatMulNBits' block size must divide K, and into an even number of blocks.
@@ -74,20 +74,17 @@ _FUSED_ONLY = {
 }
 
 FUSED = _target("fused", ">=1.30", _EVERYWHERE | _FUSED_ONLY)
-# With operators in place of several nodes, that have been run on the CPU alone.
-_CPU = _target("fused", ">=1.31", FUSED.operators | {"BranchwiseRMSNorm"})
 # DirectML has a GroupQueryAttention kernel, but it takes the past as empty whenever a run has more than
 # one token, so a prompt that arrives in pieces would be answered wrongly and without an error.
 PORTABLE = _target("portable", ">=1.24", _EVERYWHERE)
 
-CONTRIB_OPERATORS = _CPU.operators | PORTABLE.operators
-_OWN = {(FUSED.name, "cpu"): _CPU}
-_SHARED = {FUSED.name: FUSED, PORTABLE.name: PORTABLE}
+CONTRIB_OPERATORS = FUSED.operators | PORTABLE.operators
+_LOWERINGS = {FUSED.name: FUSED, PORTABLE.name: PORTABLE}
 
 
 def target_for(lowering: str, provider: str) -> Target:
     """The lowering's target, without the operators that the provider lacks."""
-    target, record = _OWN.get((lowering, provider), _SHARED[lowering]), PROVIDERS[provider]
+    target, record = _LOWERINGS[lowering], PROVIDERS[provider]
     return replace(
         target,
         operators=target.operators - record.lacks,

@@ -12,7 +12,7 @@ from benchmarks.support.checkpoints import TINY, TINY_MOE
 from tests.support.exported import Exported
 
 # By layer, with the two norms around it; then what there is once: embedding, positions, last norm, lm_head.
-GATED_DELTA_NET, ATTENTION, ONCE = 19, 12, 32
+GATED_DELTA_NET, ATTENTION, ONCE = 23, 14, 32
 MLP, EXPERTS = 5, 12
 
 

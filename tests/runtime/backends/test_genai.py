@@ -78,4 +78,4 @@ def test_onnxruntime_that_is_too_old(cpu_artifact: Path) -> None:
         "except UserError as error: print(error)"
     )
     found = subprocess.run([OLD_PYTHON, "-c", code], capture_output=True, text=True)
-    assert "needs onnxruntime >=1.31: install it, or export with a profile for older ones" in found.stdout
+    assert "needs onnxruntime >=1.30: install it, or export with a profile for older ones" in found.stdout
