@@ -29,8 +29,13 @@ from qwen_runtime.provider import Choice, load_first
 from qwen_runtime.resident import settle
 from qwen_runtime.tokenizer import Tokenizer
 
-# ONNX Runtime, of a graph that it is too old for; the second, 1.31 of experts in 4-bit floats.
-_TOO_OLD = ("is not a registered function/op", "Could not find an implementation for QMoE(")
+# ONNX Runtime, of a graph that it is too old for; the second, 1.30 of quantised experts, the third, 1.31 of
+# experts in 4-bit floats.
+_TOO_OLD = (
+    "is not a registered function/op",
+    "Unrecognized attribute: ",
+    "Could not find an implementation for QMoE(",
+)
 
 
 class GenAIGenerator(LogitsGenerator, ImageGenerator, RewindableGenerator, OutputGenerator, Protocol):

@@ -238,7 +238,7 @@ def _further(checkpoint: Checkpoint, further: FurtherGraphs, context: int, stage
     entry: FurtherEntry = {
         "providers": list(further.providers),
         "lowering": further.target.name,
-        "onnxruntime": further.target.onnxruntime,
+        "onnxruntime": further.onnxruntime(),
         "files": further.replaced,
         "overlay": overlay,
     }

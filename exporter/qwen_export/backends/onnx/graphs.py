@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,6 +54,10 @@ class FurtherGraphs:
     by_file: dict[str, Graph]
     max_run_tokens: int | None
 
+    def onnxruntime(self) -> str:
+        """The versions that can load the graphs."""
+        return _loads_on(self.target, self.by_file.values())
+
 
 @dataclass(frozen=True)
 class Graphs:
@@ -85,7 +90,7 @@ class Graphs:
     def onnxruntime(self) -> str:
         """The versions that can load the graphs for the profile's provider."""
         has_fp4 = any(isinstance(weight.storage, Fp4) for weight, _ in self.placed)
-        return f">={self.target.fp4_experts}" if has_fp4 else self.target.onnxruntime
+        return f">={self.target.fp4_experts}" if has_fp4 else _loads_on(self.target, self.by_file.values())
 
     def sources(self) -> dict[str, bool]:
         """The checkpoint's tensors that weights are made of, and whether those keep their codes."""
@@ -141,6 +146,13 @@ def build_graphs(
             own = {file: own[name] for name, file in replaced.items()}
             further.append(FurtherGraphs(tuple(takers), target, replaced, own, _longest(target, run)))
     return Graphs(main, by_file, further, layout.placed, layout.end, _longest(main, run))
+
+
+def _loads_on(target: Target, graphs: Iterable[Graph]) -> str:
+    nodes = (node for graph in graphs for node in graph.nodes)
+    # onnxruntime 1.30 refuses a graph that has the attribute, 1.31 loads it (run).
+    levels = any(node.op_type == "QMoE" and "accuracy_level" in node.attributes for node in nodes)
+    return ">=1.31" if levels else target.onnxruntime
 
 
 def speculates(checkpoint: Checkpoint, profile: Profile) -> bool:
