@@ -32,9 +32,14 @@ class Kind:
     milliseconds: float = 0.0
 
 
-def step_nodes(artifact: Path, past: int, steps: int, tokens: int = 1) -> dict[str, Kind]:
-    """By operator, the means of `steps` runs of `tokens` tokens after `past` others."""
-    graph = artifact.absolute() / "model.onnx"
+def step_nodes(
+    artifact: Path, past: int, steps: int, tokens: int = 1, file: str = "model.onnx"
+) -> dict[str, Kind]:
+    """By operator, the means of `steps` runs of `tokens` tokens after `past` others, by the graph in `file`.
+
+    That of `speculative.onnx` is run as in plain decoding, where no token is pending.
+    """
+    graph = artifact.absolute() / file
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         session = profiled(graph, "CPUExecutionProvider", {})
         binding = _bound(session, past, tokens)
@@ -53,20 +58,25 @@ def step_nodes(artifact: Path, past: int, steps: int, tokens: int = 1) -> dict[s
 
 def _bound(session: ort.InferenceSession, past: int, tokens: int) -> ort.IOBinding:
     binding, total = session.io_binding(), past + tokens
+    outputs = [value.name for value in session.get_outputs()]
     sizes = {"batch_size": 1, "past_sequence_length": total, "sequence_length": tokens}
     for value in session.get_inputs():
         if value.name.startswith("past"):
             state = np.zeros([sizes.get(axis, axis) for axis in value.shape], np.float32)
             shared = ort.OrtValue.ortvalue_from_numpy(state)
             binding.bind_ortvalue_input(value.name, shared)
-            binding.bind_ortvalue_output("present." + value.name.split(".", 1)[1], shared)
+            for kind in ("present.", "settled."):
+                if (output := kind + value.name.split(".", 1)[1]) in outputs:
+                    binding.bind_ortvalue_output(output, shared)
+        elif value.name == "pending":
+            binding.bind_cpu_input(value.name, np.zeros((value.shape[0], 0, value.shape[2]), np.float32))
     positions = np.broadcast_to(np.arange(past, total), (3, 1, tokens)).astype(np.int64)
     binding.bind_cpu_input("input_ids", np.ones((1, tokens), np.int64))
     binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
     binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
-    for value in session.get_outputs():
-        if not value.name.startswith("present"):
-            binding.bind_output(value.name)
+    for name in outputs:
+        if not name.startswith(("present", "settled")) and name != "entering":
+            binding.bind_output(name)
     return binding
 
 
@@ -78,8 +88,9 @@ def main() -> None:
     parser.add_argument("--past", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1, help="of one run: 1 is a decode step")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--graph", default="model.onnx", help="a graph's file, as speculative.onnx")
     asked = parser.parse_args()
-    kinds = step_nodes(asked.artifact, asked.past, asked.steps, asked.tokens)
+    kinds = step_nodes(asked.artifact, asked.past, asked.steps, asked.tokens, asked.graph)
     table = Table("operator", "nodes", "ms")
     for name, kind in sorted(kinds.items(), key=lambda item: -item[1].milliseconds):
         table.add_row(name, f"{kind.nodes:.0f}", f"{kind.milliseconds:.2f}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,15 @@ class Graph:
     outputs: Sequence[Value]
     nodes: Sequence[Node]
     initializers: Sequence[Value]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One way that an `If` may take, a graph without inputs: what it reads is the outer graph's."""
+
+    name: str
+    outputs: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
 
 
 class DataLayout:
@@ -186,6 +195,16 @@ class GraphBuilder:
         made = tuple([Value(f"{name}/{index}") for index in range(outputs)])
         self._nodes.append(Node(op_type, domain, name, inputs, made, attributes))
         return made
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[Branch]:
+        """Nodes made inside go to a branch of an `If`; they may use all that was made before."""
+        outer, branch = self._nodes, Branch(name)
+        self._nodes = branch.nodes
+        try:
+            yield branch
+        finally:
+            self._nodes = outer
 
     def constant(self, value: Any, dtype: np.dtype | type | None = None) -> Value:
         """A constant stored in the graph file itself; equal constants are stored once."""

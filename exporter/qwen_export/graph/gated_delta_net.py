@@ -14,7 +14,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm, rms_norm_by_head
-from qwen_export.graph.pending import Pending
+from qwen_export.graph.pending import Pending, States
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.silu import silu
 from qwen_export.graph.tokens import each_token, joined
@@ -77,16 +77,14 @@ def gated_delta_net(
     recipe: Recipe,
     name: str,
     x: Value,
-    past: tuple[Value, Value],
+    past: States,
     masks: Triangles | None,
     pending: Pending | None = None,
-) -> tuple[Value, list[tuple[Value, Value]]]:
+) -> tuple[Value, list[States]]:
     """x [B, T, hidden], past conv state [B, C, kernel - 1] and recurrent state float32 [B, Hv, dk, dv].
 
-    Returns the output [B, T, hidden], and both present states after each of `each_token`; before them, where
-    tokens are pending, the states after those.
+    Returns the output [B, T, hidden], and both present states after each of `each_token`.
     """
-    past_conv, past_state = past
     in_proj = projection(
         recipe,
         f"{name}.in_proj_qkvz",
@@ -101,23 +99,41 @@ def gated_delta_net(
         axis=-1,
     )
     decay, beta = _gates(g, recipe, name, x)
-    recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
-    outputs, presents = [], []
-    runs = each_token(g, mixed, decay, beta)
     if pending:
-        runs = [pending.exchange(mixed, decay, beta), *runs]
-    for entering, decays, betas in runs:
-        convolved, past_conv = _causal_conv(g, config, recipe, name, entering, past_conv)
-        output, past_state = recurrence(g, config, convolved, decays, betas, past_state, masks)
+        pending.enters(mixed, decay, beta)
+    outputs, presents = [], []
+    for entering in each_token(g, mixed, decay, beta):
+        output, past = enter(g, config, recipe, name, entering, past, masks)
         outputs.append(output)
-        presents.append((past_conv, past_state))
-    output = joined(g, outputs[1:] if pending else outputs)
+        presents.append(past)
+    output = joined(g, outputs)
 
     # In float32, as the recurrence before it gives it.
     norm = recipe.floats(f"{name}.norm.weight", _FLOAT32)
     normed = gated_rms_norm(g, output, norm, z, config.linear_num_value_heads, config.rms_norm_eps)
     out_proj = projection(recipe, f"{name}.out_proj", recipe.whole(f"{name}.out_proj.weight"))
     return linear(g, recipe, normed, out_proj), presents
+
+
+def enter(
+    g: GraphBuilder,
+    config: TextConfig,
+    recipe: Recipe,
+    name: str,
+    entering: tuple[Value, ...],
+    past: States,
+    masks: Triangles | None,
+) -> tuple[Value, States]:
+    """Convolution and recurrence: `entering` is mixed [B, T, C], decay and beta [B, T, Hv].
+
+    Returns the recurrence's output [B, T, Hv dv], and the states after it.
+    """
+    mixed, decay, beta = entering
+    past_conv, past_state = past
+    convolved, conv = _causal_conv(g, config, recipe, name, mixed, past_conv)
+    recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
+    output, state = recurrence(g, config, convolved, decay, beta, past_state, masks)
+    return output, (conv, state)
 
 
 def _causal_conv(

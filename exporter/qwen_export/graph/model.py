@@ -10,12 +10,12 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder, Shape, Value
-from qwen_export.graph.gated_delta_net import gated_delta_net, triangles
+from qwen_export.graph.gated_delta_net import Triangles, enter, gated_delta_net, triangles
 from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
-from qwen_export.graph.pending import MOST_TOKENS, Pending
+from qwen_export.graph.pending import MOST_TOKENS, Entering, Pending, States
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
 from qwen_export.graph.tokens import last_positions
@@ -127,6 +127,8 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     visible = spans(g, config, attention_mask, run)
     masks = triangles(g, run, options.max_run_tokens)
     pending = Pending(g, config) if options.pending else None
+    if pending:
+        past = _settled(g, config, recipe, pending, past, masks)
 
     residual = run if options.embeddings else take_rows(g, run, embedding)
     update: Value | None = None
@@ -148,6 +150,9 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
             for state, *values in zip(carried[layer], *presents, strict=True):
                 for called, value in zip(_present_names(g, state, len(values)), values, strict=True):
                     g.output(value, called, state.dtype, state.present_shape)
+            if pending and layer_type == "linear_attention":
+                for state, value in zip(carried[layer], past[layer], strict=True):
+                    g.output(value, state.settled, state.dtype, state.present_shape)
             x, residual = _next_norm(g, config, recipe, f"{name}.post_attention_layernorm", update, residual)
             update = feed_forward(g, config, recipe, f"{name}.mlp", x)
 
@@ -167,11 +172,35 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", length, config.vocab_size))
 
 
+def _settled(
+    g: GraphBuilder,
+    config: TextConfig,
+    recipe: Recipe,
+    pending: Pending,
+    past: list[tuple[Value, ...]],
+    masks: Triangles | None,
+) -> list[tuple[Value, ...]]:
+    """`past` of all layers with those tokens in the states of Gated DeltaNets that are pending."""
+    recurrent = [layer for layer, kind in enumerate(config.layer_types) if kind == "linear_attention"]
+
+    def settle(index: int, entering: Entering, before: States) -> States:
+        name = f"model.layers.{recurrent[index]}"
+        with g.scope(f"{name}.linear_attn.pending"):
+            _, after = enter(g, config, recipe, f"{name}.linear_attn", entering, before, masks)
+        return after
+
+    found = list(past)
+    before = [(conv, state) for conv, state in (past[layer] for layer in recurrent)]
+    for layer, after in zip(recurrent, pending.settle(before, settle), strict=True):
+        found[layer] = after
+    return found
+
+
 def _present_names(g: GraphBuilder, state: State, count: int) -> list[str]:
     """Of a state after each of `count` parts of a run."""
     if g.pairs:
         return [f"{state.present}.{number}" for number in range(1, count + 1)]
-    return [state.settled, state.present][-count:]
+    return [state.present]
 
 
 def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: Value, lm_head: Weight) -> Value:

@@ -2,10 +2,14 @@
 
 A recurrent state cannot be cut back. So a run's tokens do not go into the states that it returns. What each
 of them brings to a Gated DeltaNet is returned beside, a few thousand numbers, and the next run is given that
-of the tokens that stayed: it lets them in first. The weights are not read again for it.
+of the tokens that stayed: it lets them in first. The weights are not read again for it. Where none are
+pending, as in plain decoding, an `If` hands the states on, and copies nothing where a state that comes out is
+given the memory of the one that went in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +19,9 @@ from qwen_export.graph.tokens import last_positions
 
 MOST_TOKENS = 8  # of a run's end may be taken back; a prompt's runs are longer, and stay
 _FLOAT32 = np.dtype(np.float32)
+
+States = tuple[Value, Value]  # of a Gated DeltaNet: the convolution's and the recurrent one
+Entering = tuple[Value, Value, Value]  # mixed, decay, beta: [1, tokens, ...] each
 
 
 class Pending:
@@ -29,21 +36,40 @@ class Pending:
         self._g = g
         self._widths = config.conv_dim, config.linear_num_value_heads, config.linear_num_value_heads
         self._shape = (config.layer_types.count("linear_attention"), "last_tokens", sum(self._widths))
-        layers = self._shape[0]
-        before = g.input("pending", _FLOAT32, (layers, "pending_length", sum(self._widths)))
-        self._before = iter(g.ops("Split", before, outputs=layers, axis=0, num_outputs=layers))
-        self._entering: list[Value] = []
+        self._entering: list[Entering] = []
 
-    def exchange(self, mixed: Value, decay: Value, beta: Value) -> tuple[Value, Value, Value]:
-        """Give what enters the next layer's recurrence in this run, [1, sequence, ...] each, for that of the
-        tokens that are pending."""
-        g = self._g
-        mixed = mixed if g.dtype == _FLOAT32 else g.cast(mixed, _FLOAT32)
-        entering = (last_positions(g, value, MOST_TOKENS) for value in (mixed, decay, beta))
-        self._entering.append(g.op("Concat", *entering, axis=-1))
-        mixed, decay, beta = g.ops("Split", next(self._before), g.ints(*self._widths), outputs=3, axis=-1)
-        return mixed if g.dtype == _FLOAT32 else g.cast(mixed, g.dtype), decay, beta
+    def settle(
+        self, past: Sequence[States], enter: Callable[[int, Entering, States], States]
+    ) -> list[States]:
+        """The states of all Gated DeltaNets after the tokens that are pending.
+
+        Args:
+            enter: makes the nodes that let tokens into the states of one of them, by its place in `past`.
+        """
+        g, (layers, _, width) = self._g, self._shape
+        pending = g.input("pending", _FLOAT32, (layers, "pending_length", width))
+        there = g.cast(g.op("Squeeze", g.op("Shape", pending, start=1, end=2)), np.bool_)
+        with g.branch("pending") as some:
+            for index, layer in enumerate(
+                g.ops("Split", pending, outputs=layers, axis=0, num_outputs=layers)
+            ):
+                mixed, decay, beta = g.ops("Split", layer, g.ints(*self._widths), outputs=3, axis=-1)
+                mixed = mixed if g.dtype == _FLOAT32 else g.cast(mixed, g.dtype)
+                some.outputs.extend(enter(index, (mixed, decay, beta), past[index]))
+        with g.branch("nothing_pending") as none:
+            none.outputs.extend(g.op("Identity", state) for pair in past for state in pair)
+        settled = g.ops("If", there, outputs=2 * layers, then_branch=some, else_branch=none)
+        return list(zip(settled[::2], settled[1::2], strict=True))
+
+    def enters(self, mixed: Value, decay: Value, beta: Value) -> None:
+        """What enters the next layer's recurrence in this run."""
+        # The others are small enough to stay whole until the end of a prompt's run: fewer nodes.
+        self._entering.append((last_positions(self._g, mixed, MOST_TOKENS), decay, beta))
 
     def output(self) -> None:
-        """Declare the graph's output, once all layers have exchanged theirs."""
-        self._g.output(self._g.op("Concat", *self._entering, axis=0), "entering", _FLOAT32, self._shape)
+        """Declare the graph's output, once all layers have said what enters."""
+        g = self._g
+        mixed, *gates = (g.op("Concat", *values, axis=0) for values in zip(*self._entering, strict=True))
+        mixed = mixed if g.dtype == _FLOAT32 else g.cast(mixed, _FLOAT32)
+        gates = [last_positions(g, values, MOST_TOKENS) for values in gates]
+        g.output(g.op("Concat", mixed, *gates, axis=-1), "entering", _FLOAT32, self._shape)

@@ -68,7 +68,8 @@ class Ort:
         self.embedding = session(model["embedding"]["filename"]) if seeing else None
         self.vision = session(model["vision"]["filename"]) if "vision" in model else None
         self.states = {v.name: v for v in self.decoder.get_inputs() if v.name.startswith(_PAST)}
-        self.outputs = [v.name for v in self.decoder.get_outputs()]
+        # By its name; of one that is a state, the input that it is given to by the next run.
+        self.outputs = {v.name: v.name.replace(_PRESENT, _PAST, 1) for v in self.decoder.get_outputs()}
         self.given: dict[str, npt.NDArray[Any]] = {}
         # States stay where they are: a run writes after keys and values, and over the others.
         self.shared = bool(artifact.genai_config["search"].get("past_present_share_buffer", True))
@@ -226,6 +227,8 @@ class OrtGenerator(ChoosingGenerator):
         self._backend = backend
         self._pictures: Pictures | None = None
         self._found: dict[str, Any] = {}  # the last run's outputs but states
+        # Of a run of one token, and all that it gave: the next one has the same in the same memory.
+        self._bound: tuple[Any, dict[str, Any]] | None = None
         self._features: dict[int, npt.NDArray[Any]] = {}  # of images, by the place of their first token
         room = max_length if backend.shared else 0
         self._hold(backend.zeros(room))
@@ -276,7 +279,7 @@ class OrtGenerator(ChoosingGenerator):
         import onnxruntime as ort
 
         value = ort.OrtValue.ortvalue_from_numpy  # the array's own memory
-        self._arrays = arrays
+        self._arrays, self._bound = arrays, None
         self._values = {name: value(array) for name, array in arrays.items()}
         self._fixed = [name for name in arrays if not _grows(self._backend.states[name])]
         # Where they may not be written over they take turns between two places, which takes LinearAttention
@@ -289,30 +292,42 @@ class OrtGenerator(ChoosingGenerator):
     def _read(self, tokens: Sequence[int]) -> Logits:
         backend = self._backend
         start, end = len(self._tokens), len(self._tokens) + len(tokens)
-        binding = backend.decoder.io_binding()
+        again = self._bound if len(tokens) == 1 else None
+        binding, found = again or (backend.decoder.io_binding(), {})
         for name, array in self._inputs(tokens, start, end).items():
             binding.bind_cpu_input(name, array)
+        if not found:
+            self._bind_states(binding)
+        backend.decoder.run_with_iobinding(binding)
+        if not found:
+            found = dict(zip(backend.outputs, binding.get_outputs(), strict=True))
+            self._keep_states(found)
+        self._bound = (binding, found) if backend.shared and len(tokens) == 1 else None
+        self._found = {name: found[name] for name in found if backend.outputs[name] not in self._values}
+        return found["logits"].numpy()[:, -1:].astype(np.float32)
+
+    def _bind_states(self, binding: Any) -> None:
+        """And the other outputs."""
+        backend = self._backend
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
-        for output in backend.outputs:
-            name = output.replace(_PRESENT, _PAST, 1)
+        for output, name in backend.outputs.items():
             if name in self._spare:
                 binding.bind_ortvalue_output(output, self._spare_values[name])
             elif name in self._values and backend.shared:
                 binding.bind_ortvalue_output(output, self._values[name])
             else:
                 binding.bind_output(output)
-        backend.decoder.run_with_iobinding(binding)
-        found = dict(zip(backend.outputs, binding.get_outputs(), strict=True))
+
+    def _keep_states(self, found: Mapping[str, Any]) -> None:
+        """Those that a run has put into other memory."""
         for name in self._values:
             if name in self._spare:
                 self._arrays[name], self._spare[name] = self._spare[name], self._arrays[name]
                 values = self._values[name], self._spare_values[name]
                 self._spare_values[name], self._values[name] = values
-            elif not backend.shared:
+            elif not self._backend.shared:
                 self._values[name] = found[name.replace(_PAST, _PRESENT, 1)]
-        self._found = {name: found[name] for name in found if not name.startswith(_PRESENT)}
-        return found["logits"].numpy()[:, -1:].astype(np.float32)
 
     def _inputs(self, tokens: Sequence[int], start: int, end: int) -> dict[str, npt.NDArray[Any]]:
         ids = np.asarray([tokens], np.int64)

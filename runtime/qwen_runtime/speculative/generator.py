@@ -195,7 +195,7 @@ class SpeculativeGenerator(OrtGenerator):
             started = time.perf_counter()
             found = run(tokens, settle=True, position_ids=self._places(tokens))
             self._switch.settled(time.perf_counter() - started)
-        self._values, self._memory = run.values, run.spare
+        self._values, self._memory, self._bound = run.values, run.spare, None
         if found is None:
             return self._plain(tokens)
         self._show(tokens, found.get(_SHOWN))
@@ -207,7 +207,7 @@ class SpeculativeGenerator(OrtGenerator):
         if self._pending and len(tokens) == 1:
             self._switch.took(1, time.perf_counter() - started)
         if self._head is not None:
-            self._show(tokens, self._found[_SHOWN].numpy())
+            self._show(tokens, self.get_output(_SHOWN))
         return logits
 
     def _show(self, tokens: Sequence[int], hidden: npt.NDArray[Any] | None) -> None:

@@ -107,12 +107,13 @@ def zeros(session: Any, capacity: int) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def without_pending(decoder: Any) -> tuple[list[str], dict[str, npt.NDArray[np.float32]]]:
-    """Outputs of `decoder`, a graph whose tokens may be taken back, where none are, and what it is given."""
-    outputs = [value.name for value in decoder.get_outputs()]
+def without_pending(decoder: Any) -> tuple[dict[str, str], dict[str, npt.NDArray[np.float32]]]:
+    """Outputs of `decoder`, a graph whose tokens may be taken back, where none are, each with the state that
+    it is in the next run, and what it is given."""
+    outputs = [value.name for value in decoder.get_outputs() if value.name != _ENTERING]
     (pending,) = (value for value in decoder.get_inputs() if value.name == _PENDING)
     layers, _, width = pending.shape
-    kept = [name for name in outputs if name != _ENTERING and not name.startswith(_SETTLED)]
+    kept = {name: name.replace(_PRESENT, _PAST, 1).replace(_SETTLED, _PAST, 1) for name in outputs}
     return kept, {_PENDING: np.zeros((layers, 0, width), np.float32)}
 
 
@@ -165,9 +166,11 @@ class StatefulSession:
             name: [output for output in outputs if output.startswith(name.replace(_PAST, _PRESENT))]
             for name in self.values
         }
-        self._fixed = {name for name in self.values if "past_sequence_length" not in taken[name].shape}
+        settled = ((name, name.replace(_PAST, _SETTLED)) for name in self.values)
+        self._settled = {name: output for name, output in settled if output in outputs}
+        fixed = {name for name in self.values if "past_sequence_length" not in taken[name].shape}
         self.spare: dict[str, list[Any]] = {}
-        for name in () if self._defers else self._fixed:
+        for name in () if self._defers else fixed:
             there = [value(array) for array in (spare or {}).get(name, ())]
             shape, dtype = self.values[name].shape(), _DTYPES[taken[name].type]
             made = [value(np.empty(shape, dtype)) for _ in range(len(self._present[name]) - len(there))]
@@ -203,10 +206,11 @@ class StatefulSession:
             binding.bind_output(name)
         for name, state in self.values.items():
             binding.bind_ortvalue_input(name, state)
-            for output, value in zip(self._present[name], self._places(name), strict=True):
-                if self._defers and not settle and name in self._fixed:
-                    output = output.replace(_PRESENT, _SETTLED, 1)
-                binding.bind_ortvalue_output(output, value)
+            if before := self._settled.get(name):
+                binding.bind_ortvalue_output(before, state)
+            if settle or not before:
+                for output, value in zip(self._present[name], self._places(name), strict=True):
+                    binding.bind_ortvalue_output(output, value)
         self._session.run_with_iobinding(binding)
         # Outputs come in the order in which they were bound.
         found = {

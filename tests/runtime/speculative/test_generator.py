@@ -233,7 +233,7 @@ def test_what_a_grammar_forces_is_drafted(trained: Path) -> None:
         assert found.acceptance is not None and found.acceptance.accepted > len(found.tokens) / 2
 
 
-def test_prompts_leave_the_same_states(trained: Path, tmp_path: Path) -> None:
+def test_prompts_and_single_tokens_leave_the_same_states(trained: Path, tmp_path: Path) -> None:
     """To the bit: the graph for several tokens reads prompts too, so that weights are loaded once, and what
     plain decoding has kept is good for it."""
     tokens, states, found = [5 * n % 1900 for n in range(700)], StateSettings(folder=tmp_path), []
@@ -243,9 +243,18 @@ def test_prompts_leave_the_same_states(trained: Path, tmp_path: Path) -> None:
             assert isinstance(backend, Ort)
             if isinstance(backend, SpeculativeOrt):
                 assert backend.decoder is backend.sessions.decoder
-            generator = backend.generator({}, None, len(tokens) + 1)
+            generator = backend.generator({"do_sample": False}, None, len(tokens) + 4)
             append(generator, tokens, backend.chunk_size, lambda done: False)
-            found.append({**generator.caches, **generator.point().fixed})
+            logits = []
+            for _ in range(3):  # so early nothing is drafted
+                generator.generate_next_token()
+                logits.append(generator.get_logits().copy())
+            assert not np.array_equal(logits[-1], logits[-2])
+            states_now = {
+                name: generator.get_output(name.replace("past_key_values", "present"))
+                for name in backend.states
+            }
+            found.append({**states_now, "logits": np.concatenate(logits)})
             answer = model.generate(REPEATED, max_tokens=8, sampling=GREEDY)
             list(answer)
             assert (answer.cached_tokens > 0) is (how is not None)

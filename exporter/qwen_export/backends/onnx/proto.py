@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_export.graph.builder import CONTRIB_DOMAIN, DATA_FILE, DATA_TYPES, Graph, Node, Value
+from qwen_export.graph.builder import CONTRIB_DOMAIN, DATA_FILE, DATA_TYPES, Branch, Graph, Node, Value
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,20 @@ def _node(node: Node) -> onnx.NodeProto:
         name=node.name,
         input=["" if value is None else value.name for value in node.inputs],
         output=[value.name for value in node.outputs],
-        attribute=[onnx.helper.make_attribute(name, value) for name, value in node.attributes.items()],
+        attribute=[
+            onnx.helper.make_attribute(name, _branch(value) if isinstance(value, Branch) else value)
+            for name, value in node.attributes.items()
+        ],
+    )
+
+
+def _branch(branch: Branch) -> onnx.GraphProto:
+    import onnx
+
+    return onnx.GraphProto(
+        name=branch.name,
+        output=[onnx.ValueInfoProto(name=value.name) for value in branch.outputs],
+        node=[_node(node) for node in branch.nodes],
     )
 
 
@@ -133,6 +146,10 @@ def _attribute_size(value: Any) -> int:
         return _TYPE + 1 + 4
     if isinstance(value, str):
         return _TYPE + _field(len(value))
+    if isinstance(value, Branch):
+        outputs = sum(_field(_field(len(output.name))) for output in value.outputs)
+        nodes = sum(_field(_node_size(node)) for node in value.nodes)
+        return _TYPE + _field(_field(len(value.name)) + outputs + nodes)
     return _TYPE + sum(1 + _varint(item) for item in value)  # a list of integers
 
 
