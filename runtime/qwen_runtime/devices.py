@@ -273,16 +273,29 @@ def _sources(provider: Provider, system: str) -> tuple[str, ...]:
 
 
 def fitting_profiles(machine: Machine) -> list[str]:
-    """Names of the shipped profiles whose hardware this is, those that tell it most closely first."""
-    recognise = {
-        name: read_fields(name, shipped_text(name))["hardware"].get("recognise", {})
-        for name in profile_names()
-    }
-    fitting = [name for name, patterns in recognise.items() if _fits(patterns, machine)]
+    """Names of the shipped profiles whose hardware this is, those that tell it most closely first.
+
+    A name of a processor says nothing of graphics that are not there, as in a virtual machine: a profile for
+    them needs a device that its provider runs on.
+    """
+    fields = {name: read_fields(name, shipped_text(name)) for name in profile_names()}
+    recognise = {name: found["hardware"].get("recognise", {}) for name, found in fields.items()}
+    fitting = [
+        name
+        for name, found in fields.items()
+        if _has_device_for(found, machine) and _fits(recognise[name], machine)
+    ]
     # A name or an id says more than instruction sets, and more of these say more than fewer.
     return sorted(
         fitting,
         key=lambda name: (not _named(recognise[name]), -len(recognise[name].get("cpu_flags", ())), name),
+    )
+
+
+def _has_device_for(fields: Mapping[str, Any], machine: Machine) -> bool:
+    vendors = PROVIDERS[fields["provider"]].vendors
+    return vendors is None or any(
+        device.kind == fields["device"] and device.vendor in vendors for device in machine.devices
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -42,6 +43,25 @@ def test_profiles_that_tell_a_machine_most_closely_come_first() -> None:
     assert fitting_profiles(MINI_PC)[0] == "intel-n100"
     assert "cpu-avx2" in fitting_profiles(MINI_PC)
     assert "strix-halo" not in fitting_profiles(WORKSTATION)
+
+
+@pytest.mark.parametrize(
+    "cpu,pci,flags,best",
+    [
+        ("Intel(R) Core(TM) Ultra 7 258V", "8086:64a0", {"avx2"}, "intel-lunar-lake"),
+        ("Intel(R) Core(TM) Ultra 7 155H", "8086:7d55", {"avx2"}, "intel-meteor-lake"),
+        ("AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", "1002:1586", {"avx512f", "avx512_vnni"}, "strix-halo"),
+    ],
+)
+def test_profiles_for_graphics_need_them(cpu: str, pci: str, flags: set[str], best: str) -> None:
+    """A virtual machine has the processor's name alone, and perhaps somebody else's graphics."""
+    whole = Machine("linux", cpu, frozenset(flags), 32 * 10**9, (Device("gpu", "graphics", pci),))
+    assert fitting_profiles(whole)[0] == best
+    vendor = pci[:4]
+    for others in ((), (Device("npu", "an NPU", f"{vendor}:7d1d"),), (GEFORCE,)):
+        found = fitting_profiles(dataclasses.replace(whole, devices=others))
+        assert best not in found
+        assert any(name.startswith("cpu-") for name in found)
 
 
 @pytest.mark.parametrize(

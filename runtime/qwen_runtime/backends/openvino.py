@@ -33,6 +33,13 @@ _INSTALL = "pip install 'qwen-edge[openvino]'"
 _IMAGE_TAG = "<ov_genai_"  # OpenVINO GenAI's own way to write where an image goes
 # OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
 _RENAMED = {"random_seed": "rng_seed"}
+# OpenVINO's own default on a CPU with AVX-512 or AMX is bfloat16, for the recurrent states too. The pipeline's
+# kernel of the Gated DeltaNet takes a third longer with it (docs/openvino.md).
+_ON_CPU = {"INFERENCE_PRECISION_HINT": "f32"}
+_QUICKER = (
+    "an ONNX artifact is about twice as fast on a CPU (measured: docs/openvino.md): "
+    "qwen-export --profile cpu CHECKPOINT"
+)
 _LARGEST_MIN_P = 0.9999  # it refuses 1, which leaves the likeliest token alone
 
 
@@ -233,7 +240,8 @@ class PipelineGenerator:
 
 
 def choose_device(wanted: str, made_for: str, available: Sequence[str]) -> tuple[str, str]:
-    """The device to run on, a key of `DEVICES`, and the reason in one line.
+    """The device to run on, a key of `DEVICES`, and the reason in one line, which says for a CPU what would
+    be quicker there.
 
     Args:
         wanted: a device, or "auto" for the artifact's own, or else the CPU.
@@ -254,13 +262,14 @@ def choose_device(wanted: str, made_for: str, available: Sequence[str]) -> tuple
     elif device == "npu":
         problem = "OpenVINO GenAI's paged attention does not run on the NPU"
     if problem is None:
-        return (
-            device,
-            f"OpenVINO on {title}: {'the artifact was made for it' if wanted == 'auto' else 'asked for'}",
-        )
-    if wanted == "auto":
-        return "cpu", f"OpenVINO on CPU: {problem}"
-    raise UserError(f"{problem}: install its driver, or choose another device")
+        reasons = ["the artifact was made for it" if wanted == "auto" else "asked for"]
+    elif wanted == "auto":
+        device, reasons = "cpu", [problem]
+    else:
+        raise UserError(f"{problem}: install its driver, or choose another device")
+    if device == "cpu":
+        reasons.append(_QUICKER)
+    return device, f"OpenVINO on {DEVICES[device]}: {'; '.join(reasons)}"
 
 
 def _check_version(artifact: Artifact) -> None:
@@ -279,15 +288,14 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 def _properties(artifact: Artifact, device: str) -> dict[str, int | str]:
-    """The artifact's own, and a place for kernels compiled for a graphics device. The CPU compiles as quickly
-    as it would read them."""
+    """The artifact's own, what pays on a CPU, and a place for kernels compiled for a graphics device. The CPU
+    compiles as quickly as it would read them."""
     properties: dict[str, int | str] = {**artifact.provider_options(OPENVINO_EP.key)}  # of the profile
     if device == "cpu":
-        properties |= artifact.threads.openvino if artifact.threads is not None else {}
-    else:
-        from platformdirs import user_cache_dir
+        return {**_ON_CPU, **properties, **(artifact.threads.openvino if artifact.threads is not None else {})}
+    from platformdirs import user_cache_dir
 
-        properties["CACHE_DIR"] = user_cache_dir("qwen-edge", appauthor=False)
+    properties["CACHE_DIR"] = user_cache_dir("qwen-edge", appauthor=False)
     return properties
 
 
