@@ -15,7 +15,12 @@ ADVICE = "qwen-export --profile cpu"
         ("auto", ["CPU", "GPU.0"], "gpu", "OpenVINO on GPU: the artifact was made for it"),
         ("gpu", ["CPU", "GPU"], "gpu", "OpenVINO on GPU: asked for"),
         ("auto", ["CPU"], "cpu", "OpenVINO on CPU: OpenVINO finds no GPU on this machine, only CPU"),
-        ("auto", ["CPU", "NPU"], "cpu", "OpenVINO on CPU: OpenVINO finds no GPU on this machine, only CPU, NPU"),
+        (
+            "auto",
+            ["CPU", "NPU"],
+            "cpu",
+            "OpenVINO on CPU: OpenVINO finds no GPU on this machine, only CPU, NPU",
+        ),
         ("cpu", ["CPU", "GPU"], "cpu", "OpenVINO on CPU: asked for"),
     ],
 )

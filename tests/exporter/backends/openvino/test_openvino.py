@@ -307,7 +307,9 @@ def test_a_weight_that_no_group_fits_is_refused(tmp_path: Path) -> None:
 
 def test_stop_strings_seed_penalty_and_length(shipped: Path) -> None:
     with Model.load(shipped) as model:
-        assert model.info.reason.startswith("OpenVINO on CPU: OpenVINO finds no GPU on this machine, only CPU;")
+        assert model.info.reason.startswith(
+            "OpenVINO on CPU: OpenVINO finds no GPU on this machine, only CPU;"
+        )
         whole = "".join(model.generate("The", max_tokens=60, sampling=GREEDY))
         cut = model.generate("The", max_tokens=60, sampling=GREEDY, stop=whole[20:31])
         assert "".join(cut) == whole[:20] and cut.finish_reason == "stop"
