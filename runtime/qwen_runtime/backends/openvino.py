@@ -33,13 +33,10 @@ _INSTALL = "pip install 'qwen-edge[openvino]'"
 _IMAGE_TAG = "<ov_genai_"  # OpenVINO GenAI's own way to write where an image goes
 # OpenVINO GenAI's names for what `Sampling.search_options` and ONNX Runtime GenAI call otherwise.
 _RENAMED = {"random_seed": "rng_seed"}
-# OpenVINO's own default on a CPU with AVX-512 or AMX is bfloat16, for the recurrent states too. The pipeline's
-# kernel of the Gated DeltaNet takes a third longer with it (docs/openvino.md).
+# Measured, docs/openvino.md: OpenVINO's default on a CPU with AVX-512 or AMX is bfloat16, in which it keeps
+# the recurrent states too, and the pipeline's Gated DeltaNet takes longer.
 _ON_CPU = {"INFERENCE_PRECISION_HINT": "f32"}
-_QUICKER = (
-    "an ONNX artifact is about twice as fast on a CPU (measured: docs/openvino.md): "
-    "qwen-export --profile cpu CHECKPOINT"
-)
+_QUICKER = "an ONNX artifact is about twice as fast on a CPU: qwen-export --profile cpu CHECKPOINT"
 _LARGEST_MIN_P = 0.9999  # it refuses 1, which leaves the likeliest token alone
 
 
@@ -292,7 +289,8 @@ def _properties(artifact: Artifact, device: str) -> dict[str, int | str]:
     compiles as quickly as it would read them."""
     properties: dict[str, int | str] = {**artifact.provider_options(OPENVINO_EP.key)}  # of the profile
     if device == "cpu":
-        return {**_ON_CPU, **properties, **(artifact.threads.openvino if artifact.threads is not None else {})}
+        threads = artifact.threads.openvino if artifact.threads is not None else {}
+        return {**_ON_CPU, **properties, **threads}
     from platformdirs import user_cache_dir
 
     properties["CACHE_DIR"] = user_cache_dir("qwen-edge", appauthor=False)
