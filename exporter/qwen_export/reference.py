@@ -10,7 +10,7 @@ Source: transformers' Qwen3_5Model and Qwen3_5MoeModel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, float32
 _TILE_ELEMENTS = 16 * 1024 * 1024
 _STATE_ELEMENTS = 1024 * 1024  # of recurrent states worked on at a time, so that they stay in the CPU's cache
 _L2_EPSILON = 1e-6  # transformers' l2norm
+# query and key [batch, T, heads, key size], value [batch, T, heads, size], beta and logarithms of decay
+# [batch, T, heads] -> like value, from a state of zeros on.
+DeltaRule = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 class Weights:
@@ -77,12 +80,40 @@ def last_norm(config: TextConfig, weights: Weights, hidden: np.ndarray) -> np.nd
     return rms_norm(config, weights, "model.norm.weight", hidden)
 
 
-def layer(config: TextConfig, weights: Weights, index: int, hidden: np.ndarray) -> np.ndarray:
-    """Hidden states before layer `index` -> after it, both [batch, sequence, hidden], from position 0 on."""
+def delta_rule(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, beta: np.ndarray, log_decay: np.ndarray
+) -> np.ndarray:
+    """A `DeltaRule`, token by token."""
+    output, decay = np.empty_like(value), np.exp(log_decay)
+    batch, length, heads, key_size = key.shape
+    state = np.zeros((batch, heads, key_size, value.shape[-1]), np.float32)
+    for t in range(length):
+        k = key[:, t, :, :, None]
+        state *= decay[:, t, :, None, None]
+        seen = (k.swapaxes(-1, -2) @ state)[..., 0, :]
+        state += k * (beta[:, t, :, None] * (value[:, t] - seen))[..., None, :]
+        output[:, t] = (query[:, t, :, None, :] @ state)[..., 0, :]
+    return output
+
+
+def layer(
+    config: TextConfig,
+    weights: Weights,
+    index: int,
+    hidden: np.ndarray,
+    recurrence: DeltaRule = delta_rule,
+) -> np.ndarray:
+    """Hidden states before layer `index` -> after it, both [batch, sequence, hidden], from position 0 on.
+
+    Args:
+        recurrence: of Gated DeltaNet.
+    """
     name = f"model.layers.{index}"
     normed = rms_norm(config, weights, f"{name}.input_layernorm.weight", hidden)
-    mixer = {"full_attention": _attention, "linear_attention": _gated_delta_net}[config.layer_types[index]]
-    hidden = hidden + mixer(config, weights, name, normed)
+    if config.layer_types[index] == "full_attention":
+        hidden = hidden + _attention(config, weights, name, normed)
+    else:
+        hidden = hidden + _gated_delta_net(config, weights, name, normed, recurrence)
     normed = rms_norm(config, weights, f"{name}.post_attention_layernorm.weight", hidden)
     if isinstance(config, MoeTextConfig) and f"{name}.mlp.gate.weight" in weights:
         return hidden + _mixture_of_experts(config, weights, f"{name}.mlp", normed)
@@ -154,14 +185,16 @@ def _rotate(config: TextConfig, x: np.ndarray) -> np.ndarray:
     return np.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)
 
 
-def _gated_delta_net(config: TextConfig, weights: Weights, layer: str, x: np.ndarray) -> np.ndarray:
+def _gated_delta_net(
+    config: TextConfig, weights: Weights, layer: str, x: np.ndarray, recurrence: DeltaRule
+) -> np.ndarray:
     name, (batch, length, _) = f"{layer}.linear_attn", x.shape
     key_heads, heads = config.linear_num_key_heads, config.linear_num_value_heads
     projected = weights.linear(f"{name}.in_proj_qkv.weight", x)
     kernel = weights.whole(f"{name}.conv1d.weight")
     beta = _sigmoid(weights.linear(f"{name}.in_proj_b.weight", x))
     a = weights.linear(f"{name}.in_proj_a.weight", x) + weights.whole(f"{name}.dt_bias")
-    decay = np.exp(-np.exp(weights.whole(f"{name}.A_log")) * np.logaddexp(a, np.float32(0)))
+    log_decay = -np.exp(weights.whole(f"{name}.A_log")) * np.logaddexp(a, np.float32(0))
 
     key_size, value_size = config.linear_key_head_dim, config.linear_value_head_dim
     output = np.empty((batch, length, heads, value_size), np.float32)
@@ -176,27 +209,11 @@ def _gated_delta_net(config: TextConfig, weights: Weights, layer: str, x: np.nda
         )
         query *= np.float32(key_size**-0.5)
         value = value.reshape(-1, length, heads, value_size)
-        output[some] = _delta_rule(query, key, value, beta[some], decay[some])
+        output[some] = recurrence(query, key, value, beta[some], log_decay[some])
 
     gate = _silu(weights.linear(f"{name}.in_proj_z.weight", x)).reshape(output.shape)
     gate *= _normed(output, config.rms_norm_eps) * weights.whole(f"{name}.norm.weight")
     return weights.linear(f"{name}.out_proj.weight", gate.reshape(batch, length, -1))
-
-
-def _delta_rule(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, beta: np.ndarray, decay: np.ndarray
-) -> np.ndarray:
-    """[batch, T, heads, size] of query, key and value, [batch, T, heads] of the rest -> like `value`."""
-    output = np.empty_like(value)
-    batch, length, heads, key_size = key.shape
-    state = np.zeros((batch, heads, key_size, value.shape[-1]), np.float32)
-    for t in range(length):
-        k = key[:, t, :, :, None]
-        state *= decay[:, t, :, None, None]
-        seen = (k.swapaxes(-1, -2) @ state)[..., 0, :]
-        state += k * (beta[:, t, :, None] * (value[:, t] - seen))[..., None, :]
-        output[:, t] = (query[:, t, :, None, :] @ state)[..., 0, :]
-    return output
 
 
 def _causal_conv(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:

@@ -26,7 +26,9 @@ from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.graph.weights import PlacedWeight, Weight
 from qwen_export.quantize.blockwise import PRODUCTS, Compensation, Quantization
+from qwen_export.quantize.chunked_delta_rule import chunked_delta_rule
 from qwen_export.quantize.inputs import Inputs
+from qwen_export.quantize.lower_triangle import add_products, factorise
 from qwen_export.reference import Weights
 
 # Finds what the codes of a checkpoint's tensor are made with (`quantize`); of stacked experts, of one.
@@ -50,9 +52,7 @@ def gram(inputs: Iterable[np.ndarray], k: int) -> np.ndarray:
     """X^T X of `inputs` [..., K] together, float32 [K, K]; only its lower triangle is meant."""
     found = np.zeros((k, k), np.float32)
     for part in inputs:
-        x = part.reshape(-1, k)
-        for start, stop in _stripes(k):
-            found[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+        add_products(found, part.reshape(-1, k))
     return found
 
 
@@ -70,26 +70,12 @@ def compensation(gram: np.ndarray, tokens: int) -> Compensation:
     for start, stop in _stripes(size):  # so that inputs may be of any size that float32 holds
         gram[start:stop, :stop] /= np.float32(mean)
     diagonal += np.float32(_DAMPING * size / tokens)
-    _factorise(gram)
+    factorise(gram)
     roots = diagonal.copy()
     for start, stop in _stripes(size):
         gram[start:stop, :stop] /= roots[start:stop, None]
     diagonal[:] = 0
     return Compensation(gram, np.square(roots / roots.max()))
-
-
-def _factorise(h: np.ndarray) -> None:
-    """The lower triangle of H = L^T L becomes L, from the last stripe of rows up.
-
-    What the stripes below give to a stripe is one product, so that nearly all the work is BLAS's.
-    """
-    for start, stop in reversed(list(_stripes(len(h)))):
-        rows = h[start:stop, :stop]
-        rows -= h[stop:, start:stop].T @ h[stop:, :stop]
-        own = rows[:, start:]
-        upper = np.linalg.cholesky(own.T[::-1, ::-1])[::-1, ::-1]
-        rows[:, :start] = np.linalg.inv(upper) @ rows[:, :start]
-        own[:] = upper.T
 
 
 def _stripes(k: int) -> Iterator[tuple[int, int]]:
@@ -128,7 +114,7 @@ def with_compensations(
         inputs = Inputs(tensors, {rows.tensor for placed in placed_here for rows in placed.weight.rows})
         with PRODUCTS, np.errstate(over="ignore", invalid="ignore"):  # reported when one is asked for
             if index < config.num_hidden_layers:
-                hidden = reference.layer(config, inputs, index, hidden)
+                hidden = reference.layer(config, inputs, index, hidden, chunked_delta_rule)
             else:
                 inputs.keep(reference.head_name(config), reference.last_norm(config, inputs, hidden))
         compensations = _Compensations(inputs.found)

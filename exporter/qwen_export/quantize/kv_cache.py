@@ -19,6 +19,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 from qwen_export.graph.kv_cache import attention_blocks, cache_specs, scaled_norm, value_scale
 from qwen_export.graph.weights import one_plus
+from qwen_export.quantize.chunked_delta_rule import chunked_delta_rule
 
 CACHE_SAMPLES = 8  # of calibration text, at most
 _LARGEST_CODE = 127
@@ -69,7 +70,7 @@ def find_cache_scales(
     hidden = reference.embed(config, watched, samples)
     for layer in range(max(blocks, default=-1) + 1):
         with np.errstate(over="ignore", invalid="ignore"):  # reported below
-            hidden = reference.layer(config, watched, layer, hidden)
+            hidden = reference.layer(config, watched, layer, hidden, chunked_delta_rule)
         if layer in blocks:
             _fill(config, watched, blocks[layer])
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, DerivedTensor, float32
 from qwen_export.quantize.blockwise import Quantization, dequantize, quantize
+from qwen_export.quantize.chunked_delta_rule import chunked_delta_rule
 from qwen_export.quantize.inputs import Inputs
 from qwen_export.reference import Weights, log_softmax
 
@@ -27,6 +29,8 @@ _TOGETHER = 16  # parts that go through a layer at once
 _SAMPLED_ROWS = 256  # of each tensor, to compare forms
 _RUNS = 4  # that those rows are read in, from everywhere in the tensor
 _SAMPLED_EXPERTS = 4  # of each layer
+
+_layer = partial(reference.layer, recurrence=chunked_delta_rule)
 
 
 @dataclass(frozen=True, order=True)
@@ -80,14 +84,13 @@ def divergences(
     for index in range(config.num_hidden_layers):
         for start in range(0, len(streams), _TOGETHER):
             together = list(streams)[start : start + _TOGETHER]
-            moved = reference.layer(
-                config, exact, index, np.concatenate([streams[part] for part in together])
-            )
+            before = np.concatenate([streams[part] for part in together])
+            moved = _layer(config, exact, index, before)
             streams |= dict(zip(together, np.split(moved, len(together)), strict=True))
         for part in parts:
             if part.layer == index:
-                streams[part] = reference.layer(config, sets[part], index, hidden)
-        hidden = reference.layer(config, exact, index, hidden)
+                streams[part] = _layer(config, sets[part], index, hidden)
+        hidden = _layer(config, exact, index, hidden)
         advance()
     expected = log_softmax(reference.logits(config, exact, hidden))
     found = {}
@@ -123,7 +126,7 @@ def output_errors(
     for index in range(config.num_hidden_layers):
         names = by_layer.get(index, [])
         weights = Inputs(tensors, names)
-        hidden = reference.layer(config, weights, index, hidden)
+        hidden = _layer(config, weights, index, hidden)
         for name in names:
             found[name] = _errors(tensors[name], forms[name], weights.found.get(name, {}))
         advance()
