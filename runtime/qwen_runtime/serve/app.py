@@ -227,18 +227,21 @@ def _on_client_gone(http: HttpRequest, error: Exception) -> Response:
 
 
 async def health(http: HttpRequest) -> Response:
-    """The model in memory, or the first: `asleep` where the next request loads it."""
+    """The model in memory, or the first: `asleep` where the next request loads it, `frozen` where its process
+    does not run."""
     served: Models = http.app.state.models
     engine = served.current
-    ready = engine.alive or engine.asleep
+    status = "asleep" if engine.asleep else "ok" if engine.alive else "loading"
+    if engine.frozen:
+        status = "frozen"
     body = {
-        "status": "asleep" if engine.asleep else "ok" if engine.alive else "loading",
+        "status": status,
         "model": engine.info.name,
         "provider": engine.info.provider,
         "running": served.running,
         "waiting": served.waiting,
     }
-    return JSONResponse(body, 200 if ready else 503)
+    return JSONResponse(body, 200 if status in ("ok", "asleep") else 503)
 
 
 async def models(http: HttpRequest) -> Response:

@@ -81,6 +81,11 @@ class Engine:
         return self._model.alive
 
     @property
+    def frozen(self) -> bool:
+        """It is there, and has not run for some time."""
+        return self._model.frozen
+
+    @property
     def asleep(self) -> bool:
         """It is not there because nobody needs it: the next request starts it."""
         return self._model.asleep

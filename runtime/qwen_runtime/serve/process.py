@@ -81,6 +81,16 @@ class ModelProcess:
         await dead.wait()
         self._outbox.put(_CLOSE)
 
+    @property
+    def pid(self) -> int:
+        """Of a process that was started."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """What attends to it learns that it has died."""
+        self._process.kill()
+
     def end(self, patience: float = 0.0) -> None:
         """End the process; only where `patience` seconds are not enough for that whatever it is doing.
 

@@ -14,6 +14,7 @@ from qwen_runtime.artifact import Artifact
 from qwen_runtime.info import ModelInfo
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.process import ModelProcess
+from qwen_runtime.serve.signs_of_life import Silence
 from qwen_runtime.serve.worker import Done, ModelSettings, Reply, Result
 
 _log = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ _RESTART_PAUSE = 1.0  # seconds, doubled where it dies again before it was of us
 _LONGEST_PAUSE = 60.0
 _LONGEST_END = 20.0  # in which the process may write states to disk
 _LAST_WRITES = 5.0  # the same, where the server ends
+_LOOK = 1.0  # seconds between looks whether the process runs
+_TOLD = 10.0  # seconds that it has not run, and it is told
+_LONGEST_SILENCE = 120.0
 
 
 class Supervisor:
@@ -31,6 +35,7 @@ class Supervisor:
         alive: it is there, with the model.
         asleep: it is not there because nobody needs it; `wake` starts it.
         loaded: when, in seconds since 1970.
+        frozen: it is there, and has not run for some time.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class Supervisor:
         self.alive = False
         self.asleep = True
         self.loaded = 0.0
+        self.frozen = False
         self._settings = settings
         self._dispatch, self._died = dispatch, died
         self._info: ModelInfo | None = None
@@ -127,7 +133,12 @@ class Supervisor:
             await self._there.wait()
             process, started = self._process, time.monotonic()
             assert process is not None
-            await process.attend(self._on_reply)
+            watching = asyncio.create_task(self._watch(process))
+            try:
+                await process.attend(self._on_reply)
+            finally:
+                watching.cancel()
+                self.frozen = False
             if process is not self._process or self.asleep:  # it was ended, and another may be there already
                 continue
             self.alive = False
@@ -142,6 +153,24 @@ class Supervisor:
                 _log.error("%s has failed twice: going on with the CPU", self.info.provider)
                 self._settings = dataclasses.replace(self._settings, provider="cpu")
             pause = await self._start_again(_RESTART_PAUSE if self._useful else pause)
+
+    async def _watch(self, process: ModelProcess) -> None:
+        """Tell when it does not run any more, and end it where it stays so."""
+        silence = Silence(process.pid)
+        while (seconds := silence.look(_LOOK)) < _LONGEST_SILENCE:
+            if not self.frozen and seconds >= _TOLD:
+                _log.error(
+                    "the model's process has not run for %.0f seconds: it is stopped, or waits for a disk or "
+                    "a driver; it is ended after %.0f",
+                    seconds,
+                    _LONGEST_SILENCE,
+                )
+            elif self.frozen and not seconds:
+                _log.warning("the model's process runs again")
+            self.frozen = seconds >= _TOLD
+            await asyncio.sleep(_LOOK)
+        _log.error("the model's process has not run for %.0f seconds: ending it", seconds)
+        process.kill()
 
     async def _start_again(self, pause: float) -> float:
         """Until it is there, or asleep; the pause before the next time."""

@@ -27,6 +27,7 @@ from qwen_runtime.logits import TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.resident import release_freed
+from qwen_runtime.serve import signs_of_life
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.speculative.acceptance import Acceptance
@@ -149,6 +150,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
     """Load the model and answer jobs, each in a thread, until the pipe closes."""
     for name in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, and the server decides
         signal.signal(name, signal.SIG_IGN)
+    signs_of_life.show()
     try:
         model = Model.load(
             settings.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ import openai
 import psutil
 import pytest
 from qwen_runtime.request import Request
+from qwen_runtime.sampling import Sampling
 from qwen_runtime.serve import supervisor
 from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.models import Models
 from qwen_runtime.serve.worker import ModelSettings
 
@@ -173,6 +176,68 @@ def test_a_model_that_died_is_wanted_again_before_it_would_be_started(
             models.close()
 
     asyncio.run(try_it())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_process_that_is_stopped(
+    goes_on: bool, cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, seconds in {"_LOOK": 0.2, "_TOLD": 2.0, "_LONGEST_SILENCE": 600.0 if goes_on else 4.0}.items():
+        monkeypatch.setattr(supervisor, name, seconds)
+    bias = {int(token): value for token, value in endless(cpu_artifact).items()}
+
+    async def try_it() -> None:
+        engine = Engine(ModelSettings(cpu_artifact))
+        models = Models([engine])
+        running = asyncio.create_task(models.supervise())
+        try:
+            request = Request("The", max_tokens=300, sampling=Sampling(logit_bias=bias))
+            answer = await asyncio.wait_for(engine.submit(request), BOUND)
+            process = engine._model._process
+            assert process is not None
+            os.kill(process.pid, signal.SIGSTOP)
+            async with asyncio.timeout(BOUND):
+                while not engine.frozen:
+                    await asyncio.sleep(0.01)
+            assert "has not run for 2 seconds" in caplog.text
+            if goes_on:
+                os.kill(process.pid, signal.SIGCONT)
+                assert [piece async for piece in answer]
+                async with asyncio.timeout(BOUND):
+                    while engine.frozen:
+                        await asyncio.sleep(0.01)
+            else:
+                with pytest.raises(ApiError, match="the model's process ended: try again"):
+                    async with asyncio.timeout(BOUND):
+                        async for _ in answer:
+                            pass
+                async with asyncio.timeout(BOUND):
+                    while not engine.alive:
+                        await asyncio.sleep(0.01)
+            assert not engine.frozen and (engine._model._process is process) == goes_on
+            answer = await asyncio.wait_for(engine.submit(Request("The", max_tokens=2)), BOUND)
+            assert [piece async for piece in answer]
+        finally:
+            running.cancel()
+            models.close()
+
+    asyncio.run(try_it())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_health_tells_of_a_process_that_is_stopped(server: Server) -> None:
+    until_answered(server, "tiny-dense")
+    [worker] = workers(server)
+    worker.suspend()
+    deadline = time.monotonic() + BOUND
+    while (found := request(server, "GET", "/health"))[0] == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert found[0] == 503 and b'"frozen"' in found[2]
+    worker.resume()
+    until_answered(server, "tiny-dense")
+    assert workers(server) == [worker]
 
 
 def test_who_leaves_while_another_model_is_ended(cpu_artifact: Path) -> None:
