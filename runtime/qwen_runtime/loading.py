@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen_common.errors import UserError
+from qwen_common.manifest import BackendName
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.load import load, load_ort
@@ -17,7 +18,7 @@ from qwen_runtime.prompt import PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.states import States, StateSettings
-from qwen_runtime.threads import decide
+from qwen_runtime.threads import Threads, decide
 
 Parts = tuple[Artifact, ModelInfo, Backend, PromptBuilder, PromptReader]
 
@@ -36,7 +37,7 @@ def load_parts(
 ) -> Parts:
     """Arguments and errors as of `Model.load`."""
     artifact = Artifact.open(path, verify)
-    artifact = replace(artifact, threads=decide(threads, artifact.manifest["settings"]))
+    artifact = replace(artifact, threads=_threads(artifact, threads))
     if speculative is not None and prepacked is not None:
         raise UserError("--speculative has graphs of its own, without --prepacked-dir: leave one off")
     if prepacked is not None:
@@ -55,3 +56,11 @@ def load_parts(
         kept = States(states, ort, ort.digest, keep)
         reader = KeepingReader(ort, prompts, info.context_length, kept)
     return artifact, info, backend, prompts, reader
+
+
+def _threads(artifact: Artifact, asked: int | str | None) -> Threads:
+    settings = artifact.manifest["settings"]
+    if artifact.backend != BackendName.OPENVINO:
+        return decide(asked, settings)
+    # It places its threads itself, has no word for how they wait, and does not read ONNX Runtime's variable.
+    return replace(decide(asked, settings, {}), processors=(), spinning=True)

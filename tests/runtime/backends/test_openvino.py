@@ -6,7 +6,9 @@ In an environment of its own, as the exporter's. Truth is transformers in float3
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from qwen_export.cli import main
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Guidance, Model, Sampling
 from qwen_runtime.bench import bench
+from qwen_runtime.child import child
 from qwen_runtime.grammar import make_guidance
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.tokenizer import Tokenizer
@@ -250,6 +253,32 @@ def test_the_pipelines_own_tokenizer(shipped: Path) -> None:
         ids = tokenizer.encode(text)
         normalised = tokenizer.decode(ids, special=True)
         assert own.encode(normalised, add_special_tokens=False).input_ids.data[0].tolist() == ids, repr(text)
+
+
+def working_threads(model: Model) -> int:
+    """Threads that computed for an answer, once all had been started."""
+
+    def nanoseconds() -> dict[str, int]:
+        folders = Path("/proc/self/task").iterdir()
+        return {folder.name: int((folder / "schedstat").read_text().split()[0]) for folder in folders}
+
+    list(model.generate(TEXT, max_tokens=8))
+    before = nanoseconds()
+    list(model.generate(TEXT[::-1], max_tokens=8))
+    spent = {thread: time - before.get(thread, 0) for thread, time in nanoseconds().items()}
+    return sum(time > 0.1 * max(spent.values()) for time in spent.values())
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or (os.cpu_count() or 1) < 2, reason="counts in /proc"
+)
+def test_threads(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_INTRA_OP_NUM_THREADS", "1")  # not OpenVINO's
+    for asked, working in (None, 2), ("1", 1):
+        with child(shipped, "cpu", asked) as model:
+            assert model.loaded.info.threads is not None and not model.loaded.info.threads.processors
+            found = model.call(working_threads)
+            assert found == working or (asked is None and found > working)
 
 
 def test_images(tmp_path: Path) -> None:
