@@ -112,20 +112,20 @@ def compare(
 def table(found: Comparison) -> Table:
     """The rows, for a terminal."""
     first = found.rows[0].asked
-    shown = Table(
-        "threads", "prompt", "prefill, tokens/s", "decode, tokens/s", f"decode, times '{first}'", ""
-    )
+    shown = Table("threads", "prompt", "prefill, tokens/s", "decode, tokens/s", f"times '{first}'")
+    shown.columns[0].no_wrap = True
     for row in found.rows:
         low, high = row.decode_range
-        shown.add_row(
-            row.asked,
-            str(row.context),
-            f"{row.prefill_rate:.1f}",
-            f"{row.decode_rate:.1f} ({low:.1f} to {high:.1f})",
-            f"{row.ratio:.2f}",
-            str(row.threads),
-        )
+        decode = f"{row.decode_rate:.1f} ({low:.1f} to {high:.1f})"
+        shown.add_row(row.asked, str(row.context), f"{row.prefill_rate:.1f}", decode, f"{row.ratio:.2f}")
     return shown
+
+
+def meanings(found: Comparison) -> str:
+    """What each choice came to, a line for each."""
+    came = {row.asked: row.threads for row in found.rows}
+    width = max(map(len, came))
+    return "\n".join(f"{asked:{width}}  {threads}" for asked, threads in came.items())
 
 
 def verdict(found: Comparison) -> str:

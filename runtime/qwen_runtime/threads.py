@@ -169,8 +169,6 @@ def _number(text: str) -> int | None:
 
 def _on_performance(cores: Cores, spinning: bool, source: str) -> Threads:
     count = cores.at_most(len(cores.performance))
-    why = f"{source}: " + (
-        "the P cores" if cores.hybrid else "the performance cores, which are all alike here"
-    )
+    why = f"{source}: " + ("the P cores" if cores.hybrid else "all cores are alike")
     processors = cores.performance[:count] if cores.numbered else ()
     return Threads(count, processors, spinning, why, performance=True)

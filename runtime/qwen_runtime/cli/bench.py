@@ -95,6 +95,7 @@ def bench(
                 click.echo(json.dumps(dataclasses.asdict(compared), indent=2))
                 return
             Console().print(comparing.table(compared))
+            click.echo(comparing.meanings(compared))
             click.echo(comparing.verdict(compared))
             return
         if picture is not None:
