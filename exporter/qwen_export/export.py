@@ -20,6 +20,7 @@ from qwen_common.manifest import Manifest
 from qwen_common.replacing import put_in_place
 from qwen_profiles.schema import Profile
 
+from qwen_export.architecture.yarn import shorter_context
 from qwen_export.backends.protocol import ExportOptions, Write, Written
 from qwen_export.backends.registry import export_backend
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -150,11 +151,8 @@ def _prepare(one: Export, notes: dict[str, None], progress: Progress) -> _Prepar
             )
         checkpoint = replace(checkpoint, config=config)
         profile = profile.model_copy(update={"context_length": one.max_context})
-    elif profile.context_length > (limit := checkpoint.config.positions):
-        own.append(
-            f"the context is {limit} tokens, the checkpoint's own limit, and not {profile.context_length}: "
-            "--max-context reaches further, by YaRN"
-        )
+    elif shorter := shorter_context(checkpoint.config.positions, profile.context_length):
+        own.append(shorter)
     check_output(one.output, checkpoint.root, one.force)
     check_text_files(checkpoint)
     if checkpoint.streamed:

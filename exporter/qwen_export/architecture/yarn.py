@@ -55,3 +55,13 @@ def _attention_factor(rope: RopeParameters) -> float:
 
 def _mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def shorter_context(limit: int, asked: int) -> str | None:
+    """What is told where a profile asks for more tokens than the checkpoint was made for."""
+    if asked <= limit:
+        return None
+    return (
+        f"the context is {limit} tokens, the checkpoint's own limit, and not {asked}: "
+        "--max-context reaches further, by YaRN"
+    )

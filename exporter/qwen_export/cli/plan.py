@@ -56,6 +56,7 @@ def plan(
         from qwen_profiles.schema import load_profile
         from rich.console import Console
 
+        from qwen_export.architecture.yarn import shorter_context
         from qwen_export.cli.auto_precision import reach
         from qwen_export.cli.tables import compare_table, matrix_table, prediction_table
         from qwen_export.planner.models import configured, family
@@ -82,4 +83,6 @@ def plan(
             for option, (least, most) in ends.items():
                 click.echo(f"--auto-precision --{option}: {least / 1e9:.4g} GB to {most / 1e9:.4g} GB")
         if one:
+            if shorter := shorter_context(models[0].config.positions, chosen[0].context_length):
+                click.echo(f"note: {shorter}", err=True)
             require_memory(models[0], chosen[0])

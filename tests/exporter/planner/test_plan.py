@@ -136,6 +136,12 @@ def test_a_context_that_does_not_fit_is_said(tmp_path: Path) -> None:
     assert quiet.exit_code == 0 and "does not fit" not in quiet.stderr
 
 
+def test_a_context_that_the_checkpoint_does_not_have() -> None:
+    line = "note: the context is 8192 tokens, the checkpoint's own limit, and not 98304: "
+    assert line in run("plan", TINY, "--profile", "cpu", "--set", "context_length=98304").stderr
+    assert not run("plan", TINY, "--profile", "cpu", "--set", "context_length=8192").stderr
+
+
 def test_comparisons() -> None:
     profiles, models = [profile.name for profile in shipped_profiles()], list(family())
     by_profile = json.loads(run("plan", "Qwen3.5-4B", "--json").stdout)
