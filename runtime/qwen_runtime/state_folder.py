@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
 import stat
 import threading
 import time
@@ -47,6 +48,7 @@ class StateFolder:
         self._folder = root / model[:16]
         self._outlines: dict[Path, Outline] = {}
         self._refused: set[Path] = set()
+        self._failing = False
         self._lock = threading.Lock()
         try:
             for folder in (root, self._folder):
@@ -96,8 +98,8 @@ class StateFolder:
     def put(self, kept: KeptState) -> None:
         """Write `kept`, unless what is there spares nearly as much of it.
 
-        What is there of its beginning goes, but for what is shared. A failure is told in a line, and nothing
-        is written.
+        What is there of its beginning goes, but for what is shared. The first failure of several is told in a
+        line, and nothing is written.
         """
         keys = kept.keys[: kept.length]
         prefixes = {path: held for path, held in self.index().items() if _begins(keys, held.keys)}
@@ -110,8 +112,11 @@ class StateFolder:
         try:
             write_state(path, kept, self._model)
         except OSError as error:
-            _log.warning("a state was not written to %s: %s", path, error.strerror)
+            if not self._failing:  # a disk that is full stays so for many answers
+                _log.warning("states are not written to %s: %s", self._folder, error.strerror)
+            self._failing = True
             return
+        self._failing = False
         with self._lock:
             self._refused.discard(path)
             self._outlines[path] = kept.outline
@@ -168,9 +173,10 @@ def write_state(path: Path, kept: KeptState, model: str) -> None:
     Raises:
         OSError: it cannot be written; then nothing is left there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Processes of several containers may have the same id.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             states.write(file, kept, model)
             file.flush()
