@@ -17,6 +17,9 @@ import numpy as np
 # each other.
 _TILE_ELEMENTS = 256 * 1024
 _IN_ORDER = 4  # features that are rounded one by one, without BLAS
+# How often a block's scale and codes are made better in turns, by bits (docs/quality.md). Not of 2: their
+# scales aim at something else than the least squared error (`_fit`).
+_ROUNDS = {4: 2}
 # Held by who multiplies matrices while other threads may. OpenBLAS takes all cores for one product, and
 # its versions before 0.3.33 mix up those of several threads (github.com/numpy/numpy/issues/31618).
 PRODUCTS = threading.Lock()
@@ -110,15 +113,9 @@ def quantize(weight: np.ndarray, form: Quantization, compensation: Compensation 
 
 
 def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Compensation) -> Quantized:
-    """Feature by feature: each is rounded with what the errors before it leave to it.
-
-    A block's scale is fitted to what its features would be, could they make up exactly for all before; each
-    counts as much as it is important.
-    """
+    """Block by block, each with what the errors of those before it leave to it."""
     n, k = weight.shape
     feedback, blocks = compensation.feedback, form.blocks(k)
-    importance = np.zeros(blocks * form.block_size, np.float32)
-    importance[:k] = compensation.importance
     errors = np.ascontiguousarray(weight.T, np.float32)  # a feature is itself until it is rounded
     left = np.zeros_like(errors)  # to each feature by those before it
     codes = np.empty((blocks * form.block_size, n), np.uint8)
@@ -133,12 +130,11 @@ def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Com
             together = np.linalg.inv(np.eye(stop - start, dtype=np.float32) + within)
             np.matmul(together, left[start:stop], out=wanted[: stop - start])
         wanted[: stop - start] += errors[start:stop]
-        _, scales[block], zeros[block] = _fit(wanted, form, importance[start : start + form.block_size])
-        left[start:stop] += errors[start:stop]
-        codes[start : start + form.block_size] = zeros[block]  # what K is padded with means 0
-        codes[start:stop] = _round_in_order(
-            left[start:stop], errors[start:stop], within, scales[block], zeros[block], form.bits
-        )
+        values, scale, zero = _fit_in_order(wanted, form, within, compensation.importance[start:stop])
+        codes[start : start + form.block_size] = zero  # what K is padded with means 0
+        codes[start:stop] = values + zero.astype(np.float32)
+        errors[start:stop] -= values * scale.astype(np.float32)
+        scales[block], zeros[block] = scale, zero
 
     def quantize_blocks(first: int, last: int) -> None:
         """By halves: what the first leaves to the second is one product."""
@@ -158,22 +154,63 @@ def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Com
     return Quantized(packed, scales.T, None if form.symmetric else pack_codes(zeros.T, form.bits))
 
 
+def _fit_in_order(
+    wanted: np.ndarray, form: Quantization, within: np.ndarray, importance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A block's codes less their zero points, float32 [features, n]; scales and zero points [n].
+
+    Later blocks make up for a block's errors e [features] as well as they can; what is left costs e^T H e,
+    H = (F + I)^T D (F + I) for F `within` and D `importance`. The first codes are GPTQ's. Then, in turns, the
+    scale becomes the best for the codes, and each code the best beside all others: neither raises the cost.
+
+    Args:
+        wanted: float32 [block_size, n], what the features would be, could they make up exactly for all of the
+            blocks before; zeros beyond them.
+    """
+    size = len(within)
+    counted = np.zeros(len(wanted), np.float32)
+    counted[:size] = importance
+    _, scale, zero = _fit(wanted, form, counted)
+    wanted = wanted[:size]
+    values, errors = _round_in_order(wanted, wanted, within, scale, zero, form.bits)
+    if form.bits not in _ROUNDS or not within.any():  # nearest codes are the best with their fitted scale
+        return values, scale, zero
+    unit = within + np.eye(size, dtype=np.float32)
+    with PRODUCTS:
+        cost = (unit.T * importance) @ unit
+    pull = cost / np.diag(cost)[:, None]  # of the other features' errors on each
+    for _ in range(_ROUNDS[form.bits]):
+        with PRODUCTS:
+            weighted = cost @ values
+        length = np.einsum("kn,kn->n", values, weighted)
+        fitted = np.einsum("kn,kn->n", wanted, weighted) / np.where(length > 0, length, np.float32(1))
+        fitted = np.where(length > 0, fitted, scale.astype(np.float32))
+        scale = _storable(fitted, form.scale_dtype)
+        np.subtract(wanted, values * scale.astype(np.float32), out=errors)
+        with PRODUCTS:
+            target = np.triu(pull, 1) @ errors
+        target += wanted
+        values, errors = _round_in_order(target, wanted, np.tril(pull, -1), scale, zero, form.bits)
+    return values, scale, zero
+
+
 def _round_in_order(
+    target: np.ndarray,
     wanted: np.ndarray,
-    errors: np.ndarray,
     within: np.ndarray,
     scales: np.ndarray,
     zeros: np.ndarray,
     bits: int,
-) -> np.ndarray:
-    """A block's codes uint8 [features, n], by halves as its weight is.
+) -> tuple[np.ndarray, np.ndarray]:
+    """A block's codes less their zero points, and what they leave of `wanted`, float32 [features, n]: by
+    halves, as its weight is.
 
     Args:
-        wanted: features as they are with what earlier blocks leave to them; worked on in place.
-        errors: the features themselves; their errors afterwards.
+        target: what each feature is rounded to, but for `within` times the errors of those before it.
     """
     scale, zero = scales.astype(np.float32), zeros.astype(np.float32)
     reciprocal, lowest, highest = np.float32(1) / scale, -zero, ((1 << bits) - 1) - zero
+    values, errors = target.copy(), wanted.copy()
 
     def round_features(start: int, stop: int) -> None:
         if stop - start > _IN_ORDER:
@@ -181,11 +218,11 @@ def _round_in_order(
             round_features(start, middle)
             with PRODUCTS:
                 product = within[middle:stop, start:middle] @ errors[start:middle]
-            wanted[middle:stop] += product
+            values[middle:stop] += product
             round_features(middle, stop)
             return
         for feature in range(start, stop):
-            row = wanted[feature]
+            row = values[feature]
             for before in range(start, feature):
                 row += within[feature, before] * errors[before]
             row *= reciprocal
@@ -194,9 +231,8 @@ def _round_in_order(
             np.minimum(row, highest, out=row)
             errors[feature] -= row * scale
 
-    round_features(0, len(wanted))
-    wanted += zero
-    return wanted.astype(np.uint8)
+    round_features(0, len(values))
+    return values, errors
 
 
 def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:

@@ -3,7 +3,7 @@
 A projection's error on inputs X [tokens, K] is E X^T for the errors E [N, K] of its weights. Where input
 features go together, one feature's error can be made up for by the next: feature k is rounded with what the
 earlier errors leave to it, E[:, :k] F[k, :k]^T. The F that leaves the least comes from the factor of
-H = X^T X = (F^T + I) D (F^T + I)^T.
+H = X^T X = (F^T + I) D (F^T + I)^T. Scales and codes of 4 bits are then made better (`blockwise`).
 
 An expert's inputs are the tokens that the router sends to it. Where they are few, chance decides what goes
 together, so that the mean product of all experts' inputs counts as some tokens more.
