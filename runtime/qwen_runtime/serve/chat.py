@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -17,7 +18,7 @@ from qwen_runtime.logits import Candidate, TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
 from qwen_runtime.serve.begun import begun
-from qwen_runtime.serve.common import engine_for, head_of, sampling
+from qwen_runtime.serve.common import engine_for, head_of, plain_request
 from qwen_runtime.serve.engine import Answer, Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
@@ -99,14 +100,10 @@ def _request_for(
     opened = raw is None and begins_thought(info.templates, messages, told, template_kwargs)
     in_thought = start.in_thought(opened)
     guidance, call_checks = _held(asked, told, structure, in_thought, info.dialect)
-    request = Request(
-        prompt=messages if raw is None else raw,
-        max_tokens=asked.max_completion_tokens or asked.max_tokens,
-        sampling=sampling(asked),
-        stop=asked.stops,
-        stop_token_ids=asked.stop_token_ids,
-        min_tokens=asked.min_tokens,
-        ignore_eos=asked.ignore_eos,
+    request = replace(
+        plain_request(
+            asked, messages if raw is None else raw, asked.max_completion_tokens or asked.max_tokens
+        ),
         thinking=start.thinking,
         begun=start.text(opened),
         template_kwargs=template_kwargs,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
 from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError
@@ -38,6 +40,19 @@ def engine_for(http: HttpRequest, name: str | None) -> Engine:
             parameter="model",
         )
     return models.current
+
+
+def plain_request(asked: SharedRequest, prompt: str | Sequence[Any], max_tokens: int | None) -> Request:
+    """With the options that all kinds of completions have."""
+    return Request(
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=sampling(asked),
+        stop=asked.stops,
+        stop_token_ids=asked.stop_token_ids,
+        min_tokens=asked.min_tokens,
+        ignore_eos=asked.ignore_eos,
+    )
 
 
 def sampling(asked: SharedRequest) -> Sampling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
-from qwen_runtime.serve.common import engine_for, head_of, sampling
+from qwen_runtime.serve.common import engine_for, head_of, plain_request
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
@@ -41,14 +42,8 @@ async def completions(http: HttpRequest) -> Response:
 def _requests(asked: CompletionRequest, structure: Structure | None) -> list[Request]:
     """One for each choice; those of a prompt follow one another."""
     requests = [
-        Request(
-            prompt=prompt,
-            max_tokens=asked.max_tokens,
-            sampling=sampling(asked),
-            stop=asked.stops,
-            stop_token_ids=asked.stop_token_ids,
-            min_tokens=asked.min_tokens,
-            ignore_eos=asked.ignore_eos,
+        replace(
+            plain_request(asked, prompt, asked.max_tokens),
             echo=asked.echo,
             guidance=structure.guidance(thinking=False) if structure else None,
             logprobs=asked.logprobs,
