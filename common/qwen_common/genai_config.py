@@ -31,7 +31,8 @@ _SESSION = {
     **dict.fromkeys(("intra_op_num_threads", "inter_op_num_threads"), _NUMBERS),
     **dict.fromkeys(("log_severity_level", "log_verbosity_level"), _NUMBERS),
     **dict.fromkeys(("enable_cpu_mem_arena", "enable_mem_pattern"), _NUMBERS),
-    **dict.fromkeys(("graph_optimization_level", "session.intra_op.allow_spinning"), _WORDS),
+    "graph_optimization_level": _WORDS,
+    **dict.fromkeys(("session.intra_op.allow_spinning", "session.intra_op.spin_duration_us"), _WORDS),
     "provider_options": _OPTIONS,
 }
 _DECODER = {

@@ -89,7 +89,7 @@ class Settings(TypedDict, total=False):
     layer_weights: dict[str, dict[str, StoredAs]]
     fallbacks: list[str]
     threads: int | Literal["performance"]
-    spinning: bool
+    spin_us: int | None
 
 
 class _FurtherAlways(TypedDict):

@@ -206,9 +206,10 @@ class Profile(_Frozen):
     """Threads that compute on the CPU, unless whoever runs the artifact says otherwise: 0 is one for each
     physical core; `performance` one for each P core, which `qwen-run` finds and other programs do not."""
 
-    spinning: bool = True
-    """Whether threads of ONNX Runtime that wait for the next product keep their cores busy meanwhile. False
-    leaves the cores to other work, and takes longer where there is none."""
+    spin_us: int | None = Field(default=None, ge=0, le=10_000)
+    """Microseconds for which threads of ONNX Runtime that wait for the next product keep their cores busy,
+    before other work may have them; 0: at once. Not set: as long as ONNX Runtime chooses, for machines that
+    do nothing else."""
 
     hardware: Hardware
     """Memory, bandwidth, and how to recognise the machine."""
@@ -247,9 +248,9 @@ class Profile(_Frozen):
             raise ValueError("scale_dtype must be float16, as the activations are")
         if self.compression not in ("data-free", "gptq") and self.backend != BackendName.OPENVINO:
             raise ValueError(f"compression {self.compression} is for backend openvino: choose gptq")
-        if not self.spinning and self.backend == BackendName.OPENVINO:
+        if self.spin_us is not None and self.backend == BackendName.OPENVINO:
             raise ValueError(
-                "spinning is ONNX Runtime's, and OpenVINO has no such choice: leave it off the profile"
+                "spin_us is for ONNX Runtime: leave it off with OpenVINO, which has no such choice"
             )
         if self.lowering not in (known := PROVIDERS[self.provider].lowerings):
             raise ValueError(

@@ -63,4 +63,4 @@ def _threads(artifact: Artifact, asked: int | str | None) -> Threads:
     if artifact.backend != BackendName.OPENVINO:
         return decide(asked, settings)
     # It places its threads itself, has no word for how they wait, and does not read ONNX Runtime's variable.
-    return replace(decide(asked, settings, {}), processors=(), spinning=True)
+    return replace(decide(asked, settings, {}), processors=(), spin_us=None)

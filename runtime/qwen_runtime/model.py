@@ -87,9 +87,9 @@ class Model:
                 model larger than the memory runs at the pace of the disk.
             speculative: guess the next tokens and check several in a run, in ONNX Runtime itself on the CPU;
                 states are kept as with `states`. Off by itself where it does not pay.
-            threads: that compute on the CPU: how many, 0 for one for each physical core, or `performance` for
-                one on each P core; `4:yield` does not keep cores busy while they wait. None: as the variable
-                ORT_INTRA_OP_NUM_THREADS says, or else the artifact. `info.threads` has what it came to.
+            threads: that compute on the CPU: a number, 0 for one on each physical core, `performance` for one
+                on each P core; `4:yield` keeps no core busy while a thread waits, `4:50us` not longer. None:
+                as ORT_INTRA_OP_NUM_THREADS says, or the artifact. `info.threads` has the outcome.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the

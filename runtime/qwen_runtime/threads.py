@@ -9,6 +9,7 @@ may not use all of them, the number is told.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ from qwen_runtime.cores import Cores, find_cores
 
 VARIABLE = "ORT_INTRA_OP_NUM_THREADS"  # ONNX Runtime's; to it this counts where a session asks for 0
 PERFORMANCE = "performance"
-YIELD = ":yield"
 MOST = 1024
-FORMS = f"a number, 0 for every physical core, or {PERFORMANCE}, each also with {YIELD}"
+MOST_SPIN = 10_000  # microseconds, from which ONNX Runtime warns
+FORMS = f"a number, 0 for every physical core, or {PERFORMANCE}, each also with :yield or :50us"
+_WAITING = re.compile(r"(?P<threads>[^:]*)(:(yield|(?P<us>[0-9]{1,5})us))?", re.ASCII)
 _COUNT, _AFFINITIES = "intra_op_num_threads", "session.intra_op_thread_affinities"
-_SPINNING = "session.intra_op.allow_spinning"
+_SPINNING, _SPIN_US = "session.intra_op.allow_spinning", "session.intra_op.spin_duration_us"
 
 
 @dataclass(frozen=True)
@@ -32,26 +34,26 @@ class Asked:
 
     Attributes:
         count: of threads, or "performance": one for each P core.
-        spinning: whether threads that wait keep their cores busy; None: as whoever is asked next says.
+        spin_us: microseconds for which threads that wait keep their cores busy; None: as the artifact says.
     """
 
     count: int | str
-    spinning: bool | None = None
+    spin_us: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Asked:
-        """`4`, `performance` or `4:yield`.
+        """`4`, `performance`, `4:yield` or `4:50us`.
 
         Raises:
             UserError: it is nothing like it.
         """
-        name = text.removesuffix(YIELD)
-        spinning = False if text.endswith(YIELD) else None
-        if name == PERFORMANCE:
-            return cls(name, spinning)
-        if (count := _number(name)) is None:
+        found = _WAITING.fullmatch(text)
+        name = found["threads"] if found else ""
+        count = name if name == PERFORMANCE else _number(name)
+        spin_us = int(found["us"] or 0) if found and ":" in text else None
+        if count is None or (spin_us or 0) > MOST_SPIN:
             raise UserError(f"no number of threads '{one_line(text[:40])}': give {FORMS}")
-        return cls(count, spinning)
+        return cls(count, spin_us)
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ class Threads:
         count: threads of a product, the one that calls included.
         processors: where they lie, a thread on each, the first of which is the caller's and not pinned; none:
             the system places them.
-        spinning: whether those that wait keep their cores busy.
+        spin_us: microseconds for which those that wait keep their cores busy; None: the library's own choice.
         why: what decided it.
         left: whether the library's own choice is the same, and is left to it.
     """
 
     count: int
     processors: tuple[int, ...]
-    spinning: bool
+    spin_us: int | None
     why: str
     left: bool = False
     performance: bool = False
@@ -78,20 +80,22 @@ class Threads:
         text = f"{self.count} thread{'s' if self.count > 1 else ''}, {self.why}"
         if self.processors:
             text += f", on processors {', '.join(map(str, self.processors))}"
-        return text if self.spinning else f"{text}, yielding while they wait"
+        if self.spin_us is None:
+            return text
+        return f"{text}, yielding {f'after {self.spin_us} us' if self.spin_us else 'while they wait'}"
 
     @property
     def usual(self) -> bool:
         """Whether it is what there is to expect."""
-        return self.left and self.spinning
+        return self.left and self.spin_us is None
 
     @property
     def session_options(self) -> dict[str, int | str]:
         """Of ONNX Runtime, as genai_config.json writes them."""
-        options: dict[str, int | str] = {
-            _COUNT: 0 if self.left else self.count,
-            _SPINNING: str(int(self.spinning)),
-        }
+        options: dict[str, int | str] = {_COUNT: 0 if self.left else self.count}
+        options[_SPINNING] = "0" if self.spin_us == 0 else "1"
+        if self.spin_us:
+            options[_SPIN_US] = str(self.spin_us)
         if len(self.processors) > 1:
             # Of each thread but the caller's, counted from 1.
             options[_AFFINITIES] = ";".join(str(processor + 1) for processor in self.processors[1:])
@@ -121,7 +125,7 @@ def decide(
 ) -> Threads:
     """Args:
         asked: as `Asked.parse` reads it; None: nothing.
-        settings: the artifact's, of which `threads` and `spinning` count.
+        settings: the artifact's, of which `threads` and `spin_us` count.
         environment, cores: of another machine.
 
     Raises:
@@ -131,17 +135,17 @@ def decide(
     cores = find_cores() if cores is None else cores
     given = environment.get(VARIABLE, "").strip()
     wish, source = _wish(asked, given, settings)
-    spinning = wish.spinning if wish.spinning is not None else settings.get("spinning", True) is not False
+    spin_us = settings.get("spin_us") if wish.spin_us is None else wish.spin_us
     if wish.count == PERFORMANCE:
-        return _on_performance(cores, spinning, source)
+        return _on_performance(cores, spin_us, source)
     if wish.count:
         count = int(wish.count)
         # A device may have fewer cores than the one that the artifact was made for.
-        return Threads(min(count, cores.most) if source == _ARTIFACT else count, (), spinning, source)
+        return Threads(min(count, cores.most) if source == _ARTIFACT else count, (), spin_us, source)
     whole = not cores.restricted and cores.most == len(cores.usable)
     left = whole and given in ("", "0")
     limit = "as many as this process may use" if not whole else "one for each physical core"
-    return Threads(cores.most, (), spinning, limit, left)
+    return Threads(cores.most, (), spin_us, limit, left)
 
 
 _ASKED, _VARIABLE, _ARTIFACT = "asked for", f"by {VARIABLE}", "by the artifact"
@@ -167,8 +171,8 @@ def _number(text: str) -> int | None:
     return int(text)
 
 
-def _on_performance(cores: Cores, spinning: bool, source: str) -> Threads:
+def _on_performance(cores: Cores, spin_us: int | None, source: str) -> Threads:
     count = cores.at_most(len(cores.performance))
     why = f"{source}: " + ("the P cores" if cores.hybrid else "all cores are alike")
     processors = cores.performance[:count] if cores.numbered else ()
-    return Threads(count, processors, spinning, why, performance=True)
+    return Threads(count, processors, spin_us, why, performance=True)

@@ -65,25 +65,32 @@ def test_artifact_is_what_its_manifest_says(profile: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "settings, options, count",
+    "settings, options, count, spin_us",
     [
         (
-            ["threads=1", "spinning=false"],
+            ["threads=1", "spin_us=0"],
             {"intra_op_num_threads": 1, "session.intra_op.allow_spinning": "0"},
             1,
+            0,
         ),
-        (["threads=performance"], {"intra_op_num_threads": 0}, len(find_cores().performance)),
+        (
+            ["threads=1", "spin_us=50"],
+            {"intra_op_num_threads": 1, "session.intra_op.spin_duration_us": "50"},
+            1,
+            50,
+        ),
+        (["threads=performance"], {"intra_op_num_threads": 0}, len(find_cores().performance), None),
     ],
 )
 def test_threads_of_a_profile(
-    settings: list[str], options: dict[str, Any], count: int, tmp_path: Path
+    settings: list[str], options: dict[str, Any], count: int, spin_us: int | None, tmp_path: Path
 ) -> None:
     output = make_artifact(TINY, load_profile("cpu", settings), tmp_path / "out", all_logits=False)
     session = json.loads((output / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
     assert session == options | {"provider_options": []}
     with Model.load(output, "cpu") as model:
         assert model.info.threads is not None and model.info.threads.count == count
-        assert model.info.threads.spinning == (len(settings) == 1) and "by the artifact" in model.info.placed
+        assert model.info.threads.spin_us == spin_us and "by the artifact" in model.info.placed
 
 
 def test_tied_embedding_is_stored_once(tmp_path: Path) -> None:

@@ -256,14 +256,15 @@ def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
         ("threads=2000", "'threads': Input should be a number"),
         ("threads=true", "'threads': Input should be a number"),
         ("threads=eco", "'threads': Input should be a number"),
-        ("spinning=maybe", "spinning.*boolean"),
+        ("spin_us=maybe", "spin_us.*integer"),
+        ("spin_us=-1", "spin_us.*greater than or equal to 0"),
     ],
 )
 def test_threads_are_checked(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_profile("cpu", [override])
-    with pytest.raises(UserError, match="spinning is ONNX Runtime's"):
-        load_profile("intel-lunar-lake", ["spinning=false"])
+    with pytest.raises(UserError, match="spin_us is for ONNX Runtime"):
+        load_profile("intel-lunar-lake", ["spin_us=0"])
 
 
 def test_every_field_is_documented() -> None:

@@ -66,6 +66,9 @@ def test_performance_cores() -> None:
         "session.intra_op.allow_spinning": "0",
         "session.intra_op_thread_affinities": "3",  # counted from 1, and not the caller's
     }
+    short = decide("2:50us", {"spin_us": 0}, {}, HYBRID)
+    assert short.session_options["session.intra_op.spin_duration_us"] == "50" and "after 50 us" in str(short)
+    assert decide("2", {"spin_us": 0}, {}, HYBRID).session_options["session.intra_op.allow_spinning"] == "0"
     assert found.openvino == {"INFERENCE_NUM_THREADS": 2, "SCHEDULING_CORE_TYPE": "PCORE_ONLY"}
     assert decide(None, {}, {}, HYBRID).count == 6
     granted = Cores(HYBRID.usable, HYBRID.performance, quota=0.5)
@@ -78,7 +81,23 @@ def test_performance_cores() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-1", "1.5", "2000", "9" * 5000, "Performance", "yield", ":yield", "2:", "²", "2\n3"]
+    "text",
+    [
+        "",
+        "-1",
+        "1.5",
+        "2000",
+        "9" * 5000,
+        "Performance",
+        "yield",
+        ":yield",
+        "2:",
+        "2:us",
+        "2:99999us",
+        "2:5us:yield",
+        "²",
+        "2\n3",
+    ],
 )
 def test_no_number(text: str) -> None:
     with pytest.raises(UserError, match=r"no number of threads .*: give a number, 0 for") as caught:
@@ -121,7 +140,7 @@ def test_where_they_lie_and_how_they_wait(
     that ONNX Runtime pins two, where by itself it would pin none."""
     monkeypatch.setattr("qwen_runtime.threads.find_cores", lambda: Cores((1, 0, 1, 7), (1, 0, 1)))
     waits = {}
-    for asked in "performance", "performance:yield":
+    for asked in "performance", "performance:yield", "performance:20us":
         before = tasks()
         with Model.load(cpu_artifact, "cpu", threads=asked, states=states) as model:
             list(model.generate("a", max_tokens=2))
@@ -132,6 +151,7 @@ def test_where_they_lie_and_how_they_wait(
         pinned = {thread: where for thread, (where, _) in begun.items() if where in ("0", "1")}
         assert sorted(pinned.values()) == ["0", "1"]
         waits[asked] = sum(ended[thread][1] - begun[thread][1] for thread in pinned)
+    assert waits["performance:20us"] > 20 + waits["performance"], waits
     assert waits["performance:yield"] > 20 + 2 * waits["performance"], waits
 
 
@@ -145,9 +165,9 @@ def test_mistake_before_loading(tmp_path: Path) -> None:
 
 def test_several_in_turns(cpu_artifact: Path) -> None:
     found = compare(cpu_artifact, ["1", "2:yield"], "cpu", [16], tokens=4, rounds=2)
-    assert [(row.asked, row.threads.count, row.threads.spinning) for row in found.rows] == [
-        ("1", 1, True),
-        ("2:yield", 2, False),
+    assert [(row.asked, row.threads.count, row.threads.spin_us) for row in found.rows] == [
+        ("1", 1, None),
+        ("2:yield", 2, 0),
     ]
     assert found.rows[0].decode_ratios == (1.0, 1.0)
     command = [
@@ -175,7 +195,7 @@ def test_several_in_turns(cpu_artifact: Path) -> None:
 @pytest.mark.parametrize("ratios, told", [((1.2, 1.3, 1.25), True), ((1.2, 0.9, 1.3), False)])
 def test_verdict(ratios: tuple[float, ...], told: bool) -> None:
     def row(asked: str, ratios: tuple[float, ...]) -> Row:
-        return Row(asked, Threads(1, (), True, ""), 512, 1.0, 1.0, (1.0, 1.0), ratios)
+        return Row(asked, Threads(1, (), None, ""), 512, 1.0, 1.0, (1.0, 1.0), ratios)
 
     text = verdict(Comparison("", "", "", 3, 1, (row("2", (1.0, 1.0, 1.0)), row("4", ratios))))
     assert (

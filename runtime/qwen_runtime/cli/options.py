@@ -54,8 +54,8 @@ THREADS = click.option(
     callback=lambda context, parameter, text: None if text is None else number_of_threads(text),
     metavar="N",
     help="That compute on the CPU: a number, 0 for one for each physical core, performance for one on each "
-    "P core; 4:yield lets other work have a core while its thread waits.  [default: ORT_INTRA_OP_NUM_THREADS "
-    "or else the artifact's]",
+    "P core; 4:yield lets other work have a core while its thread waits, 4:50us after so long.  [default: "
+    "ORT_INTRA_OP_NUM_THREADS or else the artifact's]",
 )
 
 

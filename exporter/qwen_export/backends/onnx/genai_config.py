@@ -91,10 +91,14 @@ def genai_overlay(checkpoint: Checkpoint, lowering: str, replaced: Mapping[str, 
 def _threads(profile: Profile) -> dict[str, Any]:
     """0: ONNX Runtime's own choice, every physical core. Without it GenAI takes half of them. Which are the P
     cores is known where it runs, and found there by `qwen_runtime`."""
-    count = 0 if profile.threads == "performance" else profile.threads
-    return {"intra_op_num_threads": count} | (
-        {} if profile.spinning else {"session.intra_op.allow_spinning": "0"}
-    )
+    options: dict[str, Any] = {
+        "intra_op_num_threads": 0 if profile.threads == "performance" else profile.threads
+    }
+    if profile.spin_us == 0:
+        options["session.intra_op.allow_spinning"] = "0"
+    elif profile.spin_us is not None:
+        options["session.intra_op.spin_duration_us"] = str(profile.spin_us)
+    return options
 
 
 def _layer_types(checkpoint: Checkpoint, lowering: str) -> dict[str, Any]:
