@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from qwen_profiles.schema import Hardware, Profile, Quality, Recognise, WeightFormat
+from qwen_profiles.schema import FrequentTokens, Hardware, Profile, Quality, Recognise, WeightFormat
 
 BEGIN, END = "<!-- fields: begin -->\n", "<!-- fields: end -->"
 _MODELS: dict[str, type[BaseModel]] = {
     "": Profile,
     "weights.ROLE.": WeightFormat,
+    "frequent_tokens.": FrequentTokens,
     "hardware.": Hardware,
     "hardware.recognise.": Recognise,
     "quality.": Quality,

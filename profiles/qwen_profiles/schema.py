@@ -20,7 +20,7 @@ from pydantic import (
 from qwen_common.errors import UserError
 from qwen_common.genai_config import option_fault
 from qwen_common.manifest import BackendName
-from qwen_common.providers import PROVIDERS
+from qwen_common.providers import CPU, PROVIDERS
 
 from qwen_profiles.reading import merged, read_fields, shipped_text
 
@@ -86,6 +86,14 @@ class WeightFormat(_Frozen):
         if self.precision == "int2" and self.block_size < 32:
             raise ValueError("int2 has no quick kernel for blocks of 16: set block_size to 32 or more")
         return self
+
+
+class FrequentTokens(WeightFormat):
+    """How the rows of frequent tokens are stored."""
+
+    share: float = Field(ge=0, lt=1)
+    """Of all tokens, those with the lowest ids, which byte-pair encoding gave to the most frequent ones; 0:
+    none."""
 
 
 class Recognise(_Frozen):
@@ -173,6 +181,10 @@ class Profile(_Frozen):
     """Format by role. A tied embedding follows `lm_head`; the router is always float; `vision` is the vision
     tower. `weights.body` sets `mlp` and `experts` together."""
 
+    frequent_tokens: FrequentTokens | None = None
+    """Format of the rows of embedding and lm_head that belong to frequent tokens, where it is another than
+    the others'; for the CPU. Not set: all have the same."""
+
     layer_weights: dict[int, dict[Role, WeightFormat]] = {}
     """By layer, the formats of roles that differ there, as `--auto-precision` chooses them."""
 
@@ -244,6 +256,7 @@ class Profile(_Frozen):
             raise ValueError(f"cache_dtype must be activation_dtype, {self.activation_dtype}, or int8")
         if self.cache_dtype == "int8":
             self._check_int8_cache()
+        self._check_frequent_tokens()
         if self.scale_dtype == "float32" and self.activation_dtype == "float16":
             raise ValueError("scale_dtype must be float16, as the activations are")
         if self.compression not in ("data-free", "gptq") and self.backend != BackendName.OPENVINO:
@@ -265,6 +278,12 @@ class Profile(_Frozen):
                 raise ValueError(fault)
         return self
 
+    def _check_frequent_tokens(self) -> None:
+        asked = self.frequent_tokens is not None and self.frequent_tokens.share > 0
+        ran = self.backend == BackendName.ONNX and {self.provider, *self.fallbacks} == {CPU.key}
+        if asked and not ran:
+            raise ValueError("frequent_tokens has run on provider cpu alone: set frequent_tokens.share=0")
+
     def _check_int8_cache(self) -> None:
         without = [
             PROVIDERS[key].title
@@ -283,6 +302,8 @@ class Profile(_Frozen):
     def _formats(self) -> Iterator[tuple[str, WeightFormat]]:
         """(field, format) of every format in the recipe."""
         yield from ((f"weights.{role}", form) for role, form in self.weights.items())
+        if self.frequent_tokens:
+            yield "frequent_tokens", self.frequent_tokens
         for layer, forms in self.layer_weights.items():
             yield from ((f"layer_weights.{layer}.{role}", form) for role, form in forms.items())
 

@@ -7,9 +7,8 @@ import numpy as np
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.vision import VisionConfig
 from qwen_export.graph.builder import GraphBuilder
-from qwen_export.graph.linear import take_rows
-from qwen_export.graph.model import vocabulary
 from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.vocabulary import embed, vocabulary
 
 
 def embedding(g: GraphBuilder, config: TextConfig, vision: VisionConfig, recipe: Recipe) -> None:
@@ -25,7 +24,7 @@ def embedding(g: GraphBuilder, config: TextConfig, vision: VisionConfig, recipe:
     input_ids = g.input("input_ids", np.dtype(np.int64), tokens)
     features = g.input("image_features", g.dtype, ("features", hidden))
     _, table = vocabulary(config, recipe)
-    embeds = take_rows(g, input_ids, table)
+    embeds = embed(g, input_ids, table)
 
     flat = g.reshape(input_ids, -1)
     is_image = g.cast(g.op("Equal", flat, g.constant(vision.image_token_id, np.int64)), np.int64)

@@ -11,7 +11,6 @@ from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder, Shape, Value
 from qwen_export.graph.gated_delta_net import Triangles, enter, gated_delta_net, triangles
-from qwen_export.graph.linear import linear, projection, take_rows
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
@@ -19,7 +18,7 @@ from qwen_export.graph.pending import MOST_TOKENS, Entering, Pending, States
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
 from qwen_export.graph.tokens import last_positions
-from qwen_export.graph.weights import Weight
+from qwen_export.graph.vocabulary import embed, vocabulary, vocabulary_logits
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     if pending:
         past = _settled(g, config, recipe, pending, past, masks)
 
-    residual = run if options.embeddings else take_rows(g, run, embedding)
+    residual = run if options.embeddings else embed(g, run, embedding)
     update: Value | None = None
     for layer, layer_type in enumerate(config.layer_types):
         name = f"model.layers.{layer}"
@@ -203,29 +202,12 @@ def _present_names(g: GraphBuilder, state: State, count: int) -> list[str]:
     return [state.present]
 
 
-def vocabulary_logits(g: GraphBuilder, recipe: Recipe, x: Value, lm_head: Weight) -> Value:
-    """x [batch, sequence, hidden] -> float32 [batch, sequence, vocab]."""
-    logits = linear(g, recipe, x, lm_head)
-    # A cast to the same dtype would copy all of them at every token: a graph's output keeps it alive.
-    return logits if g.dtype == np.float32 else g.cast(logits, np.float32)
-
-
 def feed_forward(g: GraphBuilder, config: TextConfig, recipe: Recipe, name: str, x: Value) -> Value:
     """A layer's second block: a mixture of experts, or one MLP."""
     with g.scope("mlp"):
         if isinstance(config, MoeTextConfig) and f"{name}.gate.weight" in recipe.specs:
             return mixture_of_experts(g, config, recipe, name, x)
         return mlp(g, recipe, name, x)
-
-
-def vocabulary(config: TextConfig, recipe: Recipe) -> tuple[Weight, Weight]:
-    """lm_head and embedding; the same weight when the checkpoint ties them."""
-    embedding = recipe.whole("model.embed_tokens.weight")
-    if config.tie_word_embeddings:
-        tied = projection(recipe, "lm_head", embedding)
-        return tied, tied
-    head = projection(recipe, "lm_head", recipe.whole("lm_head.weight"))
-    return head, projection(recipe, "model.embed_tokens", embedding)
 
 
 def _next_norm(

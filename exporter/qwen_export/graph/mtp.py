@@ -9,12 +9,13 @@ import numpy as np
 from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder, Value
-from qwen_export.graph.linear import linear, projection, take_rows
-from qwen_export.graph.model import feed_forward, states, vocabulary, vocabulary_logits
+from qwen_export.graph.linear import linear, projection
+from qwen_export.graph.model import feed_forward, states
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.rotary import rotation
 from qwen_export.graph.tokens import last_positions
+from qwen_export.graph.vocabulary import embed, vocabulary, vocabulary_logits
 
 
 def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
@@ -47,7 +48,7 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     def scale(name: str) -> Value:
         return norm_weight(g, recipe, name)
 
-    embedded = rms_norm(g, take_rows(g, input_ids, embedding), scale("mtp.pre_fc_norm_embedding"), epsilon)
+    embedded = rms_norm(g, embed(g, input_ids, embedding), scale("mtp.pre_fc_norm_embedding"), epsilon)
     known = rms_norm(g, hidden, scale("mtp.pre_fc_norm_hidden"), epsilon)
     fc = projection(recipe, "mtp.fc", recipe.whole("mtp.fc.weight"))
     residual = linear(g, recipe, g.op("Concat", embedded, known, axis=-1), fc)

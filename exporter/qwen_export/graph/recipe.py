@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from qwen_profiles.schema import Role, WeightFormat
+from qwen_profiles.schema import FrequentTokens, Role, WeightFormat
 
 from qwen_export.architecture.tensors import TensorSpec, layer_of
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, Fp4Experts, common_scheme
@@ -33,6 +33,7 @@ class Recipe:
         carry_over: tensors that are codes already keep them, where the target has a kernel for them.
         specs: shapes and roles of the model's tensors.
         switched: tensors that an adapter changes at run time.
+        frequent_tokens: whose rows of embedding and lm_head have a form of their own, and which.
     """
 
     formats: dict[Role, WeightFormat]
@@ -46,6 +47,7 @@ class Recipe:
     carry_over: bool = True
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     switched: Collection[str] = ()
+    frequent_tokens: FrequentTokens | None = None
 
     def whole(self, tensor: str) -> Rows:
         """All rows of one of the checkpoint's tensors."""
@@ -88,7 +90,7 @@ class Recipe:
         size is halved until it fits; a row that no block fits stays in the activations' dtype.
         """
         whole, even = whole_blocks or even_blocks, even_blocks or self.target.exact_blocks
-        return self._prequantized(in_features, tensors, even) or self._quantized(
+        return self._prequantized(in_features, tensors, even) or self.quantized(
             self._format(role, tensors), in_features, whole, even
         )
 
@@ -115,7 +117,10 @@ class Recipe:
         layer = layer_of(next(iter(tensors), ""))
         return self.layers.get(-1 if layer is None else layer, {}).get(role, self.formats[role])
 
-    def _quantized(self, form: WeightFormat, in_features: int, whole: bool, even: bool) -> Storage:
+    def quantized(
+        self, form: WeightFormat, in_features: int, whole: bool = False, even: bool = False
+    ) -> Storage:
+        """How rows of `in_features` are stored in `form`; the rest as for `storage`."""
         if form.bits is None:
             return self.dtype
         block = int(form.block_size)

@@ -203,6 +203,7 @@ def _recipe(checkpoint: Checkpoint, profile: Profile, target: Target) -> Recipe:
             **cache_specs(config),
         },
         frozenset(name for adapter in checkpoint.kept_apart for name in adapter.updates),
+        profile.frequent_tokens,
     )
 
 
