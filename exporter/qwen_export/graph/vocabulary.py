@@ -57,6 +57,7 @@ def _by_frequency(recipe: Recipe, name: str, tensor: str) -> Table:
     first = 0 if form is None else int(form.share * rows) // _ROWS_TOGETHER * _ROWS_TOGETHER
     if form is None or whole.prequantized or not first:
         return (whole,)
-    storage = recipe.quantized(form, *whole.row_shape)
+    (in_features,) = whole.row_shape
+    storage = recipe.quantized(form, in_features)
     frequent = replace(whole, name=f"{name}.frequent", rows=(Rows(tensor, 0, first),), storage=storage)
     return frequent, replace(whole, rows=(Rows(tensor, first, rows),))
