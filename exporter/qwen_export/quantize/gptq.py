@@ -15,7 +15,7 @@ Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from qwen_common.errors import UserError
@@ -41,6 +41,9 @@ SAMPLES = 64  # of calibration text, at most
 _DAMPING = 3.0
 # As so many tokens of an expert's own counts what all experts of its layer are given. Measured there too.
 _SHARED_TOKENS = 128
+# What an error in a tied table counts where its row is looked up, beside what it does to the logits: as a
+# share of the mean of H's diagonal. Measured there too.
+_LOOKED_UP = 1.0
 _STRIPE = 128  # rows of H that are worked on at a time
 
 
@@ -56,8 +59,10 @@ def gram(inputs: Iterable[np.ndarray], k: int) -> np.ndarray:
     return found
 
 
-def compensation(gram: np.ndarray, tokens: int) -> Compensation:
+def compensation(gram: np.ndarray, tokens: int, alone: float = 0.0) -> Compensation:
     """F and D for inputs X [tokens, K] with `gram` = X^T X, float32 [K, K], whose lower triangle is read.
+
+    `alone` is what a feature's error counts by itself, whatever comes in: a share of H's diagonal's mean.
 
     F takes the place of `gram` in its memory: K may be 17408. float32 is enough: with this damping H's
     largest eigenvalue is at most 1 + tokens / 3 times its smallest.
@@ -69,7 +74,7 @@ def compensation(gram: np.ndarray, tokens: int) -> Compensation:
         return Compensation(gram, np.ones(size, np.float32))
     for start, stop in _stripes(size):  # so that inputs may be of any size that float32 holds
         gram[start:stop, :stop] /= np.float32(mean)
-    diagonal += np.float32(_DAMPING * size / tokens)
+    diagonal += np.float32(_DAMPING * size / tokens + alone)
     factorise(gram)
     roots = diagonal.copy()
     for start, stop in _stripes(size):
@@ -117,7 +122,8 @@ def with_compensations(
                 hidden = reference.layer(config, inputs, index, hidden, chunked_delta_rule)
             else:
                 inputs.keep(reference.head_name(config), reference.last_norm(config, inputs, hidden))
-        compensations = _Compensations(inputs.found)
+        tied = {reference.head_name(config)} if config.tie_word_embeddings else set()
+        compensations = _Compensations(inputs.found, tied)
         for placed in placed_here:
             yield placed, compensations.of
         compensations.forget()  # who asked may still hold it while the next layer runs
@@ -135,10 +141,16 @@ def _layer(config: TextConfig, weight: Weight) -> int | None:
 
 
 class _Compensations:
-    """Of one layer's tensors, by what comes in to them; each is made when it is first asked for."""
+    """Of one layer's tensors, by what comes in to them; each is made when it is first asked for.
 
-    def __init__(self, inputs: dict[str, dict[int | None, np.ndarray]]) -> None:
+    Rows of those `looked_up` are inputs of the model too.
+    """
+
+    def __init__(
+        self, inputs: dict[str, dict[int | None, np.ndarray]], looked_up: Collection[str] = ()
+    ) -> None:
         self._inputs = inputs
+        self._looked_up = looked_up
         self._found: dict[str, Compensation] = {}
         self._shared: dict[str, np.ndarray] = {}  # of experts, as much as a token's mean
 
@@ -149,7 +161,8 @@ class _Compensations:
     def _of_tensor(self, name: str) -> Compensation:
         if name not in self._found:
             x = self._inputs[name][None]
-            found = compensation(_finite(gram([x], x.shape[-1]), name), x.size // x.shape[-1])
+            alone = _LOOKED_UP if name in self._looked_up else 0.0
+            found = compensation(_finite(gram([x], x.shape[-1]), name), x.size // x.shape[-1], alone)
             # Several tensors take the same x, which is held no longer than it must.
             for other in [other for other, its in self._inputs.items() if its.get(None) is x]:
                 self._found[other] = found

@@ -231,6 +231,19 @@ def test_a_scale_is_fitted_to_the_features_that_matter(form: Quantization) -> No
     assert errors[0] < 0.8 * errors[1]
 
 
+def test_rows_that_are_looked_up_too_count_by_themselves() -> None:
+    """By float64: H's diagonal has its mean once more."""
+    inputs = correlated(600, 64)
+    found = gptq._Compensations({"table": {None: inputs}}, {"table"}).of("table")
+    exact = (inputs.T @ inputs).astype(np.float64)
+    share = gptq._LOOKED_UP + gptq._DAMPING * 64 / 600
+    damped = exact + np.eye(64) * np.trace(exact) / 64 * share
+    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    roots = np.diag(upper)
+    np.testing.assert_allclose(np.tril(found.feedback, -1), np.tril((upper / roots).T, -1), atol=1e-5)
+    np.testing.assert_allclose(found.importance, np.square(roots / roots.max()), rtol=1e-4)
+
+
 def test_an_expert_that_no_token_chose_has_the_layers_product() -> None:
     inputs = correlated(4000, 64)
     of = gptq._Compensations({"experts": {0: inputs[:1000], 7: inputs[1000:]}}).of
@@ -264,7 +277,7 @@ def test_inputs_are_what_transformers_projections_are_given(
     grams["model.embed_tokens.weight"] = grams.pop("lm_head.weight")
 
     # What is handed on as the feedback is then the products themselves, their lower triangles.
-    monkeypatch.setattr(gptq, "compensation", lambda gram, tokens: (gram, tokens))
+    monkeypatch.setattr(gptq, "compensation", lambda gram, tokens, alone=0.0: (gram, tokens))
     profile = load_profile("cpu-int4")
     placed = build_graphs(checkpoint, profile, mtp=False).placed
     names, compared = [], 0
