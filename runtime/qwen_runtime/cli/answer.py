@@ -229,6 +229,7 @@ def _answer(model: Model, request: Request, as_json: bool) -> None:
         "usage": usage,
         "model": model.info.name,
         "provider": model.info.provider,
+        "reason": model.info.reason,
     }
     click.echo(json.dumps(result, ensure_ascii=False))
 

@@ -30,7 +30,7 @@ def test_command_streams_an_answer(cpu_artifact: Path, model: Model) -> None:
     result = json.loads(raw.stdout)
     assert result["text"] == "".join(model.generate("The", max_tokens=20, sampling=GREEDY))
     assert result["usage"]["prompt_tokens"] == len(model.encode("The"))
-    assert result["provider"] == "cpu"
+    assert result["provider"] == "cpu" and result["reason"] == "CPU: the artifact was made for it"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
