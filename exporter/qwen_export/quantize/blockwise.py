@@ -79,13 +79,21 @@ class Compensation:
     """How features' errors count on real inputs, and how later ones make up for earlier ones (`gptq`).
 
     Attributes:
-        feedback: float32 [K, K], strictly lower triangular. Row k says what feature k makes up for of the
-            errors of those before it.
+        feedback: float32 [K, run], where features are taken in runs of so many, or fewer in the last. A run
+            is a multiple of 1024, so that its zero points fill whole bytes, or all of K. Row k says what
+            feature k makes up for of the errors of those before it in its run.
         importance: float32 [K]: what a squared error of feature k costs that no later one makes up for.
     """
 
     feedback: np.ndarray
     importance: np.ndarray
+
+    def runs(self) -> Iterator[tuple[slice, Compensation]]:
+        """Features and what they alone have, whose feedback is square."""
+        k, run = self.feedback.shape
+        for start in range(0, k, run):
+            features = slice(start, min(start + run, k))
+            yield features, Compensation(self.feedback[features, : k - start], self.importance[features])
 
 
 def quantize(weight: np.ndarray, form: Quantization, compensation: Compensation | None = None) -> Quantized:
@@ -95,7 +103,12 @@ def quantize(weight: np.ndarray, form: Quantization, compensation: Compensation 
         compensation: None: every code is the nearest.
     """
     if compensation is not None:
-        return _quantize_in_order(weight, form, compensation)
+        runs = [_quantize_in_order(weight[:, run], form, own) for run, own in compensation.runs()]
+        return Quantized(
+            np.concatenate([run.packed for run in runs], axis=1),
+            np.concatenate([run.scales for run in runs], axis=1),
+            None if form.symmetric else np.concatenate([run.zero_points for run in runs], axis=1),
+        )
     n, k = weight.shape
     blocks = form.blocks(k)
     packed = np.empty(form.packed_shape(n, k), np.uint8)

@@ -44,6 +44,7 @@ _SHARED_TOKENS = 128
 # What an error in a tied table counts where its row is looked up, beside what it does to the logits: as a
 # share of the mean of H's diagonal. Measured there too.
 _LOOKED_UP = 1.0
+_LEAST_RUN, _LONGEST_RUN = 1024, 9216  # features, see `Compensation`
 _STRIPE = 128  # rows of H that are worked on at a time
 
 
@@ -51,27 +52,48 @@ def nearest(tensor: str, expert: int | None) -> None:
     """Every code is the nearest."""
 
 
-def gram(inputs: Iterable[np.ndarray], k: int) -> np.ndarray:
-    """X^T X of `inputs` [..., K] together, float32 [K, K]; only its lower triangle is meant."""
-    found = np.zeros((k, k), np.float32)
+def gram(inputs: Iterable[np.ndarray], k: int, run: int | None = None) -> np.ndarray:
+    """X^T X of `inputs` [..., K] together, float32 [K, run]; only the lower triangles are meant.
+
+    Args:
+        run: features of which a product is made, one run after another; None: all K.
+    """
+    found = np.zeros((k, run or k), np.float32)
     for part in inputs:
-        add_products(found, part.reshape(-1, k))
+        x = part.reshape(-1, k)
+        for features, own in _runs(found):
+            add_products(own, x[:, features])
     return found
 
 
+def run_of(k: int) -> int:
+    """How many of K features make up for each other's errors: at most about 9,000, in runs of one length.
+
+    The work grows with the cube, and a text says little about how more of them go together. Measured in
+    docs/quality.md.
+    """
+    runs = -(-k // _LONGEST_RUN)
+    return k if runs == 1 else -(-k // runs // _LEAST_RUN) * _LEAST_RUN
+
+
 def compensation(gram: np.ndarray, tokens: int, alone: float = 0.0) -> Compensation:
-    """F and D for inputs X [tokens, K] with `gram` = X^T X, float32 [K, K], whose lower triangle is read.
+    """F and D for inputs X [tokens, K] with `gram` = X^T X, float32 [K, run], whose lower triangles are read.
 
     `alone` is what a feature's error counts by itself, whatever comes in: a share of H's diagonal's mean.
 
     F takes the place of `gram` in its memory: K may be 17408. float32 is enough: with this damping H's
     largest eigenvalue is at most 1 + tokens / 3 times its smallest.
     """
+    return Compensation(gram, np.concatenate([_factorise(own, tokens, alone) for _, own in _runs(gram)]))
+
+
+def _factorise(gram: np.ndarray, tokens: int, alone: float) -> np.ndarray:
+    """One run's `gram` becomes its F; returns its D."""
     size = len(gram)
     diagonal = np.einsum("kk->k", gram)
     mean = diagonal.mean(dtype=np.float64)
     if mean == 0:  # nothing ever comes in
-        return Compensation(gram, np.ones(size, np.float32))
+        return np.ones(size, np.float32)
     for start, stop in _stripes(size):  # so that inputs may be of any size that float32 holds
         gram[start:stop, :stop] /= np.float32(mean)
     diagonal += np.float32(_DAMPING * size / tokens + alone)
@@ -80,7 +102,15 @@ def compensation(gram: np.ndarray, tokens: int, alone: float = 0.0) -> Compensat
     for start, stop in _stripes(size):
         gram[start:stop, :stop] /= roots[start:stop, None]
     diagonal[:] = 0
-    return Compensation(gram, np.square(roots / roots.max()))
+    return np.square(roots / roots.max())
+
+
+def _runs(gram: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Features of each run and its square of `gram` [K, run]."""
+    k, run = gram.shape
+    for start in range(0, k, run):
+        features = slice(start, min(start + run, k))
+        yield features, gram[features, : k - start]
 
 
 def _stripes(k: int) -> Iterator[tuple[int, int]]:
@@ -152,17 +182,17 @@ class _Compensations:
         self._inputs = inputs
         self._looked_up = looked_up
         self._found: dict[str, Compensation] = {}
-        self._shared: dict[str, np.ndarray] = {}  # of experts, as much as a token's mean
+        self._shared: dict[str, np.ndarray] = {}  # of experts, what `_SHARED_TOKENS` of all give
 
     def of(self, name: str, expert: int | None = None) -> Compensation:
-        with PRODUCTS:
+        with PRODUCTS, np.errstate(over="ignore", invalid="ignore"):  # `_finite` reports it
             return self._of_tensor(name) if expert is None else self._of_expert(name, expert)
 
     def _of_tensor(self, name: str) -> Compensation:
         if name not in self._found:
             x = self._inputs[name][None]
-            alone = _LOOKED_UP if name in self._looked_up else 0.0
-            found = compensation(_finite(gram([x], x.shape[-1]), name), x.size // x.shape[-1], alone)
+            k, alone = x.shape[-1], _LOOKED_UP if name in self._looked_up else 0.0
+            found = compensation(_finite(gram([x], k, run_of(k)), name), x.size // k, alone)
             # Several tensors take the same x, which is held no longer than it must.
             for other in [other for other, its in self._inputs.items() if its.get(None) is x]:
                 self._found[other] = found
@@ -174,12 +204,11 @@ class _Compensations:
         if name not in self._shared:
             parts = list(inputs.values())
             shared = _finite(gram(parts, parts[0].shape[-1]), name)
-            shared *= np.float32(1 / sum(map(len, parts)))
+            shared *= np.float32(_SHARED_TOKENS / sum(map(len, parts)))
             self._shared[name] = shared
-        shared = self._shared[name]
-        own = inputs.get(expert, np.empty((0, len(shared)), np.float32))
-        found = gram([own], len(shared))
-        found += shared * np.float32(_SHARED_TOKENS)
+        found = self._shared[name].copy()
+        own = inputs.get(expert, np.empty((0, len(found)), np.float32))
+        add_products(found, own)
         return compensation(found, len(own) + _SHARED_TOKENS)
 
     def forget(self) -> None:
@@ -192,7 +221,7 @@ def _finite(gram: np.ndarray, name: str) -> np.ndarray:
     Raises:
         UserError: it is not; an element is no larger than its row's and its column's on the diagonal.
     """
-    if not np.isfinite(np.diag(gram)).all():
+    if not all(np.isfinite(np.diag(own)).all() for _, own in _runs(gram)):
         raise UserError(
             f"the inputs of {name} overflow on the calibration text: export with --set compression=data-free"
         )

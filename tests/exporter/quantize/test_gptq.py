@@ -156,6 +156,39 @@ def test_of_one_block_no_turn_costs_more_than_the_one_before(
         before = costs
 
 
+RUNS = [
+    Quantization(bits, block, symmetric, np.dtype(np.float16))
+    for bits, block, symmetric in [(4, 32, True), (4, 256, False), (2, 256, False)]
+]
+
+
+@pytest.mark.parametrize("form", RUNS, ids=str)
+def test_features_in_runs_have_the_codes_of_each_run_alone(form: Quantization) -> None:
+    k, run = 2500, 1024
+    weight = np.random.default_rng(1).standard_normal((16, k)).astype(np.float32)
+    x = correlated(500, k)
+    found = quantize(weight, form, compensation(gptq.gram([x[:200], x[200:]], k, run), len(x)))
+    assert found.packed.shape == form.packed_shape(16, k)
+    ours = dequantize(found, k, form)
+    for start in range(0, k, run):
+        features = slice(start, start + run)
+        part = np.ascontiguousarray(x[:, features])
+        size = part.shape[1]
+        alone = quantize(weight[:, features], form, compensation(gptq.gram([part], size), len(x)))
+        same = np.isclose(ours[:, features], dequantize(alone, size, form), atol=1e-4)
+        assert same.mean() > 0.99
+
+
+def test_only_the_widest_inputs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.8B to 4B, the mixtures' and 27B's hidden states are not; 27B's and 9B's MLPs in two."""
+    assert [gptq.run_of(k) for k in (64, 1000, 5120, 9216)] == [64, 1000, 5120, 9216]
+    assert [gptq.run_of(k) for k in (17408, 12288)] == [9216, 6144]
+    assert all(gptq.run_of(k) % 1024 == 0 for k in range(9217, 60000, 100))
+    monkeypatch.setattr(gptq, "_LONGEST_RUN", 1024)
+    of = gptq._Compensations({"wide": {None: correlated(300, 2048)}}).of
+    assert of("wide").feedback.shape == (2048, 1024)
+
+
 def peak_bytes(work: Callable[[], object]) -> int:
     """Of what `work` allocates, at most at a time."""
     tracemalloc.start()
