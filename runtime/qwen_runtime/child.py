@@ -7,6 +7,7 @@ does not end ours.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -67,8 +68,13 @@ def child(artifact: Path, provider: str, threads: int | str | None = None) -> It
         UserError: the artifact cannot be loaded.
         ChildEnded: the process ended.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_quietly) as pool:
         yield Child(pool, pool.submit(_load, artifact, provider, threads).result())
+
+
+def _end_quietly() -> None:
+    """On Ctrl-C, which reaches it too: the parent says what there is to say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _load(artifact: Path, provider: str, threads: int | str | None) -> Loaded:

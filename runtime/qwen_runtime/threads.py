@@ -135,7 +135,10 @@ def decide(
     cores = find_cores() if cores is None else cores
     given = environment.get(VARIABLE, "").strip()
     wish, source = _wish(asked, given, settings)
-    spin_us = settings.get("spin_us") if wish.spin_us is None else wish.spin_us
+    told = settings.get("spin_us")
+    spin_us = wish.spin_us
+    if spin_us is None and type(told) is int and 0 <= told <= MOST_SPIN:
+        spin_us = told
     if wish.count == PERFORMANCE:
         return _on_performance(cores, spin_us, source)
     if wish.count:

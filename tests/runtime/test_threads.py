@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from qwen_common.errors import USER_ERROR, UserError
@@ -41,12 +45,14 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are read in 
             "by the artifact: all cores are alike",
         ),
         (None, "", {"threads": [2]}, 8, "one for each physical core"),
+        (None, "", {"threads": 10**6, "spin_us": 10**9}, 8, "one for each physical core"),
+        (None, "", {"spin_us": -1}, 8, "one for each physical core"),
         (None, "", {}, 8, "one for each physical core"),
     ],
 )
 def test_order(asked: Any, variable: str, settings: dict[str, Any], count: int, why: str) -> None:
     found = decide(asked, settings, {VARIABLE: variable}, EIGHT)
-    assert (found.count, found.why) == (count, why)
+    assert (found.count, found.why, found.spin_us) == (count, why, None)
 
 
 def test_left_to_onnxruntime_only_where_it_takes_as_many() -> None:
@@ -190,6 +196,38 @@ def test_several_in_turns(cpu_artifact: Path) -> None:
     ), shown.output
     rows = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)["rows"]
     assert [row["threads"]["count"] for row in rows] == [1, 2]
+
+
+def busy_children(process: int) -> bool:
+    """Whether both models are loaded and one computes."""
+    children = psutil.Process(process).children()
+    return sum(child.cpu_times().user > 1 for child in children if child.is_running()) >= 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
+def test_interrupted_without_a_traceback(cpu_artifact: Path) -> None:
+    """Ctrl-C reaches the processes that measure too."""
+    code = "from qwen_runtime.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "bench",
+        str(cpu_artifact),
+        "--threads",
+        "1,2",
+        "--rounds",
+        "10000",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as run:
+        end = time.monotonic() + 60
+        while not busy_children(run.pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGINT)
+        told, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and b"Traceback" not in told and b"interrupted" in told, told
 
 
 @pytest.mark.parametrize("ratios, told", [((1.2, 1.3, 1.25), True), ((1.2, 0.9, 1.3), False)])
