@@ -43,10 +43,30 @@ class MtpHead(nn.Module):
     def forward(self, model: CausalLM, next_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [batch, sequence, vocab] from tokens 1, 2, ... [batch, sequence], and `model`'s hidden
         states of tokens 0, 1, ... [batch, sequence, hidden_size]."""
+        return model.lm_head(self.states(model, next_ids, hidden))
+
+    def states(self, model: CausalLM, next_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Its own hidden states [batch, sequence, hidden_size] of the same."""
         embedded = self.pre_fc_norm_embedding(model.get_input_embeddings()(next_ids))
         x = self.fc(torch.cat([embedded, self.pre_fc_norm_hidden(hidden)], dim=-1))
         positions = torch.arange(next_ids.shape[1]).expand(len(next_ids), -1)
         if model.config.model_type != "qwen3_next":  # one for each axis of an image
             positions = positions.expand(3, -1, -1)
         x = self.layers[0](x, position_embeddings=model.model.rotary_emb(x, positions))
-        return model.lm_head(self.norm(x))
+        return self.norm(x)
+
+    def guesses(
+        self, model: CausalLM, next_ids: torch.Tensor, hidden: torch.Tensor, count: int
+    ) -> tuple[list[int], float]:
+        """The `count` likeliest tokens after the last of `next_ids` [1, sequence], each after the one before,
+        with the head's own states in place of `model`'s; and the least distance of a best logit from the
+        next. All is computed anew for each."""
+        found, margin = [], float("inf")
+        for _ in range(count):
+            own = self.states(model, next_ids, hidden)[:, -1:]
+            best = model.lm_head(own)[0, -1].topk(2)
+            margin = min(margin, float(best.values[0] - best.values[1]))
+            found.append(int(best.indices[0]))
+            next_ids = torch.cat([next_ids, best.indices[None, :1]], dim=1)
+            hidden = torch.cat([hidden, own], dim=1)
+        return found, margin

@@ -24,10 +24,12 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     Inputs: input_ids int64 [batch, sequence]; hidden_states [batch, sequence, hidden], the decoder's after
     its final norm for the token *before* each of input_ids; attention_mask int64 [batch, total], all ones;
     position_ids int64 [3, batch, sequence] of those hidden states; the layer's past keys and values.
-    Outputs: logits float32 [batch, 1, vocab] for the token after the last of input_ids, and the present keys
-    and values.
+    Outputs: logits float32 [batch, 1, vocab] for the token after the last of input_ids, own_hidden_states
+    [batch, 1, hidden] after the last norm, which stand for the decoder's where a further token is drafted,
+    and the present keys and values.
 
-    Source: vLLM's Qwen3_5MultiTokenPredictor; transformers has no such class.
+    Source: vLLM's Qwen3_5MultiTokenPredictor, and its proposer for several tokens by one layer; transformers
+    has no such class.
     """
     recipe = replace(recipe, cache_dtype=None)  # calibration text does not go through it
     int64 = np.dtype(np.int64)
@@ -65,5 +67,7 @@ def mtp_head(g: GraphBuilder, config: TextConfig, recipe: Recipe) -> None:
     for state, value in zip(carried, present, strict=True):
         g.output(value, state.present, state.dtype, state.present_shape)
     x, _ = add_rms_norm(g, update, residual, scale("mtp.norm"), epsilon)
-    logits = vocabulary_logits(g, recipe, last_positions(g, x, 1), lm_head)
+    last = last_positions(g, x, 1)
+    g.output(last, "own_hidden_states", g.dtype, ("batch_size", 1, config.hidden_size))
+    logits = vocabulary_logits(g, recipe, last, lm_head)
     g.output(logits, "logits", np.dtype(np.float32), ("batch_size", 1, config.vocab_size))

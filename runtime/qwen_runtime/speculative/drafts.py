@@ -12,6 +12,8 @@ import numpy.typing as npt
 from qwen_runtime.speculative.sessions import StatefulSession, zeros
 
 _LONGEST, _SHORTEST = 4, 2  # tokens of a match: of one token it is hardly ever right for long
+_MOST_BY_HEAD = 3  # the further ones are seldom right, and each costs a run of the head
+_OWN = "own_hidden_states"
 _MOST_UNSEEN = 256  # tokens that the head reads before it drafts; older ones it does without
 
 
@@ -57,7 +59,12 @@ class PromptLookup:
 
 
 class Head:
-    """The checkpoint's multi-token-prediction head: one token from the decoder's last hidden state."""
+    """The checkpoint's multi-token-prediction head: one token from the decoder's last hidden state, and
+    further ones from the head's own.
+
+    Attributes:
+        most: tokens of a draft.
+    """
 
     source = "the MTP head"
 
@@ -66,6 +73,8 @@ class Head:
         capacity: most tokens that it reads.
         """
         self._session = StatefulSession(session, zeros(session, capacity))
+        shows = any(output.name == _OWN for output in session.get_outputs())  # earlier exports do not
+        self.most = _MOST_BY_HEAD if shows else 1
         self._tokens: list[int] = []  # that it has not read
         self._hidden: list[npt.NDArray[Any]] = []  # for each, that of the token before
         self._last: npt.NDArray[Any] | None = None
@@ -85,12 +94,19 @@ class Head:
             self._last = hidden[:, at : at + 1]
         del self._tokens[:-_MOST_UNSEEN], self._hidden[:-_MOST_UNSEEN]
 
-    def draft(self, token: int) -> Draft | None:
-        """What comes after `token`, which the decoder reads next."""
+    def draft(self, token: int, count: int = 1) -> Draft | None:
+        """The `count` tokens, at least 1, after `token`, which the decoder reads next."""
         if self._last is None or self._read:
             return None
         unseen, hidden = [*self._tokens, token], np.concatenate([*self._hidden, self._last], axis=1)
-        logits = self._session(unseen, hidden_states=hidden)["logits"]
+        found = self._session(unseen, hidden_states=hidden)
         self._session.keep(len(unseen))
         self._tokens, self._hidden, self._read = [], [], 1
-        return Draft([int(logits[0, -1].argmax())], self.source)
+        guesses = [int(found["logits"][0, -1].argmax())]
+        for _ in range(count - 1):
+            found = self._session(guesses[-1:], hidden_states=found[_OWN])
+            self._session.keep(1)
+            guesses.append(int(found["logits"][0, -1].argmax()))
+        # Its keys and values of guesses are made of its own states: those of the decoder come in their place.
+        self._session.forget(count - 1)
+        return Draft(guesses, self.source)

@@ -150,12 +150,15 @@ class SpeculativeGenerator(OrtGenerator):
             draft = self._lookup.draft([*self._expected, *self._tokens, token], room)
         if draft is not None and (count := self._switch.count(draft)):
             return draft, count
-        if self._head is None or not self._switch.count(Draft([token], Head.source)):
+        if self._head is None:
+            return draft, 0
+        count = self._switch.count(Draft([token] * min(room, self._head.most), Head.source))
+        if not count:
             return draft, 0
         started = time.perf_counter()
-        guess = self._head.draft(token)
-        self._switch.drafted(Head.source, time.perf_counter() - started)
-        return (draft, 0) if guess is None else (guess, 1)
+        guess = self._head.draft(token, count)
+        self._switch.drafted(Head.source, time.perf_counter() - started, count)
+        return (draft, 0) if guess is None else (guess, count)
 
     def _of_prediction(self, draft: Draft, count: int) -> int:
         """How many of the first `count` tokens of `draft` were taken from what was expected."""

@@ -168,9 +168,9 @@ class StatefulSession:
         }
         settled = ((name, name.replace(_PAST, _SETTLED)) for name in self.values)
         self._settled = {name: output for name, output in settled if output in outputs}
-        fixed = {name for name in self.values if "past_sequence_length" not in taken[name].shape}
+        self._fixed = {name for name in self.values if "past_sequence_length" not in taken[name].shape}
         self.spare: dict[str, list[Any]] = {}
-        for name in () if self._defers else fixed:
+        for name in () if self._defers else self._fixed:
             there = [value(array) for array in (spare or {}).get(name, ())]
             shape, dtype = self.values[name].shape(), _DTYPES[taken[name].type]
             made = [value(np.empty(shape, dtype)) for _ in range(len(self._present[name]) - len(there))]
@@ -229,6 +229,12 @@ class StatefulSession:
             self._waiting = np.ascontiguousarray(self._waiting[:, :count])
         else:
             self._swap(count - 1)
+
+    def forget(self, count: int) -> None:
+        """The next run goes on before the last `count` tokens that were kept. Keys and values only can be cut
+        back like this."""
+        assert not self._fixed
+        self._length -= count
 
     def _places(self, name: str) -> list[Any]:
         """Where the state `name` is written: in its own place, unless it may have to be taken back."""

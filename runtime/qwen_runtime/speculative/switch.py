@@ -34,7 +34,8 @@ class Switch:
         self._seconds: dict[int, deque[float]] = defaultdict(
             lambda: deque(maxlen=_RECENT)
         )  # by tokens in a run
-        self._drafting: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))  # by source
+        # By source, for each token.
+        self._drafting: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_RECENT))
         self._right: dict[str, tuple[float, float]] = defaultdict(lambda: (1.0, 2.0))  # of so many drafts
         self._refused: dict[str, int] = defaultdict(int)  # in a row
         self._elapsed = self._lost = 0.0
@@ -74,10 +75,10 @@ class Switch:
         with self._lock:
             self._pass(seconds, self._plain())
 
-    def drafted(self, source: str, seconds: float) -> None:
-        """A draft took so long to make."""
+    def drafted(self, source: str, seconds: float, tokens: int = 1) -> None:
+        """A draft of so many took so long to make."""
         with self._lock:
-            self._drafting[source].append(seconds)
+            self._drafting[source].append(seconds / tokens)
             self._pass(seconds, 0.0)
 
     def yielded(self) -> None:
@@ -105,7 +106,7 @@ class Switch:
         found, total = self._right[source]
         rate, one = found / total, self._run(1)
         tokens = sum(rate**at for at in range(count + 1))
-        drafting = min(self._drafting[source], default=0.0)
+        drafting = count * min(self._drafting[source], default=0.0)
         return tokens * one / (self._run(count + 1) + drafting)
 
     def _plain(self) -> float:

@@ -15,6 +15,7 @@ from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import Profile, load_profile
 from qwen_runtime import Model, Sampling
+from qwen_runtime.speculative.drafts import Head
 from qwen_runtime.speculative.sessions import StatefulSession, exact_rows, zeros
 from safetensors.torch import load_file, save_file
 
@@ -114,6 +115,28 @@ def test_head_and_hidden_states_agree_with_pytorch(case, tmp_path: Path) -> None
             mtp.keep(end - start)
             assert cosine(guessed, guesses[:, end - 1 : end]).min() > 0.99999
             start = end
+
+
+def test_the_head_drafts_several_tokens_by_its_own_states(case, tmp_path: Path) -> None:
+    """After drafts of which nothing, something or all was right: each is that of PyTorch, which has no keys
+    and values to cut back."""
+    model, mtp, checkpoint = case
+    artifact = make_artifact(checkpoint, with_mtp(float_profile("fused")), tmp_path / "out", False)
+    ids = torch.tensor(np.random.default_rng(1).integers(0, model.config.vocab_size, (1, 30)))
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        session = ort.InferenceSession(artifact / "mtp.onnx", providers=["CPUExecutionProvider"])
+        head, seen, compared = Head(session, 40), 0, 0
+        for end, count in ((4, 3), (5, 3), (6, 1), (8, 2), (12, 3), (29, 3)):
+            head.saw(ids[0, seen:end].tolist(), hidden[:, seen:end].numpy())
+            seen = end
+            expected, margin = mtp.guesses(model, ids[:, 1 : end + 1], hidden[:, :end], count)
+            found = head.draft(int(ids[0, end]), count)
+            assert found is not None
+            if margin > 1e-3:
+                assert list(found.tokens) == expected
+                compared += 1
+        assert compared >= 5
 
 
 def test_tokens_that_were_taken_back_leave_no_trace(case, tmp_path: Path) -> None:
