@@ -14,7 +14,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.graph.builder import GraphBuilder, Value
 from qwen_export.graph.linear import linear, projection
 from qwen_export.graph.norm import gated_rms_norm, rms_norm, rms_norm_by_head
-from qwen_export.graph.pending import Pending, States
+from qwen_export.graph.pending import Entering, Pending, States
 from qwen_export.graph.recipe import Recipe
 from qwen_export.graph.silu import silu
 from qwen_export.graph.tokens import each_token, joined
@@ -99,13 +99,16 @@ def gated_delta_net(
         axis=-1,
     )
     decay, beta = _gates(g, recipe, name, x)
-    if pending:
-        pending.enters(mixed, decay, beta)
+    recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
     outputs, presents = [], []
-    for entering in each_token(g, mixed, decay, beta):
-        output, past = enter(g, config, recipe, name, entering, past, masks)
+    past_conv, past_state = past
+    for entering, decays, betas in each_token(g, mixed, decay, beta):
+        convolved, past_conv = _causal_conv(g, config, recipe, name, entering, past_conv)
+        output, past_state = recurrence(g, config, convolved, decays, betas, past_state, masks)
         outputs.append(output)
-        presents.append(past)
+        presents.append((past_conv, past_state))
+        if pending:
+            pending.enters(entering, convolved, decays, betas)
     output = joined(g, outputs)
 
     # In float32, as the recurrence before it gives it.
@@ -115,25 +118,21 @@ def gated_delta_net(
     return linear(g, recipe, normed, out_proj), presents
 
 
-def enter(
-    g: GraphBuilder,
-    config: TextConfig,
-    recipe: Recipe,
-    name: str,
-    entering: tuple[Value, ...],
-    past: States,
-    masks: Triangles | None,
-) -> tuple[Value, States]:
-    """Convolution and recurrence: `entering` is mixed [B, T, C], decay and beta [B, T, Hv].
-
-    Returns the recurrence's output [B, T, Hv dv], and the states after it.
-    """
-    mixed, decay, beta = entering
+def settle(g: GraphBuilder, config: TextConfig, entering: Entering, past: States) -> States:
+    """The states after tokens of one sequence that a run before has convolved."""
     past_conv, past_state = past
-    convolved, conv = _causal_conv(g, config, recipe, name, mixed, past_conv)
-    recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
-    output, state = recurrence(g, config, convolved, decay, beta, past_state, masks)
-    return output, (conv, state)
+    # Flat, token by token: kernels that join or cut along a short last axis go number by number, and ONNX
+    # Runtime would move the transpositions so that they do.
+    rows, channels = config.linear_conv_kernel_dim - 1, config.conv_dim
+    before = g.reshape(g.op("Transpose", past_conv, perm=[0, 2, 1]), -1)
+    seen = g.op("Concat", before, g.reshape(entering.mixed, -1), axis=0)
+    end = g.constant([np.iinfo(np.int64).max], np.int64)
+    last = g.reshape(g.op("Slice", seen, g.ints(-rows * channels), end, g.ints(0)), 1, rows, channels)
+    conv = g.op("Transpose", last, perm=[0, 2, 1])
+    _, state = _linear_attention(
+        g, config, entering.convolved, entering.decay, entering.beta, past_state, None
+    )
+    return conv, state
 
 
 def _causal_conv(

@@ -10,7 +10,7 @@ from qwen_export.architecture.models.qwen3_5 import TextConfig
 from qwen_export.architecture.models.qwen3_5_moe import MoeTextConfig
 from qwen_export.graph.attention import attention, spans
 from qwen_export.graph.builder import GraphBuilder, Shape, Value
-from qwen_export.graph.gated_delta_net import Triangles, enter, gated_delta_net, triangles
+from qwen_export.graph.gated_delta_net import gated_delta_net, settle, triangles
 from qwen_export.graph.mlp import mlp
 from qwen_export.graph.moe import mixture_of_experts
 from qwen_export.graph.norm import add_rms_norm, norm_weight, rms_norm
@@ -127,7 +127,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     masks = triangles(g, run, options.max_run_tokens)
     pending = Pending(g, config) if options.pending else None
     if pending:
-        past = _settled(g, config, recipe, pending, past, masks)
+        past = _settled(g, config, pending, past)
 
     residual = run if options.embeddings else embed(g, run, embedding)
     update: Value | None = None
@@ -172,25 +172,18 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
 
 
 def _settled(
-    g: GraphBuilder,
-    config: TextConfig,
-    recipe: Recipe,
-    pending: Pending,
-    past: list[tuple[Value, ...]],
-    masks: Triangles | None,
+    g: GraphBuilder, config: TextConfig, pending: Pending, past: list[tuple[Value, ...]]
 ) -> list[tuple[Value, ...]]:
     """`past` of all layers with those tokens in the states of Gated DeltaNets that are pending."""
     recurrent = [layer for layer, kind in enumerate(config.layer_types) if kind == "linear_attention"]
 
-    def settle(index: int, entering: Entering, before: States) -> States:
-        name = f"model.layers.{recurrent[index]}"
-        with g.scope(f"{name}.linear_attn.pending"):
-            _, after = enter(g, config, recipe, f"{name}.linear_attn", entering, before, masks)
-        return after
+    def let_in(index: int, entering: Entering, before: States) -> States:
+        with g.scope(f"model.layers.{recurrent[index]}.linear_attn.pending"):
+            return settle(g, config, entering, before)
 
     found = list(past)
     before = [(conv, state) for conv, state in (past[layer] for layer in recurrent)]
-    for layer, after in zip(recurrent, pending.settle(before, settle), strict=True):
+    for layer, after in zip(recurrent, pending.settle(before, let_in), strict=True):
         found[layer] = after
     return found
 

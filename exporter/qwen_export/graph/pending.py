@@ -10,6 +10,7 @@ given the memory of the one that went in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,16 @@ MOST_TOKENS = 8  # of a run's end may be taken back; a prompt's runs are longer,
 _FLOAT32 = np.dtype(np.float32)
 
 States = tuple[Value, Value]  # of a Gated DeltaNet: the convolution's and the recurrent one
-Entering = tuple[Value, Value, Value]  # mixed, decay, beta: [1, tokens, ...] each
+
+
+class Entering(NamedTuple):
+    """Of a run's tokens, [1, tokens, width] each: the convolution's input, of which its state is made, and
+    what the recurrence is given."""
+
+    mixed: Value
+    convolved: Value
+    decay: Value
+    beta: Value
 
 
 class Pending:
@@ -34,7 +44,8 @@ class Pending:
 
     def __init__(self, g: GraphBuilder, config: TextConfig) -> None:
         self._g = g
-        self._widths = config.conv_dim, config.linear_num_value_heads, config.linear_num_value_heads
+        channels, heads = config.conv_dim, config.linear_num_value_heads
+        self._widths = channels, channels, heads, heads
         self._shape = (config.layer_types.count("linear_attention"), "last_tokens", sum(self._widths))
         self._entering: list[Entering] = []
 
@@ -53,23 +64,25 @@ class Pending:
             for index, layer in enumerate(
                 g.ops("Split", pending, outputs=layers, axis=0, num_outputs=layers)
             ):
-                mixed, decay, beta = g.ops("Split", layer, g.ints(*self._widths), outputs=3, axis=-1)
-                mixed = mixed if g.dtype == _FLOAT32 else g.cast(mixed, g.dtype)
-                some.outputs.extend(enter(index, (mixed, decay, beta), past[index]))
+                entering = Entering(*g.ops("Split", layer, g.ints(*self._widths), outputs=4, axis=-1))
+                if g.dtype != _FLOAT32:
+                    entering = entering._replace(mixed=g.cast(entering.mixed, g.dtype))
+                some.outputs.extend(enter(index, entering, past[index]))
         with g.branch("nothing_pending") as none:
             none.outputs.extend(g.op("Identity", state) for pair in past for state in pair)
         settled = g.ops("If", there, outputs=2 * layers, then_branch=some, else_branch=none)
         return list(zip(settled[::2], settled[1::2], strict=True))
 
-    def enters(self, mixed: Value, decay: Value, beta: Value) -> None:
-        """What enters the next layer's recurrence in this run."""
-        # The others are small enough to stay whole until the end of a prompt's run: fewer nodes.
-        self._entering.append((last_positions(self._g, mixed, MOST_TOKENS), decay, beta))
+    def enters(self, mixed: Value, convolved: Value, decay: Value, beta: Value) -> None:
+        """What enters the next layer in this run."""
+        # The gates are small enough to stay whole until the end of a prompt's run: fewer nodes.
+        mixed, convolved = (last_positions(self._g, value, MOST_TOKENS) for value in (mixed, convolved))
+        self._entering.append(Entering(mixed, convolved, decay, beta))
 
     def output(self) -> None:
         """Declare the graph's output, once all layers have said what enters."""
         g = self._g
-        mixed, *gates = (g.op("Concat", *values, axis=0) for values in zip(*self._entering, strict=True))
-        mixed = mixed if g.dtype == _FLOAT32 else g.cast(mixed, _FLOAT32)
-        gates = [last_positions(g, values, MOST_TOKENS) for values in gates]
-        g.output(g.op("Concat", mixed, *gates, axis=-1), "entering", _FLOAT32, self._shape)
+        *wide, decay, beta = (g.op("Concat", *values, axis=0) for values in zip(*self._entering, strict=True))
+        wide = [value if g.dtype == _FLOAT32 else g.cast(value, _FLOAT32) for value in wide]
+        gates = (last_positions(g, value, MOST_TOKENS) for value in (decay, beta))
+        g.output(g.op("Concat", *wide, *gates, axis=-1), "entering", _FLOAT32, self._shape)

@@ -14,7 +14,9 @@ from qwen_runtime.speculative.sessions import StatefulSession, zeros
 _LONGEST, _SHORTEST = 4, 2  # tokens of a match: of one token it is hardly ever right for long
 _MOST_BY_HEAD = 3  # the further ones are seldom right, and each costs a run of the head
 _OWN = "own_hidden_states"
-_MOST_UNSEEN = 256  # tokens that the head reads before it drafts; older ones it does without
+# Tokens that the head reads before it drafts; older ones it does without. More are not right more often
+# (docs/speculative.md), and where the head is asked seldom they are most of its time.
+_MOST_UNSEEN = 32
 
 
 @dataclass(frozen=True)

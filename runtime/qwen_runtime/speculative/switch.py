@@ -9,8 +9,10 @@ from statistics import median
 from qwen_runtime.speculative.drafts import Draft
 
 _PAYS = 1.05  # times as many tokens a second
-_LOSS = 0.02  # most of the time that may be lost
-_GRACE = 2  # tokens' time that may be lost before that: the first runs are slower
+_LOSS = (
+    0.015  # most of the time that may be lost; the rest of 2% is what a plain step costs more than GenAI's
+)
+_GRACE = 1  # tokens' time that may be lost before that: the first runs are slower
 _SURE = 3  # runs of a length, before it is believed to be slow
 _PROBE = 64  # steps after which drafts that do not pay are tried again
 _RECENT = 15  # runs of one length

@@ -16,7 +16,7 @@ GATED_DELTA_NET, ATTENTION, ONCE = 23, 14, 32
 MLP, EXPERTS = 5, 12
 # What a step by the graph for several tokens has besides, where none are pending: its states go on as they
 # are, and what of the token enters them is kept.
-HANDED_ON, HANDED_ON_ONCE = 3, 12
+HANDED_ON, HANDED_ON_ONCE = 4, 12
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ ONE = 0.03  # seconds
 @dataclass
 class Answer:
     """Tokens, each of which a draft foresees with the probability `rate`, where a run of n tokens takes
-    `costs[n]` times as long as one of one; `noise` is the spread of that."""
+    `costs[n]` times as long as one of one; `noise` is the spread of that, and `drafting` the time of a token of
+    a draft."""
 
     rate: float
     costs: dict[int, float]
@@ -34,8 +35,8 @@ class Answer:
         while made < tokens:
             count = switch.count(draft)
             if count and self.drafting:
-                switch.drafted(draft.source, self.drafting * ONE)
-                seconds += self.drafting * ONE
+                switch.drafted(draft.source, count * self.drafting * ONE, count)
+                seconds += count * self.drafting * ONE
             took = run(1 + count)
             switch.took(1 + count, took)
             seconds, made = seconds + took, made + 1
