@@ -15,8 +15,8 @@ ONE = 0.03  # seconds
 @dataclass
 class Answer:
     """Tokens, each of which a draft foresees with the probability `rate`, where a run of n tokens takes
-    `costs[n]` times as long as one of one; `noise` is the spread of that, and `drafting` the time of a token of
-    a draft."""
+    `costs[n]` times as long as one of one; `noise` is the spread of that, and `drafting` the time of a
+    token of a draft."""
 
     rate: float
     costs: dict[int, float]
