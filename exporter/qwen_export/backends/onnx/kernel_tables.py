@@ -51,6 +51,8 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
         *(
             "Gemm",
             "Greater",
+            "Identity",
+            "If",
             "LayerNormalization",
             "LessOrEqual",
             "MatMul",
@@ -80,7 +82,7 @@ OPERATORS: Mapping[str, tuple[str, ...]] = {
         "SkipSimplifiedLayerNormalization",
     ),
 }
-_MAIN_TYPES = ("T", "T1", "in")  # what schemas call the main input's type, the likeliest first
+_MAIN_TYPES = ("T", "T1", "in", "V")  # what schemas call the main input's type, the likeliest first
 # Of class names, as compilers mangle template arguments.
 _MANGLED = {"If": "tensor(float)", "INS_9MLFloat16E": "tensor(float16)"}
 
