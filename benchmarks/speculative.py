@@ -45,7 +45,7 @@ from benchmarks.support.checkpoints import TINY, TRAINED_HEAD, copy_tokenizer
 from benchmarks.support.mtp import with_head
 
 CONTEXT, RUNS = 128, 8
-LENGTHS = (1, 2, 3, 4, 8)
+LENGTHS = (2, 3, 4, 8)  # a run of one token is plain decoding
 ANSWER = 100  # tokens at most
 
 
