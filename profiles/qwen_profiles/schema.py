@@ -250,6 +250,13 @@ class Profile(_Frozen):
             raise ValueError(f"no weight format for: {', '.join(missing)}")
         return weights
 
+    @field_validator("frequent_tokens", mode="before")
+    @classmethod
+    def _table_of_frequent_tokens(cls, given: object) -> object:
+        if not isinstance(given, dict | FrequentTokens | None):
+            raise ValueError('write a table, such as {share=0.05, precision="int8", block_size=128}')
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> Profile:
         if self.cache_dtype not in (None, self.activation_dtype, "int8"):

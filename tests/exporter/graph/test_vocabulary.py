@@ -94,3 +94,8 @@ def test_what_no_other_provider_has_run_is_refused(provider: str) -> None:
 def test_a_share_is_a_part_of_all(share: str) -> None:
     with pytest.raises(UserError, match=r"frequent_tokens\.share"):
         load_profile("cpu", [*FREQUENT, f"frequent_tokens.share={share}"])
+
+
+def test_a_precision_alone_is_no_share() -> None:
+    with pytest.raises(UserError, match="write a table, such as"):
+        load_profile("cpu", ["frequent_tokens=int8"])
