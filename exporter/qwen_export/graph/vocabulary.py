@@ -44,7 +44,7 @@ def embed(g: GraphBuilder, ids: Value, table: Table) -> Value:
         return take_rows(g, ids, table[0])
     frequent, other = table
     first, zero = g.constant(frequent.row_count, np.int64), g.constant(0, np.int64)
-    inside = g.op("Less", ids, first)
+    inside = g.op("Greater", first, ids)
     # Each id is looked up in both, in row 0 of the one that has it not.
     of_frequent = take_rows(g, g.op("Where", inside, ids, zero), frequent)
     of_other = take_rows(g, g.op("Where", inside, zero, g.op("Sub", ids, first)), other)

@@ -74,7 +74,8 @@ def _layers(figure: Figure, report: Mapping[str, Any]) -> None:
     for role in sorted({layer["role"] for layer in report["layers"]}):
         points = [(layer["layer"], layer["error"]) for layer in report["layers"] if layer["role"] == role]
         axes.plot(*zip(*points, strict=True), "o", label=role, markersize=3)
-    axes.set_yscale("log")
+    if any(layer["error"] > 0 for layer in report["layers"]):  # not with a checkpoint's own codes
+        axes.set_yscale("log")
     if report["layers"]:
         axes.legend(frameon=False, fontsize=8)
 

@@ -38,7 +38,7 @@ SPECULATIVE = click.option(
     help="Guess the next tokens and check several in a run, on the CPU, while it pays.",
 )
 EXACT = click.option(
-    "--exact", is_flag=True, help="With --speculative, answers are the same to the bit; slower."
+    "--exact", is_flag=True, help="With --speculative, every logit is the same to the bit; slower."
 )
 PREPACKED = click.option(
     "--prepacked-dir",

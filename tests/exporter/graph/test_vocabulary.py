@@ -10,6 +10,7 @@ import torch
 from qwen_common.errors import UserError
 from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
+from qwen_export.inspection import inspect
 from qwen_profiles.schema import FrequentTokens, load_profile
 
 from benchmarks.support.artifacts import float_profile, make_artifact
@@ -81,6 +82,12 @@ def test_every_graph_of_an_artifact_shares_the_rows(tmp_path: Path) -> None:
     stored = [weight for weight, _ in graphs.placed if weight.name.startswith("lm_head")]
     rows = sorted((weight.rows[0].start, weight.rows[0].stop) for weight in stored)
     assert rows == [(0, rows[0][1]), (rows[0][1], graphs.every_file["model.onnx"].outputs[-1].shape[-1])]
+
+
+def test_the_cpu_is_known_to_have_every_kernel(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "checkpoint")
+    artifact = make_artifact(tmp_path / "checkpoint", load_profile("cpu", FREQUENT), tmp_path / "artifact")
+    assert inspect(artifact)["providers"]["cpu"]["runs"] is True
 
 
 @pytest.mark.parametrize("provider", ["webgpu", "cuda"])
