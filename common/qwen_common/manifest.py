@@ -83,9 +83,16 @@ class StoredAs(TypedDict):
     symmetric: bool
 
 
+class FrequentAs(StoredAs):
+    """A profile's `FrequentTokens`."""
+
+    share: float
+
+
 class Settings(TypedDict, total=False):
     """The whole profile, overrides included. Named here is what is read without the schema of profiles."""
 
+    frequent_tokens: FrequentAs | None
     layer_weights: dict[str, dict[str, StoredAs]]
     fallbacks: list[str]
     threads: int | Literal["performance"]

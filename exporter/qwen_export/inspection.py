@@ -60,6 +60,11 @@ def precisions(manifest: Manifest) -> dict[str, str]:
         several = "; ".join(f"{form} in {count} layers" for form, count in forms.most_common())
         found[role] = several if len(forms) > 1 else next(iter(forms), "")
         found[role] = found[role] or _precision(recipe.get(role), role in carried, per_channel)
+    frequent = manifest["settings"].get("frequent_tokens")
+    if frequent and frequent["share"]:
+        form = _precision(frequent, False, per_channel)
+        for role in {"embedding", "lm_head"} & found.keys() - carried:
+            found[role] += f"; {form} in the first {frequent['share']:.3g} of ids"
     return found
 
 

@@ -92,8 +92,8 @@ class FrequentTokens(WeightFormat):
     """How the rows of frequent tokens are stored."""
 
     share: float = Field(ge=0, lt=1)
-    """Of all tokens, those with the lowest ids, which byte-pair encoding gave to the most frequent ones; 0:
-    none."""
+    """Of all tokens, those with the lowest ids, which byte-pair encoding gave to the most frequent ones, in
+    whole groups of 64 rows; 0, or less than a group: none."""
 
 
 class Recognise(_Frozen):

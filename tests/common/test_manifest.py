@@ -139,6 +139,16 @@ def test_every_value_of_another_type_is_named(base: dict[str, Any], artifact: Pa
                 assert f"manifest.json has no valid '{name}': copy the artifact again" in message
 
 
+@pytest.mark.parametrize("wrong", [True, "x", {}, STORED_AS, {**STORED_AS, "share": "x"}])
+def test_a_format_of_frequent_tokens_is_whole_or_none(wrong: object, artifact: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["settings"]["frequent_tokens"] = wrong
+
+    assert "has no valid 'settings.frequent_tokens'" in changed(artifact, change, ONNX)
+    put(artifact, {**ONNX, "settings": {"frequent_tokens": None}})
+    assert manifests.read(artifact)["settings"]["frequent_tokens"] is None
+
+
 @pytest.mark.parametrize("base", [ONNX, OPENVINO], ids=["onnx", "openvino"])
 def test_every_missing_field_is_named(base: dict[str, Any], artifact: Path) -> None:
     optional = {*LATER, "nncf", "image_prompt_tokens", "layer_weights"}

@@ -87,7 +87,9 @@ def test_every_graph_of_an_artifact_shares_the_rows(tmp_path: Path) -> None:
 def test_the_cpu_is_known_to_have_every_kernel(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "checkpoint")
     artifact = make_artifact(tmp_path / "checkpoint", load_profile("cpu", FREQUENT), tmp_path / "artifact")
-    assert inspect(artifact)["providers"]["cpu"]["runs"] is True
+    found = inspect(artifact)
+    assert found["providers"]["cpu"]["runs"] is True
+    assert found["roles"]["lm_head"]["precision"] == "int8, block 128; int8, block 32 in the first 0.5 of ids"
 
 
 @pytest.mark.parametrize("provider", ["webgpu", "cuda"])
