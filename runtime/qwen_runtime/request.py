@@ -90,4 +90,6 @@ class Request:
             raise UserError(f"min_tokens is {self.min_tokens}, but must be at least 0")
         if self.logprobs is not None and not 0 <= self.logprobs <= _MAX_LOGPROBS:
             raise UserError(f"logprobs is {self.logprobs}, but must be from 0 to {_MAX_LOGPROBS}")
+        if not isinstance(self.prediction, str):
+            raise UserError("prediction must be a text")
         self.sampling.check()

@@ -47,6 +47,7 @@ def test_it_is_what_generate_makes_of_its_arguments(model: Model) -> None:
 def test_mistakes_are_known_without_a_model() -> None:
     for request, message in (
         (Request("The", max_tokens=-1), "max_tokens is -1"),
+        (Request("The", prediction=None), "prediction must be a text"),  # type: ignore[arg-type]
         (Request("The", logprobs=-1), "logprobs is -1"),
         (Request("The", sampling=Sampling(top_p=2)), "top_p is 2"),
     ):

@@ -125,7 +125,8 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
     table = rotation(g, config, position_ids)
     visible = spans(g, config, attention_mask, run)
     masks = triangles(g, run, options.max_run_tokens)
-    pending = Pending(g, config) if options.pending else None
+    # Where there is no Gated DeltaNet, nothing is: keys and values are cut back.
+    pending = Pending(g, config) if options.pending and "linear_attention" in config.layer_types else None
     if pending:
         past = _settled(g, config, pending, past)
 
@@ -163,7 +164,7 @@ def decoder(g: GraphBuilder, config: TextConfig, recipe: Recipe, options: GraphO
         pending.output()
     if options.all_logits or g.pairs:
         length = "sequence_length"
-    elif pending:
+    elif options.pending:
         x, length = last_positions(g, x, MOST_TOKENS), "last_tokens"
     else:
         x, length = last_positions(g, x, 1), 1

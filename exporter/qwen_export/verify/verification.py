@@ -108,11 +108,13 @@ def verify(
         progress.note("transformers reads the checkpoint and computes the same logits")
         proof = compare(as_opened, ids[0].tolist())
     passed = passes(measured, profile) and (proof is None or proof.agrees)
-    carried = set(manifest["carried_over"])
+    fixed = set(manifest["carried_over"])
+    if profile.frequent_tokens:  # two formats: which of them costs is not measured
+        fixed |= {"embedding", "lm_head"}
     settable: dict[str, str] = {
         role: form.precision
         for role, form in profile.weights.items()
-        if form.precision != "float" and role not in carried
+        if form.precision != "float" and role not in fixed
     }
     precision = precisions(manifest)
     report = {

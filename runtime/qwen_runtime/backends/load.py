@@ -55,6 +55,8 @@ def load_ort(artifact: Artifact, provider: str, speculative: Speculative | None)
 
         if artifact.backend == BackendName.OPENVINO:
             raise UserError("OpenVINO artifacts are not decoded speculatively: leave --speculative off")
+        if speculative not in BACKENDS:
+            raise UserError(f"speculative is {speculative!r}, but must be one of Speculative, or None")
         return BACKENDS[speculative].load(artifact, provider)
     from qwen_runtime.backends.ort import Ort
 

@@ -111,10 +111,10 @@ def without_pending(decoder: Any) -> tuple[dict[str, str], dict[str, npt.NDArray
     """Outputs of `decoder`, a graph whose tokens may be taken back, where none are, each with the state that
     it is in the next run, and what it is given."""
     outputs = [value.name for value in decoder.get_outputs() if value.name != _ENTERING]
-    (pending,) = (value for value in decoder.get_inputs() if value.name == _PENDING)
-    layers, _, width = pending.shape
+    shapes = {value.name: value.shape for value in decoder.get_inputs() if value.name == _PENDING}
+    given = {name: np.zeros((shape[0], 0, shape[2]), np.float32) for name, shape in shapes.items()}
     kept = {name: name.replace(_PRESENT, _PAST, 1).replace(_SETTLED, _PAST, 1) for name in outputs}
-    return kept, {_PENDING: np.zeros((layers, 0, width), np.float32)}
+    return kept, given
 
 
 class StatefulSession:
