@@ -73,8 +73,10 @@ def child(artifact: Path, provider: str, threads: int | str | None = None) -> It
 
 
 def _end_quietly() -> None:
-    """On Ctrl-C, which reaches it too: the parent says what there is to say."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """On Ctrl-C, which reaches it too: the parent says what there is to say. A job in the background ignores
+    it, and so does this process then."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _load(artifact: Path, provider: str, threads: int | str | None) -> Loaded:

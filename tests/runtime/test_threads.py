@@ -23,6 +23,8 @@ from qwen_runtime.model import Model
 from qwen_runtime.states import StateSettings
 from qwen_runtime.threads import VARIABLE, Asked, Threads, decide
 
+from tests.support.commands import heed_interrupts
+
 EIGHT = Cores(tuple(range(8)), tuple(range(8)))
 HYBRID = Cores((0, 2, 4, 5, 6, 7), (0, 2))  # a fake one: two P and four E cores
 linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are read in /proc")
@@ -220,7 +222,11 @@ def test_interrupted_without_a_traceback(cpu_artifact: Path) -> None:
         "10000",
     ]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
     ) as run:
         end = time.monotonic() + 60
         while not busy_children(run.pid) and time.monotonic() < end:
