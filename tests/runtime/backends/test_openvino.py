@@ -34,6 +34,7 @@ from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.checkpoints.drawings import Drawing, drawing
 from tests.runtime.test_tokenizer import corpus
 from tests.support.schemas import EVERY_DAY
+from tests.support.threads import read_of_threads
 
 pytestmark = pytest.mark.openvino
 pytest.importorskip("openvino_genai")
@@ -258,9 +259,8 @@ def test_the_pipelines_own_tokenizer(shipped: Path) -> None:
 def working_threads(model: Model) -> int:
     """Threads that computed for an answer, once all had been started."""
 
-    def nanoseconds() -> dict[str, int]:
-        folders = Path("/proc/self/task").iterdir()
-        return {folder.name: int((folder / "schedstat").read_text().split()[0]) for folder in folders}
+    def nanoseconds() -> dict[int, int]:
+        return {thread: int(text.split()[0]) for thread, text in read_of_threads("schedstat")}
 
     list(model.generate(TEXT, max_tokens=8))
     before = nanoseconds()
