@@ -9,6 +9,7 @@ with Model.load("artifacts/Qwen3.5-0.8B-cpu") as model:
 
 from qwen_runtime.generation import Generation
 from qwen_runtime.guidance import Guidance
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.sampling import Sampling
@@ -18,6 +19,7 @@ from qwen_runtime.states import StateSettings
 __all__ = [
     "Generation",
     "Guidance",
+    "LoadOptions",
     "Model",
     "ModelInfo",
     "Sampling",

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from qwen_runtime.bandwidth import read_bandwidth
 from qwen_runtime.child import ChildEnded, child
+from qwen_runtime.load_options import DEFAULTS, LoadOptions
 from qwen_runtime.model import Model
 from qwen_runtime.threads import Threads
 
@@ -87,11 +88,10 @@ class Timing:
 
 def bench(
     artifact: Path,
-    provider: str = "auto",
+    options: LoadOptions = DEFAULTS,
     contexts: Sequence[int] | None = None,
     tokens: int = DEFAULT_TOKENS,
     rounds: int = DEFAULT_ROUNDS,
-    threads: int | str | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Bench:
     """Measure in a process of its own, whose memory is the model's.
@@ -100,7 +100,6 @@ def bench(
         contexts: lengths of prompt, in tokens; None is `DEFAULT_CONTEXTS`, as far as they fit.
         tokens: to decode after each prompt.
         rounds: how often each length is measured; one more before them warms up.
-        threads: as of `Model.load`.
         note: told what is being done.
 
     Raises:
@@ -109,7 +108,7 @@ def bench(
     """
     note("loading")
     try:
-        with child(artifact, provider, threads) as model:
+        with child(artifact, options) as model:
             loaded = model.loaded
             lengths = fitting(contexts, loaded.info.context_length - tokens)
             note("warming up")

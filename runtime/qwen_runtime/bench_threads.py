@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen_common.errors import UserError
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qwen_runtime.bench import DEFAULT_ROUNDS, DEFAULT_TOKENS, ENDED, Timing, fitting, timed
 from qwen_runtime.child import ChildEnded, child
+from qwen_runtime.load_options import DEFAULTS, LoadOptions
 from qwen_runtime.threads import Threads
 
 _DEFAULT_CONTEXT = 512
@@ -54,7 +55,7 @@ class Comparison:
 def compare(
     artifact: Path,
     choices: Sequence[str],
-    provider: str = "auto",
+    options: LoadOptions = DEFAULTS,
     contexts: Sequence[int] | None = None,
     tokens: int = DEFAULT_TOKENS,
     rounds: int = DEFAULT_ROUNDS,
@@ -64,7 +65,7 @@ def compare(
     machine does meets them all.
 
     Args:
-        choices: as `threads` of `Model.load`; ratios are to the first.
+        choices: as `threads` of `LoadOptions`, in place of the options' own; ratios are to the first.
         contexts: lengths of prompt, in tokens; None is one of 512, or what fits.
         tokens, rounds, note: as of `bench`.
 
@@ -77,7 +78,7 @@ def compare(
             models = {}
             for choice in choices:
                 note(f"loading: {choice}")
-                models[choice] = stack.enter_context(child(artifact, provider, choice))
+                models[choice] = stack.enter_context(child(artifact, replace(options, threads=choice)))
             infos = {choice: model.loaded.info for choice, model in models.items()}
             room = infos[choices[0]].context_length - tokens
             lengths = fitting((min(_DEFAULT_CONTEXT, room),) if contexts is None else contexts, room)

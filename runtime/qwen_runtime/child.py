@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psutil
 
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.model import Model, ModelInfo
 
 P = ParamSpec("P")
@@ -61,15 +62,15 @@ class Child:
 
 
 @contextmanager
-def child(artifact: Path, provider: str, threads: int | str | None = None) -> Iterator[Child]:
-    """Load `artifact` in another process, which ends with the context; arguments as of `Model.load`.
+def child(artifact: Path, options: LoadOptions) -> Iterator[Child]:
+    """Load `artifact` in another process, which ends with the context.
 
     Raises:
         UserError: the artifact cannot be loaded.
         ChildEnded: the process ended.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_end_quietly) as pool:
-        yield Child(pool, pool.submit(_load, artifact, provider, threads).result())
+        yield Child(pool, pool.submit(_load, artifact, options).result())
 
 
 def _end_quietly() -> None:
@@ -79,11 +80,11 @@ def _end_quietly() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _load(artifact: Path, provider: str, threads: int | str | None) -> Loaded:
+def _load(artifact: Path, options: LoadOptions) -> Loaded:
     global _model
     process = psutil.Process()
     before, start = process.memory_info().rss, time.perf_counter()
-    _model = Model.load(artifact, provider, threads=threads)
+    _model = Model.load_with(artifact, options)
     seconds, after = time.perf_counter() - start, process.memory_info().rss
     return Loaded(_model.info, seconds, before, after, _model.scores_apart)
 

@@ -13,41 +13,31 @@ from qwen_runtime.backends.load import load, load_ort
 from qwen_runtime.backends.protocol import Backend
 from qwen_runtime.images import MOST_PIXELS
 from qwen_runtime.info import ModelInfo
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.prepacked import with_prepacked
 from qwen_runtime.prompt import PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
-from qwen_runtime.speculative import Speculative
 from qwen_runtime.states import States, StateSettings
 from qwen_runtime.threads import Threads, decide
 
 Parts = tuple[Artifact, ModelInfo, Backend, PromptBuilder, PromptReader]
 
 
-def load_parts(
-    path: str | Path,
-    provider: str,
-    verify: bool,
-    context_length: int | None,
-    keep: int,
-    states: StateSettings | None,
-    image_pixels: int | None,
-    prepacked: Path | None,
-    speculative: Speculative | None,
-    threads: int | str | None,
-) -> Parts:
-    """Arguments and errors as of `Model.load`."""
+def load_parts(path: str | Path, options: LoadOptions) -> Parts:
+    """Errors as of `Model.load`."""
+    provider, verify, keep, states = options.provider, options.verify, options.keep, options.states
     artifact = Artifact.open(path, verify)
-    artifact = replace(artifact, threads=_threads(artifact, threads))
-    if speculative is not None and prepacked is not None:
+    artifact = replace(artifact, threads=_threads(artifact, options.threads))
+    if options.speculative is not None and options.prepacked is not None:
         raise UserError("--speculative has graphs of its own, without --prepacked-dir: leave one off")
-    if prepacked is not None:
-        artifact = with_prepacked(artifact, provider, prepacked, verify)
-    if speculative is not None and states is None:
+    if options.prepacked is not None:
+        artifact = with_prepacked(artifact, provider, options.prepacked, verify)
+    if options.speculative is not None and states is None:
         states = StateSettings()
-    ort = None if states is None else load_ort(artifact, provider, speculative)
+    ort = None if states is None else load_ort(artifact, provider, options.speculative)
     backend = ort or load(artifact, provider, keep)
-    info = ModelInfo.of(artifact, backend.provider, backend.reason, context_length)
-    text, room, pixels = backend.tokenizer, info.context_length, image_pixels or MOST_PIXELS
+    info = ModelInfo.of(artifact, backend.provider, backend.reason, options.context_length)
+    text, room, pixels = backend.tokenizer, info.context_length, options.image_pixels or MOST_PIXELS
     prompts = PromptBuilder(
         artifact, backend.provider, text.encode, text.decode, room, text.longest_token, pixels
     )

@@ -21,6 +21,7 @@ from qwen_runtime.ending import Ending
 from qwen_runtime.generation import Decoding, Generation
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.info import ModelInfo as ModelInfo
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.loading import load_parts
 from qwen_runtime.logits import LogitsProcessor
 from qwen_runtime.pooling import Pooler, Pooling, Vector
@@ -66,49 +67,29 @@ class Model:
         speculative: Speculative | None = None,
         threads: int | str | None = None,
     ) -> Model:
-        """Load the artifact in the folder `path`.
-
-        Args:
-            provider: `cpu`, `cuda`, `dml`, `openvino` or `webgpu`, or of an OpenVINO artifact the device,
-                `cpu`, `gpu` or `npu`; `auto` takes the one that the artifact was made for, or else the first
-                other one that loads it, the CPU last.
-            verify: compare every file's SHA-256 with the manifest, not only the small ones'.
-            context_length: most tokens of prompt and answer together, if fewer than the artifact's own.
-            keep: how many states to keep after their answers, each with a KV cache of some 4096 tokens more
-                than it needs. A prompt that goes on from one, as the next turn of a conversation does, is
-                read from there on; but not with a seed, nor where the sampling differs.
-            states: run the graph in ONNX Runtime itself, on the CPU, and keep states as arrays, and in a
-                folder. Then a prompt may go on from several points of one, whatever the sampling, with
-                images and portable artifacts too. A seed gives other tokens than without.
-            image_pixels: most of all images of a prompt, as they are before they are made smaller; None is
-                100 million.
-            prepacked: a folder for weights in the layout of this CPU, made there once with twice the
-                artifact's bytes. They are mapped and not copied: memory is the system's to take back, and a
-                model larger than the memory runs at the pace of the disk.
-            speculative: guess the next tokens and check several in a run, in ONNX Runtime itself on the CPU;
-                states are kept as with `states`. Off by itself where it does not pay.
-            threads: that compute on the CPU: a number, 0 for one on each physical core, `performance` for one
-                on each P core; `4:yield` keeps no core busy while a thread waits, `4:50us` not longer. None:
-                as ORT_INTRA_OP_NUM_THREADS says, or the artifact. `info.threads` has the outcome.
+        """Load the artifact in the folder `path`. Each argument is described at `LoadOptions`.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
                 provider is not in this install, or cannot take or write `prepacked`.
         """
-        return cls(
-            *load_parts(
-                path,
-                provider,
-                verify,
-                context_length,
-                keep,
-                states,
-                image_pixels,
-                prepacked,
-                speculative,
-                threads,
-            )
+        options = LoadOptions(
+            provider=provider,
+            verify=verify,
+            context_length=context_length,
+            keep=keep,
+            states=states,
+            image_pixels=image_pixels,
+            prepacked=prepacked,
+            speculative=speculative,
+            threads=threads,
         )
+        return cls.load_with(path, options)
+
+    @classmethod
+    def load_with(cls, path: str | Path, options: LoadOptions) -> Model:
+        """As `load`, with the options in one value."""
+        return cls(*load_parts(path, options))
 
     def close(self) -> None:
         """Free the model's memory, and write the states that are not on disk yet. Safe to call twice."""

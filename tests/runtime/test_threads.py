@@ -19,6 +19,7 @@ from qwen_runtime.bench_threads import Comparison, Row, compare, verdict
 from qwen_runtime.child import child
 from qwen_runtime.cli import main
 from qwen_runtime.cores import Cores
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.model import Model
 from qwen_runtime.states import StateSettings
 from qwen_runtime.threads import VARIABLE, Asked, Threads, decide
@@ -139,7 +140,7 @@ def test_threads_are_those_asked_for(cpu_artifact: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv(VARIABLE, "2")
     counts = []
     for threads in 1, 4, None:
-        with child(cpu_artifact, "cpu", threads) as model:
+        with child(cpu_artifact, LoadOptions("cpu", threads=threads)) as model:
             counts.append(model.call(count_threads))
     assert counts[1] - counts[0] == 3 and counts[2] - counts[0] == 1
 
@@ -178,7 +179,7 @@ def test_mistake_before_loading(tmp_path: Path) -> None:
 
 
 def test_several_in_turns(cpu_artifact: Path) -> None:
-    found = compare(cpu_artifact, ["1", "2:yield"], "cpu", [16], tokens=4, rounds=2)
+    found = compare(cpu_artifact, ["1", "2:yield"], LoadOptions("cpu"), [16], tokens=4, rounds=2)
     assert [(row.asked, row.threads.count, row.threads.spin_us) for row in found.rows] == [
         ("1", 1, None),
         ("2:yield", 2, 0),

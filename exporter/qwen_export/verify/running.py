@@ -17,6 +17,7 @@ import numpy as np
 from qwen_common.errors import UserError
 from qwen_runtime import Model
 from qwen_runtime.child import Child, ChildEnded, child
+from qwen_runtime.load_options import LoadOptions
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -95,7 +96,7 @@ def running(artifact: Path, provider: str) -> Iterator[Runner]:
     """
     with ExitStack() as stack:
         try:
-            model = stack.enter_context(child(artifact, provider))
+            model = stack.enter_context(child(artifact, LoadOptions(provider)))
         except ChildEnded as error:
             raise UserError(
                 f"{artifact} ended the process that loaded it: is there enough memory? --no-verify leaves "

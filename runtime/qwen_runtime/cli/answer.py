@@ -15,18 +15,9 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import (
-    ARTIFACT,
-    DEBUG,
-    EXACT,
-    PREPACKED,
-    PROVIDER,
-    SPECULATIVE,
-    THREADS,
-    VERIFY,
-    speculates,
-)
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, load_options
 from qwen_runtime.generation import Generation
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.load_progress import shown_load
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
@@ -95,12 +86,7 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
     metavar="NAME=VALUE",
     help="A variable for the chat template, such as preserve_thinking=true; may be given several times.",
 )
-@SPECULATIVE
-@EXACT
-@PROVIDER
-@THREADS
-@PREPACKED
-@VERIFY
+@load_options
 @click.option("--adapter", metavar="NAME", help="Answer with an adapter that the artifact keeps apart.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @DEBUG
@@ -123,13 +109,8 @@ def answer(
     stop: tuple[str, ...],
     thinking: bool,
     template_kwargs: dict[str, Any],
-    speculative: bool,
-    exact: bool,
+    load: LoadOptions,
     adapter: str | None,
-    provider: str,
-    threads: str | None,
-    prepacked: Path | None,
-    verify: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -138,7 +119,6 @@ def answer(
         raise click.UsageError("--raw and --json need a PROMPT.")
     if (images or videos) and (raw or prompt is None):
         raise click.UsageError("--image and --video need a PROMPT, and not --raw.")
-    how = speculates(speculative, exact)
     _speak_utf8()
     with reported(debug):
         request = Request(
@@ -159,9 +139,7 @@ def answer(
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
         with shown_load(artifact):
-            loaded = Model.load(
-                artifact, provider, verify, prepacked=prepacked, speculative=how, threads=threads
-            )
+            loaded = Model.load_with(artifact, load)
         with loaded as model:
             click.echo(model.info.placed, err=True)
             if adapter is not None:

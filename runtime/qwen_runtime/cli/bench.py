@@ -9,6 +9,7 @@ import click
 from qwen_common.errors import reported
 
 from qwen_runtime.cli.options import ARTIFACT, DEBUG, JSON, PROVIDER, number_of_threads
+from qwen_runtime.load_options import LoadOptions
 
 _EPILOG = """\b
 Examples:
@@ -84,12 +85,13 @@ def bench(
             raise click.UsageError("--plot draws one number of threads.")
         with Console(stderr=True).status("starting") as status:
             if len(choices) > 1:
+                options = LoadOptions(provider)
                 compared = comparing.compare(
-                    artifact, choices, provider, contexts, tokens, rounds, status.update
+                    artifact, choices, options, contexts, tokens, rounds, status.update
                 )
             else:
-                threads = choices[0] if choices else None
-                found = measuring.bench(artifact, provider, contexts, tokens, rounds, threads, status.update)
+                options = LoadOptions(provider, threads=choices[0] if choices else None)
+                found = measuring.bench(artifact, options, contexts, tokens, rounds, status.update)
         if len(choices) > 1:
             if as_json:
                 click.echo(json.dumps(dataclasses.asdict(compared), indent=2))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from qwen_common.errors import UserError
 from qwen_common.providers import PROVIDERS
 
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.threads import Asked
 
@@ -31,25 +35,23 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 PROVIDER = click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help=f"auto, {', '.join(PROVIDERS)}."
 )
-VERIFY = click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
-SPECULATIVE = click.option(
+_VERIFY = click.option("--verify", is_flag=True, help="Check every file's SHA-256 before loading.")
+_SPECULATIVE = click.option(
     "--speculative",
     is_flag=True,
     help="Guess the next tokens and check several in a run, on the CPU, while it pays.",
 )
-EXACT = click.option(
+_EXACT = click.option(
     "--exact", is_flag=True, help="With --speculative, every logit is the same to the bit; slower."
 )
-PREPACKED = click.option(
+_PREPACKED = click.option(
     "--prepacked-dir",
     "prepacked",
     type=click.Path(file_okay=False, path_type=Path),
     help="Map weights from this folder, where they are written once in this CPU's layout, with twice the "
     "artifact's bytes: memory stays free, and a model larger than it runs at the disk's pace.",
 )
-
-
-THREADS = click.option(
+_THREADS = click.option(
     "--threads",
     callback=lambda context, parameter, text: None if text is None else number_of_threads(text),
     metavar="N",
@@ -59,14 +61,26 @@ THREADS = click.option(
 )
 
 
-def speculates(speculative: bool, exact: bool) -> Speculative | None:
-    """What these two options come to.
+def load_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of loading an artifact, in one argument: `load`, a `LoadOptions`."""
 
-    Raises:
-        click.UsageError: one of them alone says nothing.
-    """
-    if exact and not speculative:
-        raise click.UsageError("--exact needs --speculative.")
-    if not speculative:
-        return None
-    return Speculative.EXACT if exact else Speculative.FAST
+    @functools.wraps(command)
+    def collected(
+        *,
+        speculative: bool,
+        exact: bool,
+        provider: str,
+        threads: str | None,
+        prepacked: Path | None,
+        verify: bool,
+        **others: Any,
+    ) -> None:
+        if exact and not speculative:
+            raise click.UsageError("--exact needs --speculative.")
+        how = (Speculative.EXACT if exact else Speculative.FAST) if speculative else None
+        load = LoadOptions(provider, verify, prepacked=prepacked, speculative=how, threads=threads)
+        command(load=load, **others)
+
+    for option in reversed((_SPECULATIVE, _EXACT, PROVIDER, _THREADS, _PREPACKED, _VERIFY)):
+        collected = option(collected)
+    return collected

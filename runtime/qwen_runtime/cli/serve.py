@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import (
-    DEBUG,
-    EXACT,
-    PREPACKED,
-    PROVIDER,
-    SPECULATIVE,
-    THREADS,
-    VERIFY,
-    speculates,
-)
+from qwen_runtime.cli.options import DEBUG, load_options
+from qwen_runtime.load_options import LoadOptions
 
 _EPILOG = """\b
 Examples:
@@ -136,23 +129,13 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
     type=click.IntRange(0),
     help="Seconds that running answers may take when the server is told to end.",
 )
-@SPECULATIVE
-@EXACT
-@PROVIDER
-@THREADS
-@PREPACKED
+@load_options
 @click.option("--kiosk", is_flag=True, help="Show the page in its kiosk mode.")
-@VERIFY
 @DEBUG
 def serve(
     artifacts: tuple[Path, ...],
     named: tuple[str, ...],
-    speculative: bool,
-    exact: bool,
-    provider: str,
-    threads: str | None,
-    prepacked: Path | None,
-    verify: bool,
+    load: LoadOptions,
     context_length: int | None,
     keep: int,
     state_dir: Path | None,
@@ -165,7 +148,6 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve each ARTIFACT to OpenAI clients and browsers. Needs: pip install 'qwen-edge[serve]'."""
-    how = speculates(speculative, exact)
     with reported(debug):
         try:
             from qwen_runtime.serve.server import serve as listen
@@ -181,26 +163,9 @@ def serve(
         if state_dir is not None:
             states = StateSettings(state_dir, round(state_disk * GB), round(state_memory * GB))
         pixels = round(10**6 * (image_megapixels or (_KIOSK_MEGAPIXELS if kiosk else _MEGAPIXELS)))
-        listen(
-            [
-                ModelSettings(
-                    path,
-                    provider,
-                    verify,
-                    context_length,
-                    keep,
-                    states,
-                    pixels,
-                    name,
-                    prepacked,
-                    how,
-                    threads,
-                )
-                for path, name in _paths(artifacts, named)
-            ],
-            kiosk=kiosk,
-            **options,
-        )
+        load = replace(load, context_length=context_length, keep=keep, states=states, image_pixels=pixels)
+        models = [ModelSettings(path, name, load) for path, name in _paths(artifacts, named)]
+        listen(models, kiosk=kiosk, **options)
 
 
 def _paths(artifacts: Sequence[Path], named: Sequence[str]) -> list[tuple[Path, str | None]]:

@@ -63,7 +63,7 @@ class Supervisor:
         """Before the model was loaded for the first time what the artifact says, without a provider."""
         if self._info is None:
             artifact = Artifact.open(self._settings.path)
-            self._inform(ModelInfo.of(artifact, "", "not loaded yet", self._settings.context_length))
+            self._inform(ModelInfo.of(artifact, "", "not loaded yet", self._settings.options.context_length))
         assert self._info is not None
         return self._info
 
@@ -151,7 +151,8 @@ class Supervisor:
             early += 1
             if early == 2 and self.info.provider != "cpu":
                 _log.error("%s has failed twice: going on with the CPU", self.info.provider)
-                self._settings = dataclasses.replace(self._settings, provider="cpu")
+                on_the_cpu = dataclasses.replace(self._settings.options, provider="cpu")
+                self._settings = dataclasses.replace(self._settings, options=on_the_cpu)
             pause = await self._start_again(_RESTART_PAUSE if self._useful else pause)
 
     async def _watch(self, process: ModelProcess) -> None:
@@ -201,7 +202,7 @@ class Supervisor:
         self._closed = True
         self.alive = False
         if self._process is not None:
-            self._process.end(_LAST_WRITES if self._settings.states is not None else 0)
+            self._process.end(_LAST_WRITES if self._settings.options.states is not None else 0)
 
 
 async def _apart(work: Callable[[], None]) -> None:

@@ -23,15 +23,14 @@ from weakref import WeakSet
 
 from qwen_common.errors import UserError
 
+from qwen_runtime.load_options import DEFAULTS, LoadOptions
 from qwen_runtime.logits import TokenLogprob, within
 from qwen_runtime.model import Model, ModelInfo
 from qwen_runtime.request import ContextLengthError, Request
 from qwen_runtime.resident import release_freed
 from qwen_runtime.serve import signs_of_life
 from qwen_runtime.serve.parser import AnswerParser
-from qwen_runtime.speculative import Speculative
 from qwen_runtime.speculative.acceptance import Acceptance
-from qwen_runtime.states import StateSettings
 from qwen_runtime.template import begins_thought
 from qwen_runtime.tool_calls.registry import DEFAULT
 
@@ -42,19 +41,16 @@ FAILED = 70  # exit code, as sysexits.h calls an internal error
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What the worker loads: the arguments of `Model.load`; and its name, if that is not the artifact's."""
+    """A model of the server.
+
+    Attributes:
+        path: its artifact's folder.
+        name: by which clients ask for it, if that is not the artifact's.
+    """
 
     path: Path
-    provider: str = "auto"
-    verify: bool = False
-    context_length: int | None = None
-    keep: int = 0
-    states: StateSettings | None = None
-    image_pixels: int | None = None
     name: str | None = None
-    prepacked: Path | None = None
-    speculative: Speculative | None = None
-    threads: str | None = None
+    options: LoadOptions = DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -152,18 +148,7 @@ def main(settings: ModelSettings, connection: Connection) -> None:
         signal.signal(name, signal.SIG_IGN)
     signs_of_life.show()
     try:
-        model = Model.load(
-            settings.path,
-            settings.provider,
-            settings.verify,
-            context_length=settings.context_length,
-            keep=settings.keep,
-            states=settings.states,
-            image_pixels=settings.image_pixels,
-            prepacked=settings.prepacked,
-            speculative=settings.speculative,
-            threads=settings.threads,
-        )
+        model = Model.load_with(settings.path, settings.options)
     except Exception as error:
         _log.debug("loading failed", exc_info=True)
         with contextlib.suppress(OSError):  # the server is gone

@@ -24,6 +24,7 @@ from qwen_runtime import Guidance, Model, Sampling
 from qwen_runtime.bench import bench
 from qwen_runtime.child import child
 from qwen_runtime.grammar import make_guidance
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.serve.parser import AnswerParser
 from qwen_runtime.tokenizer import Tokenizer
 from safetensors.numpy import load_file, save_file
@@ -275,7 +276,7 @@ def working_threads(model: Model) -> int:
 def test_threads(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORT_INTRA_OP_NUM_THREADS", "1")  # not OpenVINO's
     for asked, working in (None, 2), ("1", 1):
-        with child(shipped, "cpu", asked) as model:
+        with child(shipped, LoadOptions("cpu", threads=asked)) as model:
             assert model.loaded.info.threads is not None and not model.loaded.info.threads.processors
             found = model.call(working_threads)
             assert found == working or (asked is None and found > working)

@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 from qwen_runtime import Model
+from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.request import Request
 from qwen_runtime.serve import queries
 from qwen_runtime.serve.engine import Engine
@@ -147,7 +148,7 @@ def test_job_before_the_engine_attends(cpu_artifact: Path) -> None:
 
 def test_model_process_ends_in_the_middle_of_an_answer(cpu_artifact: Path) -> None:
     """By itself, and not by an abort that leaves a core dump."""
-    process = ModelProcess(ModelSettings(cpu_artifact, states=StateSettings()))
+    process = ModelProcess(ModelSettings(cpu_artifact, options=LoadOptions(states=StateSettings())))
     process.start()
     process.wait()
     connection = process._connection
