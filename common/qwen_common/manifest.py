@@ -7,6 +7,7 @@ whatever opens an artifact (`qwen-run`, `inspect`, `verify`, a bundle) reads it 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,7 @@ GENAI_CONFIG = "genai_config.json"
 OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
 FORMAT_VERSION = 1
 HASHED_BYTES = 16 * 1024 * 1024  # files below are hashed whenever an artifact is opened
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of one that is kept apart
 _SHOWN = 100  # characters of what stands in a manifest, in a message
 ADVICE = "copy the artifact again, or export it again"
 
@@ -253,6 +255,9 @@ def read(artifact: Path) -> Manifest:
         needed, fields = _NEEDS[content["backend"]]
         missing = [field for field in fields if field not in content]
         fault = next(iter(missing), None if content["context_length"] > 0 else "context_length")
+    switched = [adapter["name"] for adapter in content.get("switched_adapters", [])] if fault is None else []
+    if len(set(switched)) < len(switched) or not all(map(ADAPTER_NAME.fullmatch, switched)):
+        fault = "switched_adapters"
     if fault is not None:
         raise UserError(f"{path} has no valid '{_shown(fault)}': {ADVICE}")
     listed = [needed]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class ModelInfo:
         reason: one line for people.
         images: whether it can see.
         threads: that compute on the CPU.
+        adapters: those that answers may be made with.
         templates: its chat templates by name; none where they cannot be read, which a request is told.
     """
 
@@ -33,10 +34,18 @@ class ModelInfo:
     context_length: int
     images: bool = False
     threads: Threads | None = None
+    adapters: Sequence[str] = ()
     templates: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, artifact: Artifact, provider: str, reason: str, context_length: int | None) -> ModelInfo:
+    def of(
+        cls,
+        artifact: Artifact,
+        provider: str,
+        reason: str,
+        context_length: int | None,
+        adapters: Iterable[str] = (),
+    ) -> ModelInfo:
         """Args:
         context_length: most tokens of prompt and answer together, if fewer than the artifact's own.
         """
@@ -49,6 +58,7 @@ class ModelInfo:
             context_length=min(artifact.context_length, context_length or artifact.context_length),
             images=artifact.images is not None,
             threads=artifact.threads,
+            adapters=tuple(adapters),
             templates=_templates(artifact),
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen_runtime.speculative import Speculative
@@ -36,6 +37,7 @@ class LoadOptions:
         threads: that compute on the CPU: a number, 0 for one on each physical core, `performance` for one on
             each P core; `4:yield` keeps no core busy while a thread waits, `4:50us` not longer. None: as
             ORT_INTRA_OP_NUM_THREADS says, or the artifact. `ModelInfo.threads` has the outcome.
+        adapters: files of adapters beside the artifact's own, by the name that an answer asks for.
     """
 
     provider: str = "auto"
@@ -47,6 +49,7 @@ class LoadOptions:
     prepacked: Path | None = None
     speculative: Speculative | None = None
     threads: int | str | None = None
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
 
 
 DEFAULTS = LoadOptions()

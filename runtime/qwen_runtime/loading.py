@@ -10,7 +10,6 @@ from qwen_common.manifest import BackendName
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.load import load, load_ort
-from qwen_runtime.backends.protocol import Backend
 from qwen_runtime.images import MOST_PIXELS
 from qwen_runtime.info import ModelInfo
 from qwen_runtime.load_options import LoadOptions
@@ -18,9 +17,11 @@ from qwen_runtime.prepacked import with_prepacked
 from qwen_runtime.prompt import PromptBuilder
 from qwen_runtime.reading import KeepingReader, PromptReader
 from qwen_runtime.states import States, StateSettings
+from qwen_runtime.switched import load_adapters
 from qwen_runtime.threads import Threads, decide
+from qwen_runtime.variants import Variant, Variants
 
-Parts = tuple[Artifact, ModelInfo, Backend, PromptBuilder, PromptReader]
+Parts = tuple[Artifact, ModelInfo, PromptBuilder, Variants]
 
 
 def load_parts(path: str | Path, options: LoadOptions) -> Parts:
@@ -28,6 +29,7 @@ def load_parts(path: str | Path, options: LoadOptions) -> Parts:
     provider, verify, keep, states = options.provider, options.verify, options.keep, options.states
     artifact = Artifact.open(path, verify)
     artifact = replace(artifact, threads=_threads(artifact, options.threads))
+    switched = load_adapters(artifact, options.adapters)
     if options.speculative is not None and options.prepacked is not None:
         raise UserError("--speculative has graphs of its own, without --prepacked-dir: leave one off")
     if options.prepacked is not None:
@@ -36,7 +38,7 @@ def load_parts(path: str | Path, options: LoadOptions) -> Parts:
         states = StateSettings()
     ort = None if states is None else load_ort(artifact, provider, options.speculative)
     backend = ort or load(artifact, provider, keep)
-    info = ModelInfo.of(artifact, backend.provider, backend.reason, options.context_length)
+    info = ModelInfo.of(artifact, backend.provider, backend.reason, options.context_length, switched)
     text, room, pixels = backend.tokenizer, info.context_length, options.image_pixels or MOST_PIXELS
     prompts = PromptBuilder(
         artifact, backend.provider, text.encode, text.decode, room, text.longest_token, pixels
@@ -45,7 +47,12 @@ def load_parts(path: str | Path, options: LoadOptions) -> Parts:
     if ort is not None and states is not None:
         kept = States(states, ort, ort.digest, keep)
         reader = KeepingReader(ort, prompts, info.context_length, kept)
-    return artifact, info, backend, prompts, reader
+    return (
+        artifact,
+        info,
+        prompts,
+        Variants(artifact, Variant(backend, reader), switched, bool(options.adapters)),
+    )
 
 
 def _threads(artifact: Artifact, asked: int | str | None) -> Threads:

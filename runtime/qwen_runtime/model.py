@@ -33,7 +33,7 @@ from qwen_runtime.scoring import Scorer
 from qwen_runtime.speculative import Speculative
 from qwen_runtime.speculative.generator import SpeculativeGenerator
 from qwen_runtime.states import StateSettings
-from qwen_runtime.switched import activate
+from qwen_runtime.variants import Variant, Variants
 
 
 class Model:
@@ -43,14 +43,13 @@ class Model:
         self,
         artifact: Artifact,
         info: ModelInfo,
-        backend: Backend,
         prompts: PromptBuilder,
-        reader: PromptReader,
+        variants: Variants,
     ) -> None:
         self.info = info
-        self._prompts, self._reader = prompts, reader
-        self._artifact = artifact
-        self._loaded: Backend | None = backend  # None once closed
+        self._artifact, self._prompts = artifact, prompts
+        self._variants: Variants | None = variants  # None once closed
+        self._adapter: str | None = None  # of answers that name none
 
     @classmethod
     def load(
@@ -66,12 +65,14 @@ class Model:
         prepacked: Path | None = None,
         speculative: Speculative | None = None,
         threads: int | str | None = None,
+        adapters: Mapping[str, str | Path] = MappingProxyType({}),
     ) -> Model:
         """Load the artifact in the folder `path`. Each argument is described at `LoadOptions`.
 
         Raises:
             UserError: not an artifact, changed since its export, made for a newer ONNX Runtime, or the
-                provider is not in this install, or cannot take or write `prepacked`.
+                provider is not in this install, cannot take or write `prepacked`, or takes no adapters; one
+                of these is damaged, or for another model.
         """
         options = LoadOptions(
             provider=provider,
@@ -83,6 +84,7 @@ class Model:
             prepacked=prepacked,
             speculative=speculative,
             threads=threads,
+            adapters=adapters,
         )
         return cls.load_with(path, options)
 
@@ -93,24 +95,32 @@ class Model:
 
     def close(self) -> None:
         """Free the model's memory, and write the states that are not on disk yet. Safe to call twice."""
-        self._reader.flush()
-        self._reader.clear()
-        self._loaded = None
+        if self._variants is not None:
+            self._reader.flush()
+            self._reader.clear()
+        self._variants = None
 
     def use_adapter(self, name: str | None) -> None:
-        """Answer with an adapter that the artifact keeps apart, from now on; None: without one.
+        """Let what names no adapter have this one from now on; None: none.
 
         Raises:
-            UserError: as `switched.activate`.
+            UserError: there is no such adapter, or the provider takes none.
         """
-        activate(self._artifact, self._backend, name)
-        self._reader.clear()  # what was read with another one
+        self._variant(name)
+        self._adapter = name
+
+    def _variant(self, adapter: str | None = None) -> Variant:
+        if self._variants is None:
+            raise UserError(f"the model {self.info.name} is closed: load it again")
+        return self._variants[adapter or self._adapter]
 
     @property
     def _backend(self) -> Backend:
-        if self._loaded is None:
-            raise UserError(f"the model {self.info.name} is closed: load it again")
-        return self._loaded
+        return self._variant().backend
+
+    @property
+    def _reader(self) -> PromptReader:
+        return self._variant().reader
 
     def __enter__(self) -> Model:
         return self
@@ -169,6 +179,7 @@ class Model:
         guidance: Guidance | None = None,
         logprobs: int | None = None,
         prediction: str = "",
+        adapter: str | None = None,
     ) -> Generation:
         """Generate text after `prompt`: a raw string, or messages that go through the chat template.
 
@@ -186,6 +197,7 @@ class Model:
             guidance: what the answer must look like. Only tokens that can lead there are considered.
             logprobs: report how likely each token was, and as many of the likeliest at its place, 0 to 20.
             prediction: a text that much of the answer may be, to draft from where decoding is speculative.
+            adapter: the name of the one to answer with; None is that of `use_adapter`.
 
         A message's content is a text, or a list of parts: {"type": "text", "text": ...}, and where the
         artifact has a vision tower {"type": "image", "image": a path, the bytes of a file, or a PIL image}
@@ -196,8 +208,8 @@ class Model:
             An iterator of pieces of text, which does its work as it is iterated.
 
         Raises:
-            UserError: the prompt is empty or does not fit the context, an option is out of range, an image or
-                a video cannot be read or is one too many for the artifact.
+            UserError: the prompt is empty or does not fit the context, an option is out of range, there is no
+                such adapter, an image or a video cannot be read or is one too many for the artifact.
         """
         return self.answer(
             Request(
@@ -213,6 +225,7 @@ class Model:
                 guidance=guidance,
                 logprobs=logprobs,
                 prediction=prediction,
+                adapter=adapter,
             )
         )
 
@@ -229,6 +242,8 @@ class Model:
             on_prompt: called before each chunk of the prompt with the tokens that were read.
         """
         request.check()
+        variant = self._variant(request.adapter)
+        backend = variant.backend
         prompt = self.prompt(request)
         max_tokens = prompt.room(request.max_tokens, self.info.context_length)
         options = self._search_options(request.sampling)
@@ -247,21 +262,21 @@ class Model:
         stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
         decoding = Decoding(max_tokens, ending.tokens, stop, processor, request.logprobs, request.echo)
         max_length = len(prompt.tokens) + max(max_tokens, 1)
-        echo = Echo(prompt.tokens, self._backend.tokenizer) if request.echo else None
-        open_generator = self._backend.logits_generator if logits else self._backend.generator
+        echo = Echo(prompt.tokens, backend.tokenizer) if request.echo else None
+        open_generator = backend.logits_generator if logits else backend.generator
         opened = partial(open_generator, options, request.guidance)
         if echo is not None and request.logprobs is not None:
-            appends = self._backend.chunk_size is not None
+            appends = backend.chunk_size is not None
             prefill = echo.prefill(opened(max_length), request.logprobs, appends)
         else:
-            prefill = self._reader.prefill(prompt, request, options, max_length, opened)
+            prefill = variant.reader.prefill(prompt, request, options, max_length, opened)
         generator = prefill.generator
         if isinstance(generator, SpeculativeGenerator):
             generator.expect(self.encode(request.prediction))
         return Generation(
             prefill,
             decoding,
-            self._backend.tokenizer,
+            backend.tokenizer,
             cancelled=cancelled,
             acceptance=generator.acceptance if isinstance(generator, SpeculativeGenerator) else None,
             echo=echo,
@@ -300,13 +315,15 @@ class Model:
         """
         return self._scorer.pace(tokens, prompt)
 
-    def embed(self, tokens: Sequence[int], pooling: Pooling = "mean") -> Vector:
+    def embed(self, tokens: Sequence[int], pooling: Pooling = "mean", adapter: str | None = None) -> Vector:
         """A text as a vector of length 1, float32 [hidden_size]: the mean of its hidden states, or the last.
 
         Raises:
             UserError: there are no tokens, too many or unknown ones, or the artifact shows no hidden states.
         """
-        return Pooler(self._artifact, self._backend, self.info.context_length).embed(tokens, pooling)
+        return Pooler(self._artifact, self._variant(adapter).backend, self.info.context_length).embed(
+            tokens, pooling
+        )
 
     def read_ahead(
         self,
@@ -316,6 +333,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] = (),
         guidance: Guidance | None = None,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        adapter: str | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Read a conversation up to where the user speaks next, so that the next turn's prompt is short.
@@ -326,11 +344,12 @@ class Model:
 
         Args:
             messages: the conversation with the answer.
-            sampling, tools, guidance, template_kwargs: as `generate` was given.
+            sampling, tools, guidance, template_kwargs, adapter: as `generate` was given.
             cancelled: asked every 64 tokens; what was read until then is kept.
         """
         key = {**self._search_options(sampling or Sampling()), "guidance": guidance}
-        self._reader.read_ahead(messages, tools, template_kwargs, key, cancelled)
+        reader = self._variant(adapter).reader
+        reader.read_ahead(messages, tools, template_kwargs, key, cancelled)
 
     def flush_states(self) -> None:
         """Write the states of the answers that have ended to the folder that `load` was given for them."""
@@ -353,7 +372,8 @@ class Model:
         request.check()
         built = self._prompts.build(request)
         built.room(request.max_tokens, self.info.context_length)
-        return self._reader.save(built, request, Path(path))
+        reader = self._variant(request.adapter).reader
+        return reader.save(built, request, Path(path))
 
     def load_state(self, path: str | Path) -> int:
         """Keep the state in `path`, which `save_state` wrote: prompts that begin with its tokens go on there.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 from qwen_common.errors import UserError
 
 from qwen_runtime.backends.ort import Ort, OrtGenerator
@@ -18,6 +20,7 @@ from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.request import Message, Request
 from qwen_runtime.sampling import GREEDY
 from qwen_runtime.states import States
+from qwen_runtime.switched import SwitchedAdapter
 
 _ROOM_TO_GROW = 4096  # tokens by which the KV cache of a kept state is rounded up
 _AHEAD_CHUNK = 64  # tokens; a question that comes meanwhile waits for one chunk
@@ -34,6 +37,14 @@ class PromptReader:
         """
         self._backend, self._prompts, self._context_length = backend, prompts, context_length
         self._states = StateCache(keep if backend.rewinds else 0)
+        self._mark = 0  # of the adapter
+
+    def adapted(self, backend: Backend, adapter: SwitchedAdapter) -> Self:
+        """One for `backend`, which has `adapter`. Both keep no more than one does, and neither goes on from
+        what the other has read."""
+        reader = copy(self)
+        reader._backend, reader._mark = backend, adapter.mark
+        return reader
 
     def prefill(
         self,
@@ -59,7 +70,7 @@ class PromptReader:
         if not self._states.size or "random_seed" in options:
             return prefill_tokens(open_generator(max_length), tokens, chunk_size)
         snapshot = self._prompts.shared(prompt, request)
-        key = {**options, "guidance": request.guidance}
+        key = {**options, "guidance": request.guidance, "adapter": self._mark}
         state = self._states.take(tokens, key, max_length)
         if state is None:
             grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
@@ -85,7 +96,7 @@ class PromptReader:
         if not self._states.size:
             return
         tokens = self._prompts.history(messages, tools, template_kwargs)
-        state = self._states.take(tokens, key, len(tokens) + 1)
+        state = self._states.take(tokens, {**key, "adapter": self._mark}, len(tokens) + 1)
         if state is not None:
             chunk_size = min(_AHEAD_CHUNK, self._backend.chunk_size or _AHEAD_CHUNK)
             state.read(tokens, len(tokens), chunk_size, lambda done: cancelled())
@@ -115,7 +126,12 @@ class KeepingReader(PromptReader):
 
     def __init__(self, backend: Ort, prompts: PromptBuilder, context_length: int, states: States) -> None:
         super().__init__(backend, prompts, context_length, keep=0)
-        self._ort, self._kept = backend, states
+        self._kept = states
+
+    @property
+    def _ort(self) -> Ort:
+        assert isinstance(self._backend, Ort)
+        return self._backend
 
     def prefill(
         self,
@@ -129,7 +145,7 @@ class KeepingReader(PromptReader):
         assert isinstance(generator, OrtGenerator)
         beginning, turn = self._prompts.beginning(prompt, request), self._prompts.shared(prompt, request)
         self._show(generator, prompt)
-        return self._kept.prefill(generator, prompt.tokens, self._prompts.keys(prompt), beginning, turn)
+        return self._kept.prefill(generator, prompt.tokens, self._keys(prompt), beginning, turn)
 
     def read_ahead(
         self,
@@ -143,7 +159,7 @@ class KeepingReader(PromptReader):
             return
         tokens = self._prompts.history(messages, tools, template_kwargs)
         generator = self._ort.generator(GREEDY, None, len(tokens) + _ROOM_TO_GROW)
-        keys = np.asarray(tokens, np.int64)
+        keys = np.asarray(tokens, np.int64) ^ self._mark
         self._kept.read_ahead(generator, tokens, keys, lambda done: cancelled())
 
     def flush(self) -> None:
@@ -156,10 +172,14 @@ class KeepingReader(PromptReader):
         generator = self._ort.generator(GREEDY, None, len(prompt.tokens) + 1)
         self._show(generator, prompt)
         stop = self._prompts.shared(prompt, request)
-        return self._kept.save(generator, prompt.tokens, self._prompts.keys(prompt), stop, path)
+        return self._kept.save(generator, prompt.tokens, self._keys(prompt), stop, path)
 
     def load(self, path: Path) -> int:
         return self._kept.load(path)
+
+    def _keys(self, prompt: Prompt) -> npt.NDArray[np.int64]:
+        """As `KeptState.keys`."""
+        return self._prompts.keys(prompt) ^ self._mark
 
     def _show(self, generator: OrtGenerator, prompt: Prompt) -> None:
         if prompt.images:

@@ -70,6 +70,7 @@ class Request:
     guidance: Guidance | None = None
     logprobs: int | None = None
     prediction: str = ""
+    adapter: str | None = None
 
     @property
     def conversation(self) -> Sequence[Message] | None:

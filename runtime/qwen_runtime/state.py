@@ -56,7 +56,8 @@ class KeptState:
     """One sequence.
 
     Attributes:
-        keys: int64, a number for each token: its id, or of an image's features one of the picture itself.
+        keys: int64, a number for each token: its id, or of an image's features one of the picture itself;
+            of what was read with an adapter, XOR a number of that adapter.
         caches: keys and values, [1, heads, tokens or more, dim], by input of the graph.
         points: in order, at least one.
     """

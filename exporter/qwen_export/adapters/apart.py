@@ -6,12 +6,11 @@ changes the weights themselves.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 from qwen_common.errors import UserError
-from qwen_common.manifest import BackendName
+from qwen_common.manifest import ADAPTER_NAME, BackendName
 from qwen_common.providers import CPU
 from qwen_profiles.schema import Profile
 
@@ -23,7 +22,6 @@ from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensors.fused import join_fused
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MERGE = "merge it with --adapter"
 
 
@@ -50,7 +48,7 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
     for one in given:
         adapter = Adapter.open(one)
         name = adapter.name.rpartition("/")[2]
-        if not _NAME.fullmatch(name):
+        if not ADAPTER_NAME.fullmatch(name):
             raise UserError(
                 f"{adapter.root}: an adapter is called as its folder, whose name may have letters, digits, "
                 "'.', '_' and '-': rename it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from qwen_runtime.images import Patches, vision_inputs
 from qwen_runtime.prepacked import damaged
 from qwen_runtime.provider import Choice, load_first
 from qwen_runtime.resident import settle
+from qwen_runtime.switched import SwitchedAdapter
 from qwen_runtime.tokenizer import Tokenizer
 
 # ONNX Runtime, of a graph that it is too old for; the second, 1.30 of quantised experts, the third, 1.31 of
@@ -55,9 +57,7 @@ class GenAI:
         self.rewinds = artifact.rewinds(choice.name) and appends
         self._og = og
         self._model = model
-        self._root = artifact.root
-        self._adapters: Any = None  # of ONNX Runtime GenAI, once one was asked for
-        self._loaded: set[str] = set()
+        self._adapters: Any = None  # of ONNX Runtime GenAI, where there are any
         self._active: str | None = None
         self.tokenizer = Tokenizer.open(artifact.root)
 
@@ -102,19 +102,17 @@ class GenAI:
 
     logits_generator = generator
 
-    def use_adapter(self, file: str | None) -> None:
-        """As `AdaptedBackend`."""
-        if file is not None and self._adapters is None:
+    def adapted(self, adapter: SwitchedAdapter) -> GenAI:
+        """As `AdaptableBackend`."""
+        if self._adapters is None:
             self._adapters = self._og.Adapters(self._model)
-        if file is not None and file not in self._loaded:
-            try:
-                self._adapters.load(str(self._root / file), file)
-            except Exception as error:
-                raise UserError(
-                    f"{self._root / file} is no adapter that ONNX Runtime reads: {ADVICE}"
-                ) from error
-            self._loaded.add(file)
-        self._active = file
+        try:
+            self._adapters.load(str(adapter.path), adapter.name)
+        except Exception as error:
+            raise UserError(f"ONNX Runtime GenAI does not take {adapter.path}: {ADVICE}") from error
+        other = copy(self)
+        other._active = adapter.name
+        return other
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         raise NotImplementedError("its logits say it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from qwen_runtime.images import Patches
 from qwen_runtime.prepacked import damaged
 from qwen_runtime.resident import settle
 from qwen_runtime.state import KeptState, Point
+from qwen_runtime.switched import SwitchedAdapter
 from qwen_runtime.threads import apply
 from qwen_runtime.tokenizer import Tokenizer
 
@@ -42,6 +44,7 @@ class Ort:
 
     Attributes:
         given: what every run takes besides.
+        factors: of the adapter that every run has, as OrtValues by input.
         digest: of what a state depends on: the artifact, the provider, and the library that runs the graph.
         alignment: a prompt may be cut at multiples of it without changing a bit.
     """
@@ -71,6 +74,7 @@ class Ort:
         # By its name; of one that is a state, the input that it is given to by the next run.
         self.outputs = {v.name: v.name.replace(_PRESENT, _PAST, 1) for v in self.decoder.get_outputs()}
         self.given: dict[str, npt.NDArray[Any]] = {}
+        self.factors: Mapping[str, Any] = {}
         # States stay where they are: a run writes after keys and values, and over the others.
         self.shared = bool(artifact.genai_config["search"].get("past_present_share_buffer", True))
         self.chunk_size: int | None = artifact.chunk_size
@@ -122,6 +126,12 @@ class Ort:
 
     def _open(self, settings: Mapping[str, Any], max_length: int, guide: Guide | None) -> OrtGenerator:
         return OrtGenerator(self, settings, max_length, guide)
+
+    def adapted(self, adapter: SwitchedAdapter) -> Self:
+        """As `AdaptableBackend`."""
+        other = copy(self)
+        other.factors = adapter.factors
+        return other
 
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         raise NotImplementedError("its logits say it")
@@ -307,8 +317,11 @@ class OrtGenerator(ChoosingGenerator):
         return found["logits"].numpy()[:, -1:].astype(np.float32)
 
     def _bind_states(self, binding: Any) -> None:
-        """And the other outputs."""
+        """And the adapter, and the other outputs."""
         backend = self._backend
+        for name, value in backend.factors.items():
+            # Not of the session's own adapters: ONNX Runtime passes over those in runs with a binding.
+            binding.bind_ortvalue_input(name, value)
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
         for output, name in backend.outputs.items():

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qwen_runtime.guidance import Guidance
 from qwen_runtime.images import Patches
+from qwen_runtime.switched import SwitchedAdapter
 from qwen_runtime.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -68,14 +69,6 @@ class OutputGenerator(Generator, Protocol):
         """An output of the graph's last run."""
 
 
-@runtime_checkable
-class AdaptedBackend(Protocol):
-    """A backend whose generators may have an adapter of the artifact."""
-
-    def use_adapter(self, file: str | None) -> None:
-        """Generators made from now on have the adapter in `file` of the artifact; None: none."""
-
-
 class Backend(Protocol):
     """A loaded artifact.
 
@@ -127,4 +120,16 @@ class Backend(Protocol):
 
         Raises:
             UserError: the text has what stands for an image written in it.
+        """
+
+
+@runtime_checkable
+class AdaptableBackend(Backend, Protocol):
+    """One whose generators may have an adapter."""
+
+    def adapted(self, adapter: SwitchedAdapter) -> Backend:
+        """The same model, whose generators have `adapter`.
+
+        Raises:
+            UserError: the library does not take it.
         """

@@ -8,7 +8,8 @@ from typing import Any
 
 from qwen_runtime.request import Request
 from qwen_runtime.serve.common import SEEDS, usage
-from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.serve.engine import Answer
+from qwen_runtime.serve.served import Served
 from qwen_runtime.speculative.acceptance import Acceptance
 
 
@@ -35,8 +36,8 @@ class Answers:
         usage: OpenAI's, of the answers that have ended. A prompt with several answers counts once.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], each: int = 1) -> None:
-        self._engine, self._requests, self._each = engine, requests, each
+    def __init__(self, served: Served, requests: Sequence[Request], each: int = 1) -> None:
+        self._served, self._requests, self._each = served, requests, each
         self._current: Answer | None = None
         self._read = self._cached = self._written = 0
         self._predicted: Acceptance | None = None  # where a prediction was given and can be of use
@@ -47,7 +48,7 @@ class Answers:
         Raises:
             ApiError: as `Engine.submit`.
         """
-        self._current = await self._engine.submit(self._requests[0])
+        self._current = await self._served.submit(self._requests[0])
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Answer]]:
         """Each with its place; iterate it to its end before the next.
@@ -57,7 +58,7 @@ class Answers:
         """
         for at, request in enumerate(self._requests):
             if at:
-                self._current = await self._engine.submit(request, admitted=True)
+                self._current = await self._served.submit(request, admitted=True)
             answer = self._current
             assert answer is not None, "start first"
             yield at, answer

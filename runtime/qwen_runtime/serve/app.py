@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qwen_runtime.serve import ollama, ollama_models
 from qwen_runtime.serve.access import Access
 from qwen_runtime.serve.chat import chat_completions
+from qwen_runtime.serve.common import no_model
 from qwen_runtime.serve.completions import completions
 from qwen_runtime.serve.embeddings import embeddings, ollama_embed, ollama_embeddings
-from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from qwen_runtime.serve.http import ClientGone
 from qwen_runtime.serve.llama_server import apply_template, detokenize, props, slots, tokenize
@@ -33,6 +33,7 @@ from qwen_runtime.serve.messages import count_tokens, messages
 from qwen_runtime.serve.metrics import Metrics, metrics
 from qwen_runtime.serve.models import Models
 from qwen_runtime.serve.responses import responses
+from qwen_runtime.serve.served import Served
 
 _CLOSED_REQUEST = 499  # nginx's number; nobody reads it
 
@@ -246,21 +247,21 @@ async def health(http: HttpRequest) -> Response:
 
 async def models(http: HttpRequest) -> Response:
     """As OpenAI has them, and as Anthropic has them."""
-    found = [_model(engine) for engine in http.app.state.models.engines.values()]
+    found = [_model(served) for served in http.app.state.models.served.values()]
     ends = {"has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"]}
     return JSONResponse({"object": "list", "data": found, **ends})
 
 
 async def model(http: HttpRequest) -> Response:
-    served: Models = http.app.state.models
-    if (name := http.path_params["name"]) not in served.engines:
-        names = ", ".join(f"'{name}'" for name in served.engines)
-        raise ApiError(404, f"no model '{name}': this server has {names}", code="model_not_found")
-    return JSONResponse(_model(served.engines[name]))
+    models: Models = http.app.state.models
+    if (name := http.path_params["name"]) not in models.served:
+        raise no_model(name, models)
+    return JSONResponse(_model(models.served[name]))
 
 
-def _model(engine: Engine) -> dict[str, object]:
-    info, loaded = engine.info, int(engine.loaded)
+def _model(served: Served) -> dict[str, object]:
+    """`parent` is vLLM's word for the model whose adapter it is."""
+    info, loaded = served.info, int(served.engine.loaded)
     return {
         "id": info.name,
         "object": "model",
@@ -269,6 +270,7 @@ def _model(engine: Engine) -> dict[str, object]:
         "created": loaded,
         "created_at": datetime.fromtimestamp(loaded, UTC).isoformat(),
         "owned_by": "qwen-edge",
+        "parent": served.parent,
         "context_length": info.context_length,
         "images": info.images,
     }

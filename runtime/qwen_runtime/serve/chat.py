@@ -18,8 +18,8 @@ from qwen_runtime.logits import Candidate, TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
 from qwen_runtime.serve.begun import begun
-from qwen_runtime.serve.common import engine_for, head_of, plain_request
-from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.serve.common import head_of, plain_request, served_for
+from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.parser import AnswerParser, finish
@@ -31,6 +31,7 @@ from qwen_runtime.serve.schema.messages import (
     Message,
     NamedTool,
 )
+from qwen_runtime.serve.served import Served
 from qwen_runtime.serve.structure import Structure, structure_of
 from qwen_runtime.serve.tool_check import Check, held_to_schemas
 from qwen_runtime.serve.tool_history import arguments_of, in_order_of_calls
@@ -40,11 +41,11 @@ from qwen_runtime.tool_calls.registry import DEFAULT
 
 async def chat_completions(http: HttpRequest) -> Response:
     asked = parse(ChatRequest, await read_json(http))
-    engine = engine_for(http, asked.model)
-    request, parser = await while_connected(http, request_for(asked, engine.info, http.app.state.thinking))
-    answers = Answers(engine, variants(request, asked.n), asked.n)
+    served = served_for(http, asked.model)
+    request, parser = await while_connected(http, request_for(asked, served.info, http.app.state.thinking))
+    answers = Answers(served, variants(request, asked.n), asked.n)
     await while_connected(http, answers.start())
-    head = head_of("chatcmpl", engine)
+    head = head_of("chatcmpl", served)
     if asked.stream:
         chunks = _chunks(answers, parser, head, asked.include_usage)
         return EventStream(chunks, answers.close, answers.progress)
@@ -53,15 +54,15 @@ async def chat_completions(http: HttpRequest) -> Response:
 
 
 async def answer_for(
-    asked: ChatRequest, engine: Engine, thinking_default: bool
+    asked: ChatRequest, served: Served, thinking_default: bool
 ) -> tuple[Answer, AnswerParser]:
     """The answer, whose prompt was accepted, and what takes its text apart.
 
     Raises:
         ApiError: the request cannot be obeyed, or has to wait for too many others.
     """
-    request, parser = await request_for(asked, engine.info, thinking_default)
-    return await engine.submit(request), parser
+    request, parser = await request_for(asked, served.info, thinking_default)
+    return await served.submit(request), parser
 
 
 async def request_for(

@@ -11,35 +11,37 @@ from starlette.requests import Request as HttpRequest
 
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
-from qwen_runtime.serve.engine import Engine
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.models import Models
 from qwen_runtime.serve.schema.shared import SharedRequest
+from qwen_runtime.serve.served import Served
 
 SEEDS = 2**31  # of the runtime
 _EVERY_TOKEN = SEEDS - 1  # what vLLM's clients mean by a top_k of -1 or 0
 
 
-def engine_for(http: HttpRequest, name: str | None) -> Engine:
+def served_for(http: HttpRequest, name: str | None) -> Served:
     """What answers a request for the model `name`.
 
-    Clients come with names of their own: the model in memory answers to all, unless the server is strict.
+    Clients come with names of their own: the model in memory answers to all that are none of a model or an
+    adapter, unless the server is strict.
 
     Raises:
         ApiError: a model was asked for that is not there, and the server is strict.
     """
     models: Models = http.app.state.models
-    if name is None or name in models.engines:
-        return models.current if name is None else models.engines[name]
-    if http.app.state.strict_model:
-        names = ", ".join(f"'{name}'" for name in models.engines)
-        raise ApiError(
-            404,
-            f"no model '{name}': this server has {names}",
-            code="model_not_found",
-            parameter="model",
-        )
-    return models.current
+    if name is not None and name in models.served:
+        return models.served[name]
+    if name is not None and http.app.state.strict_model:
+        raise no_model(name, models, parameter="model")
+    return Served(models.current)
+
+
+def no_model(name: str, models: Models, parameter: str | None = None) -> ApiError:
+    names = ", ".join(f"'{name}'" for name in models.served)
+    return ApiError(
+        404, f"no model '{name}': this server has {names}", code="model_not_found", parameter=parameter
+    )
 
 
 def plain_request(asked: SharedRequest, prompt: str | Sequence[Any], max_tokens: int | None) -> Request:
@@ -69,13 +71,14 @@ def sampling(asked: SharedRequest) -> Sampling:
     )
 
 
-def head_of(kind: str, engine: Engine) -> dict[str, Any]:
+def head_of(kind: str, served: Served) -> dict[str, Any]:
     """What an answer begins with. The fingerprint is of what makes the same answer of the same seed."""
+    made_by = [served.info.profile, served.info.provider, *([served.adapter] if served.adapter else [])]
     return {
         "id": f"{kind}-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": engine.info.name,
-        "system_fingerprint": f"{engine.info.profile}-{engine.info.provider}",
+        "model": served.name,
+        "system_fingerprint": "-".join(made_by),
     }
 
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from qwen_runtime.logits import TokenLogprob
 from qwen_runtime.request import Request
 from qwen_runtime.serve.answers import Answers, variants
-from qwen_runtime.serve.common import engine_for, head_of, plain_request
+from qwen_runtime.serve.common import head_of, plain_request, served_for
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
@@ -26,11 +26,11 @@ Check = Callable[[str], str | None]
 
 async def completions(http: HttpRequest) -> Response:
     asked = parse(CompletionRequest, await read_json(http))
-    engine = engine_for(http, asked.model)
+    served = served_for(http, asked.model)
     structure = await while_connected(http, asyncio.to_thread(structure_of, asked))
     check = (structure.check if structure else None) or (lambda text: None)
-    answers = Answers(engine, _requests(asked, structure), asked.n)
-    head = {**head_of("cmpl", engine), "object": "text_completion"}
+    answers = Answers(served, _requests(asked, structure), asked.n)
+    head = {**head_of("cmpl", served), "object": "text_completion"}
     await while_connected(http, answers.start())
     if asked.stream:
         chunks = _chunks(answers, check, head, asked.include_usage)

@@ -12,35 +12,35 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.pooling import Pooling, Vector
 from qwen_runtime.serve import queries
-from qwen_runtime.serve.common import engine_for
-from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.common import served_for
 from qwen_runtime.serve.http import read_json, while_connected
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.embeddings import EmbeddingsRequest, EmbedRequest, OldEmbedRequest
+from qwen_runtime.serve.served import Served
 
 
 async def embeddings(http: HttpRequest) -> Response:
     asked = parse(EmbeddingsRequest, await read_json(http))
-    engine = engine_for(http, asked.model)
-    vectors, tokens = await while_connected(http, _embed(engine, asked.texts, asked.pooling))
+    served = served_for(http, asked.model)
+    vectors, tokens = await while_connected(http, _embed(served, asked.texts, asked.pooling))
     written = _as_base64 if asked.encoding_format == "base64" else _as_list
     data = [
         {"object": "embedding", "index": index, "embedding": written(vector)}
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JSONResponse({"object": "list", "data": data, "model": engine.info.name, "usage": usage})
+    return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
 
 
 async def ollama_embed(http: HttpRequest) -> Response:
     begun = time.monotonic_ns()
     asked = parse(EmbedRequest, await read_json(http, undeclared=True))
-    engine = engine_for(http, asked.model)
+    served = served_for(http, asked.model)
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
-    vectors, tokens = await while_connected(http, _embed(engine, texts))
+    vectors, tokens = await while_connected(http, _embed(served, texts))
     return JSONResponse(
         {
-            "model": engine.info.name,
+            "model": served.name,
             "embeddings": [_as_list(vector) for vector in vectors],
             "total_duration": time.monotonic_ns() - begun,
             "load_duration": 0,
@@ -51,18 +51,18 @@ async def ollama_embed(http: HttpRequest) -> Response:
 
 async def ollama_embeddings(http: HttpRequest) -> Response:
     asked = parse(OldEmbedRequest, await read_json(http, undeclared=True))
-    engine = engine_for(http, asked.model)
-    [vector], _ = await while_connected(http, _embed(engine, [asked.prompt]))
+    served = served_for(http, asked.model)
+    [vector], _ = await while_connected(http, _embed(served, [asked.prompt]))
     return JSONResponse({"embedding": _as_list(vector)})
 
 
 async def _embed(
-    engine: Engine, texts: Sequence[str | Sequence[int]], pooling: Pooling = "mean"
+    served: Served, texts: Sequence[str | Sequence[int]], pooling: Pooling = "mean"
 ) -> tuple[list[Vector], int]:
     """A vector for each text, and the tokens of all. Each text waits for its turn: answers come between."""
     vectors, tokens = [], 0
     for text in texts:
-        vector, count = await engine.ask_in_turn(queries.embed, text, pooling)
+        vector, count = await served.ask_in_turn(queries.embed, text, pooling, served.adapter)
         vectors.append(vector)
         tokens += count
     return vectors, tokens

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.serve import queries
 from qwen_runtime.serve.chat import answer_for, finish_reason, request_for
-from qwen_runtime.serve.common import engine_for
+from qwen_runtime.serve.common import served_for
 from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
@@ -27,10 +27,10 @@ Event = dict[str, Any]
 
 async def messages(http: HttpRequest) -> Response:
     asked = parse(MessagesRequest, await read_json(http))
-    engine = engine_for(http, asked.model)
-    answer, parser = await while_connected(http, answer_for(asked.as_chat(), engine, http.app.state.thinking))
+    served = served_for(http, asked.model)
+    answer, parser = await while_connected(http, answer_for(asked.as_chat(), served, http.app.state.thinking))
     blocks = _Blocks(told=asked.thinking is None or asked.thinking.display != "omitted")
-    events = _events(answer, parser, blocks, engine.info.name)
+    events = _events(answer, parser, blocks, served.name)
     if asked.stream:
         return EventStream(events, answer.close, answer.progress)
     with closing(answer):
@@ -39,11 +39,11 @@ async def messages(http: HttpRequest) -> Response:
 
 async def count_tokens(http: HttpRequest) -> Response:
     asked = parse(CountRequest, await read_json(http))
-    engine = engine_for(http, asked.model)
+    served = served_for(http, asked.model)
     request, _ = await while_connected(
-        http, request_for(asked.as_chat(), engine.info, http.app.state.thinking)
+        http, request_for(asked.as_chat(), served.info, http.app.state.thinking)
     )
-    count = await while_connected(http, engine.ask(queries.prompt_tokens, request))
+    count = await while_connected(http, served.ask(queries.prompt_tokens, request))
     return JSONResponse({"input_tokens": count})
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from qwen_common.errors import UserError
 
 from qwen_runtime.serve.engine import Engine
+from qwen_runtime.serve.served import Served
 
 _LOOK = 1.0  # seconds between two looks at who is idle
 
@@ -26,13 +27,23 @@ class Models:
         unload_after: seconds without a request after which a model leaves memory; None: never.
 
         Raises:
-            UserError: two have the same name.
+            UserError: two have the same name, or adapters of theirs have.
         """
         self.engines = {engine.info.name: engine for engine in engines}
         if len(self.engines) < len(engines):
             names = [engine.info.name for engine in engines]
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"two artifacts are named {twice}: name one with --model NAME=FOLDER")
+        self.served = {name: Served(engine) for name, engine in self.engines.items()}
+        for engine in engines:
+            for adapter in engine.info.adapters:
+                if (other := self.served.get(adapter)) is not None:
+                    whose = f"an adapter of {other.parent}" if other.parent else "a model"
+                    raise UserError(
+                        f"{adapter} is an adapter of {engine.info.name} and {whose}: serve them apart, or "
+                        "name a model otherwise with --model NAME=FOLDER"
+                    )
+                self.served[adapter] = Served(engine, adapter)
         self._unload_after = unload_after
         self._line: dict[asyncio.Future[None], Engine] = {}  # who waits for which, by arrival
         self._arrived = asyncio.Event()

@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.request import Request
 from qwen_runtime.serve.chat import request_for
-from qwen_runtime.serve.common import engine_for
-from qwen_runtime.serve.engine import Answer, Engine
+from qwen_runtime.serve.common import served_for
+from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import JsonLines, read_json, while_connected
 from qwen_runtime.serve.parser import AnswerParser, Call, Delta, finish
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.ollama import AnswerRequest, GenerateRequest, OllamaChatRequest
+from qwen_runtime.serve.served import Served
 from qwen_runtime.serve.tool_history import read_arguments
 
 Line = dict[str, Any]
@@ -29,26 +30,26 @@ Shape = Callable[[Line], Line]
 
 async def chat(http: HttpRequest) -> Response:
     asked = parse(OllamaChatRequest, await read_json(http, undeclared=True))
-    engine = engine_for(http, asked.model)
+    served = served_for(http, asked.model)
     if not asked.messages:
-        return _loaded(asked, engine, _as_message)
+        return _loaded(asked, served, _as_message)
     request, parser = await while_connected(
-        http, request_for(asked.as_chat(), engine.info, http.app.state.thinking)
+        http, request_for(asked.as_chat(), served.info, http.app.state.thinking)
     )
-    return await _answered(http, engine, request, parser, asked.stream, _as_message)
+    return await _answered(http, served, request, parser, asked.stream, _as_message)
 
 
 async def generate(http: HttpRequest) -> Response:
     asked = parse(GenerateRequest, await read_json(http, undeclared=True))
-    engine = engine_for(http, asked.model)
+    served = served_for(http, asked.model)
     if not asked.prompt and not asked.images:
-        return _loaded(asked, engine, _as_response)
+        return _loaded(asked, served, _as_response)
     if asked.raw and (asked.images or asked.system or asked.think):
         raise ApiError(400, "raw: a raw prompt has no images, no system and no think beside it")
     thinking = http.app.state.thinking and not asked.raw
     raw = asked.prompt if asked.raw else None
-    request, parser = await while_connected(http, request_for(asked.as_chat(), engine.info, thinking, raw))
-    return await _answered(http, engine, request, parser, asked.stream, _as_response)
+    request, parser = await while_connected(http, request_for(asked.as_chat(), served.info, thinking, raw))
+    return await _answered(http, served, request, parser, asked.stream, _as_response)
 
 
 def _as_message(said: Line) -> Line:
@@ -62,46 +63,46 @@ def _as_response(said: Line) -> Line:
     }
 
 
-def _loaded(asked: AnswerRequest, engine: Engine, shape: Shape) -> Response:
+def _loaded(asked: AnswerRequest, served: Served, shape: Shape) -> Response:
     """The model is in memory already, and stays there."""
     reason = "unload" if asked.keep_alive in (0, "0") else "load"
-    return JSONResponse({**_head(engine), **shape({}), "done": True, "done_reason": reason})
+    return JSONResponse({**_head(served), **shape({}), "done": True, "done_reason": reason})
 
 
-def _head(engine: Engine) -> Line:
-    return {"model": engine.info.name, "created_at": datetime.now(UTC).isoformat()}
+def _head(served: Served) -> Line:
+    return {"model": served.name, "created_at": datetime.now(UTC).isoformat()}
 
 
 async def _answered(
-    http: HttpRequest, engine: Engine, request: Request, parser: AnswerParser, stream: bool, shape: Shape
+    http: HttpRequest, served: Served, request: Request, parser: AnswerParser, stream: bool, shape: Shape
 ) -> Response:
     begun = time.monotonic_ns()
-    answer = await while_connected(http, engine.submit(request))
+    answer = await while_connected(http, served.submit(request))
     lines = answer_lines(answer, parser, begun)
     if stream:
-        return JsonLines(_shaped(lines, engine, shape), answer.close)
+        return JsonLines(_shaped(lines, served, shape), answer.close)
     with closing(answer):
-        return await while_connected(http, _whole(lines, engine, shape))
+        return await while_connected(http, _whole(lines, served, shape))
 
 
 async def _shaped(
-    lines: AsyncIterator[tuple[Line, Line]], engine: Engine, shape: Shape
+    lines: AsyncIterator[tuple[Line, Line]], served: Served, shape: Shape
 ) -> AsyncIterator[Line]:
     try:
         async for said, more in lines:
-            yield {**_head(engine), **shape(said), "done": False, **more}
+            yield {**_head(served), **shape(said), "done": False, **more}
     except ApiError as error:  # too late for a status code
         yield error.ollama_body
 
 
-async def _whole(lines: AsyncIterator[tuple[Line, Line]], engine: Engine, shape: Shape) -> Response:
+async def _whole(lines: AsyncIterator[tuple[Line, Line]], served: Served, shape: Shape) -> Response:
     whole: Line = {}
     figures: Line = {}
     async for said, more in lines:
         figures |= more
         for kind, value in said.items():
             whole[kind] = whole[kind] + value if kind in whole else value
-    return JSONResponse({**_head(engine), **shape(whole), **figures})
+    return JSONResponse({**_head(served), **shape(whole), **figures})
 
 
 async def answer_lines(answer: Answer, parser: AnswerParser, begun: int) -> AsyncIterator[tuple[Line, Line]]:

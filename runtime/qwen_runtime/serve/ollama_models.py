@@ -12,12 +12,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.model import ModelInfo
 from qwen_runtime.pooling import has_hidden_states
-from qwen_runtime.serve.common import engine_for
+from qwen_runtime.serve.common import served_for
 from qwen_runtime.serve.http import read_json
 from qwen_runtime.serve.schema.base import parse
 from qwen_runtime.serve.schema.ollama import ShowRequest
+from qwen_runtime.serve.served import Served
 from qwen_runtime.template import begins_thought
 
 # Of Ollama's API as it is spoken here. Editors refuse servers that are older than what they need.
@@ -25,17 +25,15 @@ API_VERSION = "0.12.11"
 
 
 async def tags(http: HttpRequest) -> Response:
-    return JSONResponse(
-        {"models": [_entry(engine.info) for engine in http.app.state.models.engines.values()]}
-    )
+    return JSONResponse({"models": [_entry(served) for served in http.app.state.models.served.values()]})
 
 
 async def ps(http: HttpRequest) -> Response:
-    engine = engine_for(http, None)
-    if engine.asleep:
+    served = served_for(http, None)
+    if served.engine.asleep:
         return JSONResponse({"models": []})
-    info = engine.info
-    entry = _entry(info)
+    info = served.info
+    entry = _entry(served)
     running = {
         **entry,
         "expires_at": "9999-12-31T23:59:59Z",
@@ -47,7 +45,8 @@ async def ps(http: HttpRequest) -> Response:
 
 async def show(http: HttpRequest) -> Response:
     asked = parse(ShowRequest, await read_json(http, undeclared=True))
-    info = engine_for(http, asked.model or asked.name).info
+    served = served_for(http, asked.model or asked.name)
+    info = served.info
     artifact = Artifact.open(info.path)
     templates = info.templates
     family = artifact.manifest["model"]["model_type"]
@@ -62,10 +61,10 @@ async def show(http: HttpRequest) -> Response:
     ]
     return JSONResponse(
         {
-            "modelfile": f"FROM {info.name}",
+            "modelfile": f"FROM {served.parent or info.name}",
             "parameters": "",
             "template": next(iter(templates.values()), ""),
-            "details": _details(artifact),
+            "details": _details(artifact, served),
             "model_info": {
                 "general.architecture": family,
                 "general.basename": info.name,
@@ -88,23 +87,24 @@ def _thinks(templates: Mapping[str, str]) -> bool:
     return asked or begins_thought(templates, [{"role": "user", "content": "A"}])
 
 
-def _entry(info: ModelInfo) -> dict[str, Any]:
-    artifact = Artifact.open(info.path)
+def _entry(served: Served) -> dict[str, Any]:
+    artifact = Artifact.open(served.info.path)
+    made_of = (artifact.root / MANIFEST).read_bytes() + (served.adapter or "").encode()
     return {
-        "name": info.name,
-        "model": info.name,
+        "name": served.name,
+        "model": served.name,
         "modified_at": _modified(artifact),
         "size": sum(entry["size"] for entry in artifact.manifest["files"].values()),
-        "digest": hashlib.sha256((artifact.root / MANIFEST).read_bytes()).hexdigest(),
-        "details": _details(artifact),
+        "digest": hashlib.sha256(made_of).hexdigest(),
+        "details": _details(artifact, served),
     }
 
 
-def _details(artifact: Artifact) -> dict[str, Any]:
+def _details(artifact: Artifact, served: Served) -> dict[str, Any]:
     """The manifest does not say how many parameters there are."""
     family = artifact.manifest["model"]["model_type"]
     return {
-        "parent_model": "",
+        "parent_model": served.parent or "",
         "format": artifact.backend.value,
         "family": family,
         "families": [family],

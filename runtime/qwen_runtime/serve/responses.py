@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from qwen_runtime.serve.chat import answer_for
-from qwen_runtime.serve.common import engine_for
+from qwen_runtime.serve.common import served_for
 from qwen_runtime.serve.engine import Answer
 from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.http import EventStream, read_json, while_connected
@@ -25,9 +25,9 @@ Event = dict[str, Any]
 
 async def responses(http: HttpRequest) -> Response:
     asked = parse(ResponseRequest, await read_json(http))
-    engine = engine_for(http, asked.model)
-    answer, parser = await while_connected(http, answer_for(asked.as_chat(), engine, http.app.state.thinking))
-    events = _events(answer, parser, _head(asked, engine.info.name))
+    served = served_for(http, asked.model)
+    answer, parser = await while_connected(http, answer_for(asked.as_chat(), served, http.app.state.thinking))
+    events = _events(answer, parser, _head(asked, served.name))
     if asked.stream:
         return EventStream(events, answer.close, answer.progress)
     with closing(answer):

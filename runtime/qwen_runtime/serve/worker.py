@@ -304,6 +304,7 @@ class _ReadAhead:
             tools=request.tools,
             guidance=request.guidance,
             template_kwargs=request.template_kwargs,
+            adapter=request.adapter,
             cancelled=self._stopped.is_set,
         )
 
