@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # No hub is asked for anything, and transformers' fallbacks to plain PyTorch are what is wanted here.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,9 @@ import pytest
 from benchmarks.support.checkpoints import TINY
 from tests.support.exported import Exported
 from tests.support.wine import Windows, install
+
+if TYPE_CHECKING:
+    from tests.support.adapters import Adapted
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +40,14 @@ def cpu_artifact(exported: Exported) -> Path:
     from qwen_profiles.schema import load_profile
 
     return exported(TINY, load_profile("cpu"))
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """A random dense checkpoint with adapters; not to be written to."""
+    from tests.support.adapters import make_adapted
+
+    return make_adapted(tmp_path_factory.mktemp("adapted"))
 
 
 @pytest.fixture(scope="session")
