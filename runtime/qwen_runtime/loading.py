@@ -47,12 +47,8 @@ def load_parts(path: str | Path, options: LoadOptions) -> Parts:
     if ort is not None and states is not None:
         kept = States(states, ort, ort.digest, keep)
         reader = KeepingReader(ort, prompts, info.context_length, kept)
-    return (
-        artifact,
-        info,
-        prompts,
-        Variants(artifact, Variant(backend, reader), switched, bool(options.adapters)),
-    )
+    variants = Variants(artifact, Variant(backend, reader), switched, asked=bool(options.adapters))
+    return artifact, info, prompts, variants
 
 
 def _threads(artifact: Artifact, asked: int | str | None) -> Threads:

@@ -112,7 +112,7 @@ class Model:
     def _variant(self, adapter: str | None = None) -> Variant:
         if self._variants is None:
             raise UserError(f"the model {self.info.name} is closed: load it again")
-        return self._variants[adapter or self._adapter]
+        return self._variants[self._adapter if adapter is None else adapter]
 
     @property
     def _backend(self) -> Backend:
@@ -315,15 +315,13 @@ class Model:
         """
         return self._scorer.pace(tokens, prompt)
 
-    def embed(self, tokens: Sequence[int], pooling: Pooling = "mean", adapter: str | None = None) -> Vector:
+    def embed(self, tokens: Sequence[int], pooling: Pooling = "mean") -> Vector:
         """A text as a vector of length 1, float32 [hidden_size]: the mean of its hidden states, or the last.
 
         Raises:
             UserError: there are no tokens, too many or unknown ones, or the artifact shows no hidden states.
         """
-        return Pooler(self._artifact, self._variant(adapter).backend, self.info.context_length).embed(
-            tokens, pooling
-        )
+        return Pooler(self._artifact, self._backend, self.info.context_length).embed(tokens, pooling)
 
     def read_ahead(
         self,

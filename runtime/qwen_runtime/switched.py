@@ -1,13 +1,13 @@
 """Adapters that answers may be made with, each with its own: the artifact's, and those of other files.
 
-The graph has inputs A [K, rank] and B [rank, N] for each projection that an adapter of the artifact changes. A
-file in ONNX Runtime's format has values for them, or for some.
+The graph has inputs A [K, rank] and B [rank, N] for each projection that an adapter of the artifact changes,
+and a file in ONNX Runtime's format has values for them, or for some.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ def adapter_files(artifact: Artifact, given: Mapping[str, str | Path]) -> dict[s
             raise UserError(f"two adapters are called {name}: {artifact.root} has one, give another name")
         found[name] = path
     return found
+
+
+def no_adapter(artifact: Artifact, name: str | None, names: Iterable[str]) -> UserError:
+    """Args:
+    names: those that there are.
+    """
+    has = ", ".join(names) or "none: export it again with --adapter-at-runtime"
+    return UserError(f"{artifact.root} has no adapter {one_line(name or '')}, it has {has}")
 
 
 def load_adapters(artifact: Artifact, given: Mapping[str, str | Path]) -> dict[str, SwitchedAdapter]:

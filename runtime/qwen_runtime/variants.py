@@ -11,7 +11,7 @@ from qwen_common.providers import CPU
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.protocol import AdaptableBackend, Backend
 from qwen_runtime.reading import PromptReader
-from qwen_runtime.switched import SwitchedAdapter
+from qwen_runtime.switched import SwitchedAdapter, no_adapter
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,9 @@ class Variants:
             raise self._none(name)
         return self._found[name]
 
-    @property
-    def names(self) -> list[str]:
-        return [name for name in self._found if name is not None]
-
     def _none(self, name: str | None) -> UserError:
         if self._provider != CPU.key and self._artifact.manifest.get("switched_adapters"):
             return UserError(
                 f"adapters were tried on the CPU only, not on {self._provider}: take --provider cpu"
             )
-        has = ", ".join(self.names) or "none: export it again with --adapter-at-runtime"
-        return UserError(f"{self._artifact.root} has no adapter {name}, it has {has}")
+        return no_adapter(self._artifact, name, (name for name in self._found if name is not None))

@@ -15,13 +15,15 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, load_options
+from qwen_runtime.artifact import Artifact
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, load_options, named_path
 from qwen_runtime.generation import Generation
 from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.load_progress import shown_load
 from qwen_runtime.model import Model
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
+from qwen_runtime.switched import adapter_files, no_adapter
 
 EPILOG = """\b
 Examples:
@@ -32,6 +34,7 @@ Examples:
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Name a colour" --temperature 0 --json
   qwen-run artifacts/Qwen3.5-0.8B-cpu --video clip.mp4 "What happens?"
   qwen-run artifacts/Qwen3.5-0.8B-cpu "Explain tides" --speculative
+  qwen-run artifacts/Qwen3.5-0.8B-cpu "Explain tides" --adapter tools=tools.onnx_adapter
 """
 
 
@@ -87,7 +90,11 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
     help="A variable for the chat template, such as preserve_thinking=true; may be given several times.",
 )
 @load_options
-@click.option("--adapter", metavar="NAME", help="Answer with an adapter that the artifact keeps apart.")
+@click.option(
+    "--adapter",
+    metavar="NAME[=PATH]",
+    help="Answer with an adapter that the artifact keeps apart, or with the one in this file.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @DEBUG
 def answer(
@@ -131,8 +138,15 @@ def answer(
             max_image_tokens=max_image_tokens,
             video_frames=video_frames,
         )
+        if adapter is not None and "=" in adapter:
+            adapter, path = named_path(adapter, "--adapter", "NAME=PATH")
+            load = replace(load, adapters={adapter: path})
         request.check()  # so that a mistake is known before a large model is loaded
         _check_name(artifact)
+        if adapter is not None:
+            opened = Artifact.open(artifact)
+            if adapter not in (names := adapter_files(opened, load.adapters)):
+                raise no_adapter(opened, adapter, names)
         if sys.stdin is None and prompt in (None, "-"):
             raise UserError("stdin is closed: give a PROMPT, or let stdin be open")
         text = sys.stdin.read() if prompt == "-" else prompt

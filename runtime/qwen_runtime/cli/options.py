@@ -61,6 +61,18 @@ _THREADS = click.option(
 )
 
 
+def named_path(text: str, option: str, form: str) -> tuple[str, Path]:
+    """The two parts of `form`, NAME=PATH or one like it.
+
+    Raises:
+        UserError: one is missing.
+    """
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UserError(f"{option} {text}: give {form}")
+    return name, Path(path)
+
+
 def load_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of loading an artifact, in one argument: `load`, a `LoadOptions`."""
 

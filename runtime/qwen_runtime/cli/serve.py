@@ -10,7 +10,7 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import DEBUG, load_options
+from qwen_runtime.cli.options import DEBUG, load_options, named_path
 from qwen_runtime.load_options import LoadOptions
 
 _EPILOG = """\b
@@ -19,6 +19,7 @@ Examples:
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --port 8080 --think
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --state-dir ~/.cache/qwen-edge/states
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --model large=artifacts/Qwen3.5-4B-cpu --unload-after 600
+  qwen-run serve artifacts/Qwen3.5-0.8B-cpu --adapter tools=tools.onnx_adapter
   QWEN_EDGE_API_KEY=secret qwen-run serve artifacts/Qwen3.5-0.8B-cpu --host 0.0.0.0
   qwen-run serve artifacts/Qwen3.5-0.8B-cpu --allowed-host chat.example.org --cors-origin https://app.example.org
 """
@@ -34,6 +35,14 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
     multiple=True,
     metavar="NAME=FOLDER",
     help="An artifact by another name. One is in memory at a time. May be repeated.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="An adapter beside those in the artifact: requests for the model NAME are answered with it. May be "
+    "repeated.",
 )
 @click.option(
     "--unload-after",
@@ -135,6 +144,7 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 def serve(
     artifacts: tuple[Path, ...],
     named: tuple[str, ...],
+    adapters: tuple[str, ...],
     load: LoadOptions,
     context_length: int | None,
     keep: int,
@@ -164,19 +174,33 @@ def serve(
             states = StateSettings(state_dir, round(state_disk * GB), round(state_memory * GB))
         pixels = round(10**6 * (image_megapixels or (_KIOSK_MEGAPIXELS if kiosk else _MEGAPIXELS)))
         load = replace(load, context_length=context_length, keep=keep, states=states, image_pixels=pixels)
-        models = [ModelSettings(path, name, load) for path, name in _paths(artifacts, named)]
-        listen(models, kiosk=kiosk, **options)
+        paths = _paths(artifacts, named)
+        load = replace(load, adapters=_adapters(adapters, len(paths)))
+        listen([ModelSettings(path, name, load) for path, name in paths], kiosk=kiosk, **options)
 
 
 def _paths(artifacts: Sequence[Path], named: Sequence[str]) -> list[tuple[Path, str | None]]:
     found: list[tuple[Path, str | None]] = [(path, None) for path in artifacts]
     for text in named:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise UserError(f"--model {text}: give NAME=FOLDER")
-        found.append((Path(path), name))
+        name, folder = named_path(text, "--model", "NAME=FOLDER")
+        found.append((folder, name))
     if not found:
         raise UserError("no artifact: give the folder that qwen-export made")
+    return found
+
+
+def _adapters(given: Sequence[str], models: int) -> dict[str, Path]:
+    if given and models > 1:
+        raise UserError(
+            "--adapter does not say which artifact it is for: serve one, or export them with "
+            "--adapter-at-runtime"
+        )
+    found: dict[str, Path] = {}
+    for text in given:
+        name, path = named_path(text, "--adapter", "NAME=PATH")
+        if name in found:
+            raise UserError(f"two adapters are called {name}: give one another name")
+        found[name] = path
     return found
 
 

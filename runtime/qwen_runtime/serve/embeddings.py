@@ -62,7 +62,7 @@ async def _embed(
     """A vector for each text, and the tokens of all. Each text waits for its turn: answers come between."""
     vectors, tokens = [], 0
     for text in texts:
-        vector, count = await served.ask_in_turn(queries.embed, text, pooling, served.adapter)
+        vector, count = await served.ask_in_turn(queries.embed, text, pooling)
         vectors.append(vector)
         tokens += count
     return vectors, tokens

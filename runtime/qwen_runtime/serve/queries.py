@@ -32,9 +32,7 @@ def prompt_tokens(model: Model, request: Request) -> int:
     return len(model.prompt(request).tokens)
 
 
-def embed(
-    model: Model, text: str | Sequence[int], pooling: Pooling, adapter: str | None
-) -> tuple[Vector, int]:
+def embed(model: Model, text: str | Sequence[int], pooling: Pooling) -> tuple[Vector, int]:
     """The vector, and how many tokens the text has."""
     tokens = model.encode(text) if isinstance(text, str) else text
-    return model.embed(tokens, pooling, adapter), len(tokens)
+    return model.embed(tokens, pooling), len(tokens)

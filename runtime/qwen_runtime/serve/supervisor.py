@@ -16,6 +16,7 @@ from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.process import ModelProcess
 from qwen_runtime.serve.signs_of_life import Silence
 from qwen_runtime.serve.worker import Done, ModelSettings, Reply, Result
+from qwen_runtime.switched import adapter_files
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ class Supervisor:
         """Before the model was loaded for the first time what the artifact says, without a provider."""
         if self._info is None:
             artifact = Artifact.open(self._settings.path)
-            self._inform(ModelInfo.of(artifact, "", "not loaded yet", self._settings.options.context_length))
+            options = self._settings.options
+            adapters = adapter_files(artifact, options.adapters)
+            self._inform(ModelInfo.of(artifact, "", "not loaded yet", options.context_length, adapters))
         assert self._info is not None
         return self._info
 
