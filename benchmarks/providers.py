@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from qwen_profiles.schema import load_profile
-from qwen_runtime.adapters import vulkan_adapters
+from qwen_runtime.graphics import vulkan_adapters
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table

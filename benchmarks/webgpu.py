@@ -18,7 +18,7 @@ from typing import Any
 
 from qwen_common.providers import PROVIDERS
 from qwen_runtime import plugins
-from qwen_runtime.adapters import vulkan_adapters
+from qwen_runtime.graphics import vulkan_adapters
 from rich.console import Console
 from rich.table import Table
 

@@ -18,8 +18,8 @@ from qwen_common.providers import APPLE, PCI_VENDORS, PROVIDERS, Provider
 from qwen_profiles.reading import profile_names, read_fields, shipped_text
 
 from qwen_runtime import plugins, windows_ml
-from qwen_runtime.adapters import Adapter, vulkan_adapters, windows_adapters
 from qwen_runtime.float16_probe import computes_float16
+from qwen_runtime.graphics import Adapter, vulkan_adapters, windows_adapters
 from qwen_runtime.provider import cause, is_available
 
 _PCI = Path("/sys/bus/pci/devices")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from qwen_runtime.adapters import Adapter
+from qwen_runtime.graphics import Adapter
 
 from benchmarks import webgpu
 

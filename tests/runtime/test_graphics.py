@@ -16,8 +16,8 @@ import pytest
 from onnx import TensorProto, helper
 from qwen_common.providers import PROVIDERS
 from qwen_runtime import devices, float16_probe, plugins
-from qwen_runtime.adapters import Adapter, vulkan_adapters, vulkaninfo_adapters, windows_adapters
 from qwen_runtime.devices import Device, Machine, providers
+from qwen_runtime.graphics import Adapter, vulkan_adapters, vulkaninfo_adapters, windows_adapters
 
 SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 LAVAPIPE = Path("/usr/share/vulkan/icd.d/lvp_icd.json")
