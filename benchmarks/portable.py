@@ -31,7 +31,7 @@ def write(folder: Path) -> None:
     import onnx
     from qwen_export.backends.onnx.proto import model_proto
     from qwen_export.graph.builder import DataLayout, GraphBuilder
-    from qwen_export.graph.gated_delta_net import _chunk, triangles
+    from qwen_export.graph.gated_delta_net import chunked_delta_rule, triangles
     from qwen_export.graph.targets import PORTABLE
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,9 @@ def write(folder: Path) -> None:
         mixed = g.input("mixed", float32, (1, "tokens", 3 * HEADS * SIZE))
         decay, beta = (g.input(name, float32, (1, "tokens", HEADS)) for name in ("decay", "beta"))
         past = g.input("past", float32, STATE)
-        output, present = _chunk(g, geometry, mixed, decay, beta, past, triangles(g, mixed, chunk))
+        output, present = chunked_delta_rule(
+            g, geometry, mixed, decay, beta, past, triangles(g, mixed, chunk)
+        )
         g.output(output, "output", float32, (1, "tokens", HEADS * SIZE))
         g.output(present, "present", float32, STATE)
         onnx.save(model_proto(g.graph("chunk")), folder / f"chunk{chunk}.onnx")

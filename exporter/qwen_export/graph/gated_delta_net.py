@@ -99,7 +99,7 @@ def gated_delta_net(
         axis=-1,
     )
     decay, beta = _gates(g, recipe, name, x)
-    recurrence = _linear_attention if g.target.has("LinearAttention") else _chunk
+    recurrence = _linear_attention if g.target.has("LinearAttention") else chunked_delta_rule
     outputs, presents = [], []
     past_conv, past_state = past
     for entering, decays, betas in each_token(g, mixed, decay, beta):
@@ -213,7 +213,7 @@ def _linear_attention(
     return output, present
 
 
-def _chunk(
+def chunked_delta_rule(
     g: GraphBuilder,
     config: TextConfig,
     mixed: Value,
