@@ -15,22 +15,19 @@ from typing import Any, ClassVar
 import pytest
 from qwen_profiles.schema import load_profile
 from qwen_runtime import Model, Sampling
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.support.exported import Exported
+from tests.support.pages import chromium, needs_chromium
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
-CHROMIUM, DRIVER, NPM = shutil.which("chromium"), shutil.which("chromedriver"), shutil.which("npm")
+NPM = shutil.which("npm")
 pytestmark = [
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER),
-        reason="no chromium and chromedriver: apt-get install chromium chromium-driver",
-    ),
+    needs_chromium,
     pytest.mark.skipif(not NPM, reason="no npm: apt-get install npm"),
 ]
 # What npm says where it reaches no registry.
@@ -92,16 +89,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for argument in ("--headless=new", "--no-sandbox", "--enable-unsafe-webgpu"):
-        options.add_argument(argument)
-    options.add_argument("--use-webgpu-adapter=swiftshader")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(300)
-    yield driver
-    driver.quit()
+    with chromium("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as driver:
+        driver.set_script_timeout(300)
+        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -25,16 +25,10 @@ from qwen_runtime.cli import main
 from qwen_runtime.kiosk.self_test import make_self_test, run_self_test
 
 from benchmarks.support.artifacts import float_profile, make_artifact
+from tests.support import small_kiosk
 from tests.support.random_checkpoints import write_random_checkpoint
 
-FACTS = {
-    "name": "tiny",
-    "version": "1.2",
-    "platform": "linux_x86_64",
-    "python": "3.11",
-    "provider": "cpu",
-    "self_test": {"prompt": "Hello", "tokens": [1]},
-}
+FACTS = {**small_kiosk.FACTS, "version": "1.2"}
 FILES = {"artifact/model.onnx": 5000, "artifact/manifest.json": 300, "wheels/a-1-py3-none-any.whl": 2000}
 
 

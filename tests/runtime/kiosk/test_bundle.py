@@ -14,14 +14,9 @@ from qwen_export.bundle.keys import make_keys, sign
 from qwen_launcher.bundle import CONTENTS, MOST_BYTES, SIGNATURE, Bundle
 from qwen_runtime.kiosk.versions import version_key
 
-FACTS = {
-    "name": "tiny",
-    "version": "1.2",
-    "platform": "linux_x86_64",
-    "python": "3.11",
-    "provider": "cpu",
-    "self_test": {"prompt": "Hello", "tokens": [1]},
-}
+from tests.support import small_kiosk
+
+FACTS = {**small_kiosk.FACTS, "version": "1.2"}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from qwen_runtime import Model
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 
-from tests.support.pages import CHROMIUM, DRIVER, open_page
+from tests.support.pages import chromium, open_page
 from tests.support.servers import Server, serving
 
 if TYPE_CHECKING:
@@ -44,14 +43,8 @@ def ask(client: OpenAI, model: Model) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1000,760"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+    with chromium("--window-size=1000,760") as driver:
+        yield driver
 
 
 @pytest.fixture
