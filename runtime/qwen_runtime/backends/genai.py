@@ -127,8 +127,9 @@ class GenAI:
 def _open(og: Any, artifact: Artifact, name: str) -> Any:
     config = og.Config(str(artifact.root))
     config.clear_providers()
-    if overlay := artifact.overlay(name):
-        config.overlay(json.dumps(overlay))
+    overlay = artifact.overlay(name)
+    # GenAI hides a prompt's pad tokens from attention. Older artifacts say that <|endoftext|> is one.
+    config.overlay(json.dumps({**overlay, "model": {**overlay.get("model", {}), "pad_token_id": -1}}))
     provider = PROVIDERS[name]
     if provider.genai_name is not None:
         config.append_provider(provider.genai_name)
@@ -149,17 +150,15 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
     if name == CPU.key:
         settle(*artifact.folders)
     else:
-        _try(og, model, artifact)
+        _try(og, model)
     return model
 
 
-def _try(og: Any, model: Any, artifact: Artifact) -> None:
+def _try(og: Any, model: Any) -> None:
     """Generate one token. Some devices take a model and fail when it first runs, as one without float16 does:
     better now, where another provider can take over."""
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(max_length=2, do_sample=False)
     generator = og.Generator(model, parameters)
-    masked = artifact.genai_config["model"].get("pad_token_id")  # GenAI hides it from attention
-    token = next(token for token in range(artifact.vocab_size) if token != masked)
-    generator.append_tokens(np.array([token], np.int32))
+    generator.append_tokens(np.array([0], np.int32))
     generator.generate_next_token()

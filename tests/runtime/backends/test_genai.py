@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
@@ -12,8 +15,9 @@ import pytest
 import qwen_common.errors
 import qwen_profiles
 import qwen_runtime
+from qwen_common import manifest as manifests
 from qwen_common.errors import UserError
-from qwen_runtime import Model, Sampling
+from qwen_runtime import Model, Sampling, StateSettings
 
 from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
@@ -63,6 +67,33 @@ def test_directml_runs_without_graph_capture(exported: Exported, monkeypatch: py
     with pytest.raises(UserError, match="DirectML could not load"):
         Model.load(exported(TINY, directml_profile()), provider="dml")
     assert asked == [("dml", "enable_graph_capture", "0")]
+
+
+def test_pad_tokens_in_a_prompt_are_text(cpu_artifact: Path, tmp_path: Path) -> None:
+    """GenAI would hide them from attention, and fail where there are no others. ONNX Runtime itself knows of
+    no pad tokens, as transformers does not, whose logits its own are compared with elsewhere."""
+    config = json.loads((cpu_artifact / "genai_config.json").read_text())
+    end_of_text = config["model"]["bos_token_id"]
+    assert config["model"]["pad_token_id"] == -1
+    config["model"]["pad_token_id"] = end_of_text  # as in artifacts of before
+    older = shutil.copytree(cpu_artifact, tmp_path / "older")
+    manifests.put_files(older, manifests.read(older), {"genai_config.json": json.dumps(config).encode()})
+
+    def answers(artifact: Path, **options: Any) -> list[tuple[str, list[float]]]:
+        found = []
+        with Model.load(artifact, "cpu", **options) as model:
+            for prompt in ("<|endoftext|>", "<|endoftext|>The yield", "The<|endoftext|> yield"):
+                assert model.encode(prompt).count(end_of_text) == 1
+                generation = model.generate(prompt, max_tokens=3, sampling=GREEDY, logprobs=0)
+                text = "".join(generation)
+                found.append((text, [entry.logprob for entry in generation.logprobs]))
+        return found
+
+    expected = answers(cpu_artifact, states=StateSettings())
+    for artifact in (cpu_artifact, older):
+        for (text, logprobs), (expected_text, likely) in zip(answers(artifact), expected, strict=True):
+            assert text == expected_text
+            assert logprobs == pytest.approx(likely, abs=1e-4)
 
 
 @pytest.mark.ort124

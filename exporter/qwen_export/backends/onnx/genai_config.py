@@ -35,11 +35,6 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
             outputs[f"present_{kind}_names"] = state.present.replace(f".{layer}.", ".%d.")
     end = generation.eos_token_id
     first_end = end[0] if isinstance(end, list) else end
-    pad = config.pad_token_id if generation.pad_token_id is None else generation.pad_token_id
-    if checkpoint.vision:
-        # GenAI's Qwen pipeline masks a prompt's pad tokens and takes their positions from them; Qwen's pad is
-        # also its <|endoftext|>. One sequence is never padded.
-        pad = _NO_TOKEN
     record = PROVIDERS[profile.provider]
     options = {**record.options, **profile.provider_options}
     provider_options = [] if record.genai_name is None else [{record.genai_name: options}]
@@ -50,7 +45,9 @@ def genai_config(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
             "context_length": context,
             "bos_token_id": generation.bos_token_id or config.bos_token_id or first_end,
             "eos_token_id": end,
-            "pad_token_id": pad if pad is not None else first_end,
+            # GenAI hides a prompt's pad tokens from attention, and Qwen's is also its <|endoftext|>, which a
+            # text may have. One sequence is never padded.
+            "pad_token_id": _NO_TOKEN,
             "decoder": {
                 "filename": MODEL_FILE,
                 "session_options": {**_threads(profile), "provider_options": provider_options},
