@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map
 from gguf.quants import quantize
-from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.tensors.names import tensor_name
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -101,7 +101,7 @@ def _architecture(text: Mapping[str, Any]) -> str:
 
 def _state(checkpoint: Path) -> dict[str, torch.Tensor]:
     tensors = load_file(checkpoint / "model.safetensors")
-    return {model_name(name): value.float() for name, value in tensors.items()}
+    return {tensor_name(name): value.float() for name, value in tensors.items()}
 
 
 def _keys(text: dict[str, Any], architecture: str) -> dict[str, Any]:

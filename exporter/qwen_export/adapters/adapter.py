@@ -13,8 +13,8 @@ from qwen_common.manifest import MergedAdapter, file_entry
 
 from qwen_export.adapters.config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from qwen_export.checkpoint.hub import download, refuse_links_out
-from qwen_export.checkpoint.shards import stored_tensors
-from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.shards import plain_tensors
+from qwen_export.checkpoint.tensors.names import tensor_name
 from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
@@ -82,7 +82,7 @@ class Adapter:
                 )
             raise UserError(f"{root} has no {ADAPTER_TENSORS}: is the adapter complete?")
         parts: dict[str, dict[str, Part]] = {}
-        for stored_name, tensor in stored_tensors(path).items():
+        for stored_name, tensor in plain_tensors(path).items():
             part = _part(stored_name, tensor)
             kinds = parts.setdefault(part.module, {})
             if part.kind in kinds:
@@ -121,9 +121,9 @@ def _part(stored_name: str, tensor: PlainTensor) -> Part:
         )
     name = _SAVED.sub("", stored_name)
     trained = name.removeprefix("base_model.model.")
-    ours = _PART.fullmatch(model_name(name))
+    ours = _PART.fullmatch(tensor_name(name))
     if not ours:
-        return Part(model_name(name), "", trained, stored_name, tensor)
+        return Part(tensor_name(name), "", trained, stored_name, tensor)
     _, kind, suffix = ours.groups()
     key = trained[: trained.rindex(f".{kind}")].replace(_BASE_LAYER, "")
     return Part(ours[1], f"{kind}.bias" if suffix == ".bias" else kind, key, stored_name, tensor)

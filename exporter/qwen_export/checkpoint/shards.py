@@ -15,7 +15,7 @@ from qwen_common.errors import UserError
 from safetensors import SafetensorError, safe_open
 
 from qwen_export.checkpoint.streamed import StreamedShards
-from qwen_export.checkpoint.tensors.names import model_name, refuse_strange_names
+from qwen_export.checkpoint.tensors.names import refuse_strange_names, tensor_name
 from qwen_export.checkpoint.tensors.plain import PlainTensor
 
 # Every dtype of the format whose elements are whole bytes. Which of them a weight may have is for its form to
@@ -59,13 +59,13 @@ def shard_tensors(root: Path, streamed: StreamedShards | None = None) -> dict[st
     stored_names: dict[str, str] = {}
     for shard, listed in _shards(root, streamed).items():
         path = streamed.path(shard) if streamed else root / shard
-        stored = stored_tensors(path, streamed)
+        stored = plain_tensors(path, streamed)
         for name in listed:
             if name not in stored:
                 raise UserError(f"{_INDEX} says {shard} holds {name}, but it does not: download both again")
         refuse_strange_names(stored)
         for stored_name, tensor in stored.items():
-            name = model_name(stored_name)
+            name = tensor_name(stored_name)
             if name in tensors:
                 first = tensors[name].file.name
                 where = f"both {first} and {shard}" if first != shard else f"{shard} under two names"
@@ -77,7 +77,7 @@ def shard_tensors(root: Path, streamed: StreamedShards | None = None) -> dict[st
     return tensors
 
 
-def stored_tensors(path: Path, streamed: StreamedShards | None = None) -> dict[str, PlainTensor]:
+def plain_tensors(path: Path, streamed: StreamedShards | None = None) -> dict[str, PlainTensor]:
     """The tensors of one safetensors file, by the names and with the dtypes that it gives them.
 
     Raises:

@@ -13,7 +13,7 @@ from qwen_common.errors import UserError
 from qwen_export import reference
 from qwen_export.adapters.merge import with_adapters
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.tensors.names import tensor_name
 from qwen_export.reference import Weights
 
 from tests.support.adapters import LINEAR, as_module, train
@@ -44,7 +44,7 @@ def read(checkpoint: Checkpoint, step: int | None = None) -> dict[str, np.ndarra
 
 def assert_same(checkpoint: Checkpoint, expected: torch.nn.Module) -> None:
     """That every tensor is that of the module `expected`, whatever pieces it is read in."""
-    wanted = {model_name(name): value.float().numpy() for name, value in expected.state_dict().items()}
+    wanted = {tensor_name(name): value.float().numpy() for name, value in expected.state_dict().items()}
     for step in (None, 7):
         found = read(checkpoint, step)
         assert set(found) <= set(wanted)

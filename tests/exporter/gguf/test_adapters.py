@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from qwen_export import reference
 from qwen_export.adapters.merge import with_adapters
 from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.tensors.names import tensor_name
 from qwen_export.opening import open_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -30,7 +30,7 @@ def of_weights(source: Path, checkpoint: Checkpoint) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = checkpoint.tensors[model_name(name)]
+            value = checkpoint.tensors[tensor_name(name)]
             parameter.copy_(torch.from_numpy(value.read(0, value.shape[0]).astype(np.float32)))
     return model
 

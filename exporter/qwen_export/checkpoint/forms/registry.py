@@ -52,14 +52,14 @@ _FORMS: Mapping[str, type[Any]] = {
 }
 
 
-class Assembled(NamedTuple):
+class ModelTensors(NamedTuple):
     """The model's tensors by name, and a line for each thing that is left out."""
 
     tensors: dict[str, CheckpointTensor]
     notes: list[str]
 
 
-def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> Assembled:
+def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> ModelTensors:
     """From the tensors of the shards; those of other dtypes stay as they are stored.
 
     Args:
@@ -74,7 +74,7 @@ def assemble(stored: Mapping[str, PlainTensor], quantization_config: Any) -> Ass
     left_out = drop_activation_scales(rest) if form else []
     made = form.assemble(rest) if form else {}
     others = {name: rest.pop(name) for name, tensor in list(rest.items()) if tensor.dtype not in FLOATS}
-    return Assembled({**others, **stack_experts({**rest, **made})}, left_out)
+    return ModelTensors({**others, **stack_experts({**rest, **made})}, left_out)
 
 
 def method_name(quantization_config: Any) -> str:

@@ -6,14 +6,14 @@ import re
 
 from qwen_common.errors import UserError
 
-from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.tensors.names import tensor_name
 
 _MOST_SHOWN = 60  # characters of what somebody else's file says
 
 
 def is_name_of(target: str, module: str) -> bool:
     """Whether `target`, however it is spelt, is the module that the model calls `module`."""
-    return model_name(f"{target}.weight") == f"{module}.weight"
+    return tensor_name(f"{target}.weight") == f"{module}.weight"
 
 
 def matches(expression: str, module: str) -> bool:

@@ -37,7 +37,7 @@ _PREFIXES = (
 _LORA = re.compile(r"\.(?:lora_\w+|base_layer|modules_to_save|original_module)\b|^prompt_encoder\.")
 
 
-def model_name(stored: str) -> str:
+def tensor_name(stored: str) -> str:
     """What the model calls the tensor that a checkpoint stores as `stored`."""
     name = _WRAPPERS.sub("", stored)
     while found := next((row for row in _PREFIXES if name.startswith(row[0])), None):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from qwen_common.errors import UserError
 from qwen_export.checkpoint import Checkpoint
-from qwen_export.checkpoint.tensors.names import model_name
+from qwen_export.checkpoint.tensors.names import tensor_name
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
 
@@ -89,7 +89,7 @@ def test_names_of_a_wrapped_vision_tower(prefix: str, tmp_path: Path) -> None:
     "prefix", ["", "model.", "language_model.", "module._orig_mod.", "base_model.model."]
 )
 def test_names_of_a_wrapped_mtp_head(prefix: str) -> None:
-    assert model_name(f"{prefix}mtp.layers.0.mlp.up_proj.weight") == "mtp.layers.0.mlp.up_proj.weight"
+    assert tensor_name(f"{prefix}mtp.layers.0.mlp.up_proj.weight") == "mtp.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("other", ["module.", "language_model.", "base_model.model."])
