@@ -1,4 +1,4 @@
-"""States kept between answers, so that the history of a conversation is not read again.
+"""Generators kept between answers, so that the history of a conversation is not read again.
 
 A recurrent state cannot be cut back as a KV cache can. ONNX Runtime GenAI can return to one earlier point of
 a generator, where its state was copied (`snapshot_state`, `rewind_to`). So a generator stays open after its
@@ -22,8 +22,8 @@ _ROWS = 8
 
 
 @dataclass
-class State:
-    """An open generator.
+class KeptGenerator:
+    """An open generator, to go on from.
 
     Attributes:
         options: what the generator was made with, which cannot be changed; but for max_length.
@@ -41,12 +41,12 @@ class State:
         prompt: Sequence[int],
         snapshot: int,
         chunk_size: int | None,
-        release: Callable[[State], object],
+        release: Callable[[KeptGenerator], object],
     ) -> Prefill:
         """As `read`, later.
 
         Args:
-            release: called with this state when it can be used again.
+            release: called with this when it can be used again.
         """
         return Prefill(
             self.generator,
@@ -82,42 +82,44 @@ class State:
         return done + append(self.generator, prompt[done:], chunk_size, cancelled, done) == len(prompt)
 
 
-class StateCache:
-    """The states used last. Safe to use from several threads: a state that is taken belongs to the taker.
+class KeptGenerators:
+    """Those used last. Safe to use from several threads: one that is taken belongs to the taker.
 
     Args:
-        size: most states to keep; each holds a KV cache.
+        size: most generators to keep; each holds a KV cache.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._states: list[State] = []  # the one used last at the end
+        self._kept: list[KeptGenerator] = []  # the one used last at the end
         self._lock = threading.Lock()
 
-    def take(self, prompt: Sequence[int], options: Mapping[str, Any], max_length: int) -> State | None:
-        """The state that spares most of `prompt`, or None; then there is room for a new one."""
+    def take(
+        self, prompt: Sequence[int], options: Mapping[str, Any], max_length: int
+    ) -> KeptGenerator | None:
+        """The one that spares most of `prompt`, or None; then there is room for a new one."""
         with self._lock:
             fitting = [
-                state
-                for state in self._states
-                if state.options == options
-                and state.max_length >= max_length
-                and len(state.tokens) < len(prompt)
-                and list(prompt[: len(state.tokens)]) == list(state.tokens)
+                kept
+                for kept in self._kept
+                if kept.options == options
+                and kept.max_length >= max_length
+                and len(kept.tokens) < len(prompt)
+                and list(prompt[: len(kept.tokens)]) == list(kept.tokens)
             ]
             if fitting:
-                best = max(fitting, key=lambda state: len(state.tokens))
-                self._states.remove(best)
+                best = max(fitting, key=lambda kept: len(kept.tokens))
+                self._kept.remove(best)
                 return best
             self._drop_all_but(self.size - 1)
             return None
 
-    def put(self, state: State) -> None:
+    def put(self, kept: KeptGenerator) -> None:
         """Keep it, if it can return to anything."""
-        if not state.tokens:
+        if not kept.tokens:
             return
         with self._lock:
-            self._states.append(state)
+            self._kept.append(kept)
             self._drop_all_but(self.size)
 
     def clear(self) -> None:
@@ -125,7 +127,7 @@ class StateCache:
             self._drop_all_but(0)
 
     def _drop_all_but(self, count: int) -> None:
-        del self._states[: max(0, len(self._states) - max(0, count))]
+        del self._kept[: max(0, len(self._kept) - max(0, count))]
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

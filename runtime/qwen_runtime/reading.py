@@ -15,7 +15,7 @@ from qwen_runtime.backends.ort import Ort, OrtGenerator
 from qwen_runtime.backends.protocol import Backend, Generator, ImageGenerator, RewindableGenerator
 from qwen_runtime.images import take_images
 from qwen_runtime.prefill import Prefill, prefill_images, prefill_tokens
-from qwen_runtime.prefix import State, StateCache
+from qwen_runtime.prefix import KeptGenerator, KeptGenerators
 from qwen_runtime.prompt import Prompt, PromptBuilder
 from qwen_runtime.request import Message, Request
 from qwen_runtime.sampling import GREEDY
@@ -36,7 +36,7 @@ class PromptReader:
         keep: most generators that are kept.
         """
         self._backend, self._prompts, self._context_length = backend, prompts, context_length
-        self._states = StateCache(keep if backend.rewinds else 0)
+        self._generators = KeptGenerators(keep if backend.rewinds else 0)
         self._mark = 0  # of the adapter
 
     def adapted(self, backend: Backend, adapter: SwitchedAdapter) -> Self:
@@ -66,19 +66,19 @@ class PromptReader:
             generator = open_generator(max_length)
             assert isinstance(generator, ImageGenerator)  # see `Backend.generator`
             return prefill_images(generator, len(tokens), inputs)
-        # What a state has drawn so far would change what it draws next.
-        if not self._states.size or "random_seed" in options:
+        # What a generator has drawn so far would change what it draws next.
+        if not self._generators.size or "random_seed" in options:
             return prefill_tokens(open_generator(max_length), tokens, chunk_size)
         snapshot = self._prompts.shared(prompt, request)
         key = {**options, "guidance": request.guidance, "adapter": self._mark}
-        state = self._states.take(tokens, key, max_length)
-        if state is None:
+        kept = self._generators.take(tokens, key, max_length)
+        if kept is None:
             grown = -(-max_length // _ROOM_TO_GROW) * _ROOM_TO_GROW
             max_length = min(grown, self._context_length)
-            kept = open_generator(max_length)
-            assert isinstance(kept, RewindableGenerator)  # else no states are kept
-            state = State(kept, key, max_length)
-        return state.prefill(tokens, snapshot, chunk_size, self._states.put)
+            opened = open_generator(max_length)
+            assert isinstance(opened, RewindableGenerator)  # else none is kept
+            kept = KeptGenerator(opened, key, max_length)
+        return kept.prefill(tokens, snapshot, chunk_size, self._generators.put)
 
     def read_ahead(
         self,
@@ -93,21 +93,21 @@ class PromptReader:
         Args:
             key: search options, and the guidance.
         """
-        if not self._states.size:
+        if not self._generators.size:
             return
         tokens = self._prompts.history(messages, tools, template_kwargs)
-        state = self._states.take(tokens, {**key, "adapter": self._mark}, len(tokens) + 1)
-        if state is not None:
+        kept = self._generators.take(tokens, {**key, "adapter": self._mark}, len(tokens) + 1)
+        if kept is not None:
             chunk_size = min(_AHEAD_CHUNK, self._backend.chunk_size or _AHEAD_CHUNK)
-            state.read(tokens, len(tokens), chunk_size, lambda done: cancelled())
-            self._states.put(state)
+            kept.read(tokens, len(tokens), chunk_size, lambda done: cancelled())
+            self._generators.put(kept)
 
     def flush(self) -> None:
         """Write to disk what is kept there."""
 
     def clear(self) -> None:
         """Keep nothing in memory."""
-        self._states.clear()
+        self._generators.clear()
 
     def save(self, prompt: Prompt, request: Request, path: Path) -> int:
         """As `Model.save_state`."""

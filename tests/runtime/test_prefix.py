@@ -11,7 +11,7 @@ import onnxruntime_genai as og
 import pytest
 from qwen_common.errors import UserError
 from qwen_runtime import Guidance, Model, Sampling
-from qwen_runtime.prefix import State, StateCache, common_prefix
+from qwen_runtime.prefix import KeptGenerator, KeptGenerators, common_prefix
 
 from benchmarks.support.artifacts import directml_profile
 from benchmarks.support.checkpoints import TINY
@@ -203,9 +203,9 @@ def test_the_same_bits(cpu_artifact: Path) -> None:
 
 
 def test_cache_takes_the_longest(kept: Model) -> None:
-    cache = StateCache(3)
+    cache = KeptGenerators(3)
     for length in (1, 3, 2):
-        cache.put(State(None, {}, 10, tuple(range(length))))
+        cache.put(KeptGenerator(None, {}, 10, tuple(range(length))))
     taken = cache.take(range(5), {}, 10)  # type: ignore[arg-type]
     assert taken is not None and list(taken.tokens) == [0, 1, 2]
     assert cache.take([0], {}, 10) is None  # nothing would be left to read

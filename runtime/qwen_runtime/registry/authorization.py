@@ -19,8 +19,8 @@ from urllib.parse import urlencode, urlsplit
 
 from qwen_common.errors import UserError
 
+from qwen_runtime.loopback import is_loopback
 from qwen_runtime.registry.credentials import Credentials
-from qwen_runtime.registry.reference import is_loopback
 from qwen_runtime.web import check_next, is_url, shown
 
 _MOST = 1024 * 1024  # bytes of a token server's answer

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
 
 from qwen_common.errors import UserError, one_line
+
+from qwen_runtime.loopback import is_loopback
 
 SCHEME = "oci://"
 # The grammar of the OCI distribution specification.
@@ -74,14 +75,3 @@ class Reference:
     def is_here(self) -> bool:
         """Whether the registry is on this machine, so that nobody else sees what is sent."""
         return is_loopback(self.host)
-
-
-def is_loopback(host: str) -> bool:
-    """Args:
-    host: a name or an address, perhaps with a port.
-    """
-    address = re.sub(r":[0-9]+$", "", host).strip("[]")
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"

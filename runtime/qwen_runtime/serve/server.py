@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import signal
 import socket
@@ -13,6 +12,7 @@ from contextlib import closing
 import uvicorn
 from qwen_common.errors import UserError
 
+from qwen_runtime.loopback import is_loopback
 from qwen_runtime.serve.access import access
 from qwen_runtime.serve.app import make_app
 from qwen_runtime.serve.connection import Connection
@@ -92,15 +92,6 @@ def serve(
             ws="none",
         )
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:
