@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,35 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): {advice}") from error
     return parse_json(data, path, advice)
+
+
+def read_text(path: Path, where: str) -> str:
+    """The UTF-8 text in a file of the user's, without the mark that Windows' editors put first.
+
+    Args:
+        where: what it is, for the message.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {where}: it is not UTF-8: save it as that") from error
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The TOML table in `text`; `where` as for `read_text`.
+
+    Raises:
+        UserError: it is not TOML, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not valid TOML: {error}") from error
 
 
 def _refuse(constant: str) -> None:

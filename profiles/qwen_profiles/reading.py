@@ -4,12 +4,12 @@ so that the runtime can read them too."""
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 from qwen_common.errors import UserError
+from qwen_common.files import parse_toml
 
 # What `weights.body` stands for: most of the bytes, and what takes 4 bits well.
 BODY = ("mlp", "experts")
@@ -29,7 +29,7 @@ def shipped_text(name: str) -> str:
     """
     names = profile_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names)}"
         raise UserError(f"no profile '{name}': {hint}")
     return (files("qwen_profiles") / f"{name}.toml").read_text(encoding="utf-8")
@@ -41,10 +41,7 @@ def read_fields(name: str, text: str, below: tuple[str, ...] = ()) -> dict[str, 
     Raises:
         UserError: it is not TOML, or extends what is not shipped or itself.
     """
-    try:
-        fields = merged({}, tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"profile '{name}' is not valid TOML: {error}") from error
+    fields = merged({}, parse_toml(text, f"profile '{name}'"))
     parent = fields.pop("extends", None)
     if parent is None:
         return fields

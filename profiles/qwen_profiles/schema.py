@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -18,11 +15,14 @@ from pydantic import (
     model_validator,
 )
 from qwen_common.errors import UserError
+from qwen_common.files import parse_toml, read_text
 from qwen_common.genai_config import option_fault
 from qwen_common.manifest import BackendName
 from qwen_common.providers import CPU, PROVIDERS
 
+from qwen_profiles.faults import first_fault
 from qwen_profiles.reading import merged, read_fields, shipped_text
+from qwen_profiles.values import Amount, Expression, Integer, Number, PciId, ProviderKey, ThreadCount
 
 Role = Literal[
     "mlp",
@@ -36,26 +36,7 @@ Role = Literal[
     "vision",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
-
-
-def _known_provider(key: str) -> str:
-    if key not in PROVIDERS:
-        *others, last = map(repr, PROVIDERS)
-        raise ValueError(f"Input should be {', '.join(others)} or {last}")
-    return key
-
-
-ProviderKey = Annotated[str, AfterValidator(_known_provider)]
-
-
-def _thread_count(value: object) -> object:
-    if value != "performance" and not (type(value) is int and 0 <= value <= 1024):
-        raise ValueError("Input should be a number from 0 to 1024, or 'performance'")
-    return value
-
-
-ThreadCount = Annotated[int | Literal["performance"], BeforeValidator(_thread_count)]
-PciId = Annotated[str, Field(pattern=r"^[0-9a-f]{4}:([0-9a-f]{4}|\*)$")]
+OUTSIDE_LAYERS: frozenset[Role] = frozenset({"embedding", "lm_head", "vision"})
 
 
 class _Frozen(BaseModel):
@@ -91,7 +72,7 @@ class WeightFormat(_Frozen):
 class FrequentTokens(WeightFormat):
     """How the rows of frequent tokens are stored."""
 
-    share: float = Field(ge=0, lt=1)
+    share: Number = Field(ge=0, lt=1)
     """Of all tokens, those with the lowest ids, which byte-pair encoding gave to the most frequent ones, in
     whole groups of 64 rows; 0, or less than a group: none."""
 
@@ -100,10 +81,10 @@ class Recognise(_Frozen):
     """How a machine of this class is told from others: any one pattern or id that is given must fit, and
     all of the CPU flags."""
 
-    cpu: tuple[str, ...] = ()
+    cpu: tuple[Expression, ...] = ()
     """Regular expressions, searched for in the CPU's name, case ignored."""
 
-    gpu: tuple[str, ...] = ()
+    gpu: tuple[Expression, ...] = ()
     """Regular expressions, searched for in the names of the graphics devices, case ignored."""
 
     pci: tuple[PciId, ...] = ()
@@ -116,10 +97,10 @@ class Recognise(_Frozen):
 class Hardware(_Frozen):
     """What the machine has for the model."""
 
-    memory_budget_gb: float = Field(gt=0)
+    memory_budget_gb: Amount
     """Memory, in 10^9 bytes, that the model, its cache and its working memory may take together."""
 
-    bandwidth_gb_s: float = Field(gt=0)
+    bandwidth_gb_s: Amount
     """Peak bandwidth of that memory, in 10^9 bytes per second."""
 
     recognise: Recognise = Recognise()
@@ -129,10 +110,10 @@ class Hardware(_Frozen):
 class Quality(_Frozen):
     """What an artifact must reach when it is verified against its checkpoint."""
 
-    max_kl_divergence: float = Field(gt=0)
+    max_kl_divergence: Number = Field(gt=0)
     """Most KL divergence of the next-token distributions, in nats, mean over positions."""
 
-    min_top1_agreement: float = Field(ge=0, le=1)
+    min_top1_agreement: Number = Field(ge=0, le=1)
     """Least share of positions at which both find the same token the most likely."""
 
 
@@ -185,7 +166,7 @@ class Profile(_Frozen):
     """Format of the rows of embedding and lm_head that belong to frequent tokens, where it is another than
     the others'; for the CPU. Not set: all have the same."""
 
-    layer_weights: dict[int, dict[Role, WeightFormat]] = {}
+    layer_weights: dict[Annotated[int, Field(ge=0)], dict[Role, WeightFormat]] = {}
     """By layer, the formats of roles that differ there, as `--auto-precision` chooses them."""
 
     carry_over: bool = True
@@ -197,7 +178,7 @@ class Profile(_Frozen):
     a calibration text too. For ONNX Runtime that is `gptq`, layer by layer; for OpenVINO it is NNCF's, with
     the whole model in memory."""
 
-    accuracy_level: int = Field(default=0, ge=0, le=4)
+    accuracy_level: Integer = Field(default=0, ge=0, le=4)
     """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
 
     speculative: bool = False
@@ -211,14 +192,14 @@ class Profile(_Frozen):
     prefill_chunk: Literal[16, 32, 64, 128, 256, 512, 1024, 2048]
     """Tokens of a prompt that are processed in one run."""
 
-    context_length: int = Field(gt=0)
+    context_length: Integer = Field(ge=2)
     """Tokens of prompt and answer together; at most the checkpoint's own limit."""
 
     threads: ThreadCount = 0
     """Threads that compute on the CPU, unless whoever runs the artifact says otherwise: 0 is one for each
     physical core; `performance` one for each P core, which `qwen-run` finds and other programs do not."""
 
-    spin_us: int | None = Field(default=None, ge=0, le=10_000)
+    spin_us: Integer | None = Field(default=None, ge=0, le=10_000)
     """Microseconds for which threads of ONNX Runtime that wait for the next product keep their cores busy,
     before other work may have them; 0: at once. Not set: as long as ONNX Runtime chooses, for machines that
     do nothing else."""
@@ -250,6 +231,15 @@ class Profile(_Frozen):
             raise ValueError(f"no weight format for: {', '.join(missing)}")
         return weights
 
+    @field_validator("layer_weights")
+    @classmethod
+    def _roles_of_layers(
+        cls, layers: dict[int, dict[Role, WeightFormat]]
+    ) -> dict[int, dict[Role, WeightFormat]]:
+        for role in sorted({role for forms in layers.values() for role in forms} & OUTSIDE_LAYERS):
+            raise ValueError(f"{role} is in no layer: set weights.{role}")
+        return layers
+
     @field_validator("frequent_tokens", mode="before")
     @classmethod
     def _table_of_frequent_tokens(cls, given: object) -> object:
@@ -280,6 +270,8 @@ class Profile(_Frozen):
         for role, form in self._formats():
             if form.bits is not None and form.bits not in self.weight_bits:
                 raise ValueError(self._no_kernel(role, form))
+        if self.layer_weights and self.backend == BackendName.OPENVINO:
+            raise ValueError("layer_weights is for ONNX Runtime: leave it off with OpenVINO")
         for option, setting in self.provider_options.items():
             if fault := option_fault(self.provider, option, setting):
                 raise ValueError(fault)
@@ -335,13 +327,11 @@ def load_profile(source: str, overrides: Iterable[str] = ()) -> Profile:
             or out of range.
     """
     path = Path(source)
-    if path.suffix != ".toml":
-        return parse_profile(source, shipped_text(source), overrides)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the profile {path}: {error}") from error
-    return parse_profile(path.stem, text, overrides)
+    if path.suffix.lower() == ".toml":
+        return parse_profile(path.stem, read_text(path, f"the profile {path}"), overrides)
+    if path.exists() and path.name != source:
+        raise UserError(f"{path} is no profile: give a file whose name ends in .toml")
+    return parse_profile(source, shipped_text(source), overrides)
 
 
 def parse_profile(name: str, text: str, overrides: Iterable[str] = ()) -> Profile:
@@ -354,12 +344,12 @@ def parse_profile(name: str, text: str, overrides: Iterable[str] = ()) -> Profil
     fields = read_fields(name, text)
     for override in overrides:
         fields = merged(fields, _override(override))
+    if "name" in fields:
+        raise UserError(f"profile '{name}', field 'name': leave it off: a profile is called as its file is")
     try:
         return Profile(**{**fields, "name": name})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        message = first["msg"].removeprefix("Value error, ")
+        field, message = first_fault(error, Profile)
         where = f"profile '{name}', field '{field}'" if field else f"profile '{name}'"
         raise UserError(f"{where}: {message}") from error
 
@@ -370,9 +360,10 @@ def _override(text: str) -> dict[str, Any]:
     if not (equals and all(key.split("."))):
         raise UserError(f"'{text}' sets nothing: write field=value, such as weights.body=int8")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
+        found = parse_toml(f"value = {raw}", "a value")
+    except UserError:
+        found = {}
+    value: Any = found["value"] if len(found) == 1 else raw  # one line is one value
     for part in reversed(key.split(".")):
         value = {part: value}
     return value

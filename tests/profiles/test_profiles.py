@@ -17,7 +17,7 @@ from qwen_common.providers import PROVIDERS
 from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.cli import main
-from qwen_export.graph.recipe import Recipe
+from qwen_export.graph.recipe import Recipe, check_layers
 from qwen_export.graph.targets import target_for
 from qwen_export.planner.models import configured, family
 from qwen_export.planner.predictions import predict
@@ -189,7 +189,32 @@ def test_int2_is_for_providers_that_have_shown_a_kernel() -> None:
         ("weights.mlp.block_size=33", "field 'weights.mlp.block_size': Input should be 16"),
         ("context_length=long", "field 'context_length': Input should be a valid integer"),
         ("hardware.memory_budget_gb=-1", "field 'hardware.memory_budget_gb': Input should be greater than 0"),
-        ("contxt=1", "field 'contxt': Extra inputs are not permitted"),
+        ("context_lenght=1", "'context_lenght': there is no such field: did you mean 'context_length'?"),
+        (" Context_Length=1", "there is no such field: did you mean 'context_length'?"),
+        ("weights.mlp.blocksize=32", "there is no such field: did you mean 'block_size'?"),
+        ("bandwidth_gb_s=5", "there is no such field: did you mean 'hardware.bandwidth_gb_s'?"),
+        ("zzz=1", "there is no such field: `qwen-export profiles --json` shows all"),
+        ("name=mine", "field 'name': leave it off: a profile is called as its file is"),
+        ("context_length=true", "field 'context_length': Input should be a valid integer"),
+        ("context_length=1e3", "field 'context_length': Input should be a valid integer"),
+        ("context_length=1", "field 'context_length': Input should be greater than or equal to 2"),
+        ("context_length=4096\nprefill_chunk=16", "field 'context_length': Input should be a valid integer"),
+        ("accuracy_level=true", "field 'accuracy_level': Input should be a valid integer"),
+        ("spin_us=true", "field 'spin_us': Input should be a valid integer"),
+        ("hardware.memory_budget_gb=true", "memory_budget_gb': Input should be a valid number"),
+        ("hardware.memory_budget_gb=1e300", "memory_budget_gb': Input should be less than or equal to"),
+        ("hardware.bandwidth_gb_s=1e308", "bandwidth_gb_s': Input should be less than or equal to"),
+        ("quality.min_top1_agreement=true", "min_top1_agreement': Input should be a valid number"),
+        ("frequent_tokens={share=true, precision='int8'}", "frequent_tokens.share': Input should be"),
+        ('hardware.recognise.cpu=["("]', "recognise.cpu.0': Input should be a regular expression"),
+        ("fallbacks=cpu", 'field \'fallbacks\': Input should be a list, such as ["a", "b"]'),
+        ("hardware=1", "field 'hardware': Input should be a table"),
+        ("layer_weights.-1.mlp=int8", "field 'layer_weights.-1': Input should be greater than or equal to 0"),
+        (
+            "layer_weights.0.lm_head=int8",
+            "field 'layer_weights': lm_head is in no layer: set weights.lm_head",
+        ),
+        ("layer_weights.0.mlp=" + 5000 * "[", "weights.0.mlp.precision': Input should be 'int2'"),
         ("cache_dtype=float16", "cache_dtype must be activation_dtype, float32, or int8"),
         ("cache_dtype=int4", "field 'cache_dtype': Input should be 'float32', 'float16' or 'int8'"),
         (
@@ -240,13 +265,46 @@ def test_a_profile_of_ones_own_extends_a_shipped_one(tmp_path: Path) -> None:
     for text, message in {
         'extends = "cpux"': "no profile 'cpux': did you mean 'cpu'",
         "extends = 1": "'extends': give the name of one shipped profile",
-        'extends = "cpu"\nname = "x"\nweights = 3': "field 'weights'",
+        'extends = "cpu"\nweights = 3': "field 'weights'",
+        'extends = "cpu"\nname = "x"': "field 'name': leave it off",
+        f"a = {5000 * '['}": "profile 'mine' is not valid TOML",
     }.items():
         with pytest.raises(UserError) as raised:
             parse_profile("mine", text)
         assert message in str(raised.value)
     with pytest.raises(UserError, match=r"cannot read the profile .*missing\.toml"):
         load_profile(str(tmp_path / "missing.toml"))
+    assert load_profile(str(path.rename(tmp_path / "KIOSK.TOML"))).name == "KIOSK"
+    with pytest.raises(UserError, match=r"mine\.json is no profile: give a file whose name ends in \.toml"):
+        load_profile(str((tmp_path / "KIOSK.TOML").rename(tmp_path / "mine.json")))
+
+
+@pytest.mark.parametrize(
+    ("content", "length"),
+    [(b"\xef\xbb\xbf", 2048), (b"", 2048), (b"\xff\xfe", "cannot read the profile .*: it is not UTF-8")],
+)
+def test_a_profile_as_windows_editors_save_it(tmp_path: Path, content: bytes, length: int | str) -> None:
+    path = tmp_path / "kiosk.toml"
+    path.write_bytes(content + b'extends = "cpu"\r\ncontext_length = 2048\r\n')
+    if isinstance(length, int):
+        assert load_profile(str(path)).context_length == length
+    else:
+        with pytest.raises(UserError, match=length):
+            load_profile(str(path))
+
+
+def test_formats_of_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    for override, message in {
+        "layer_weights.8.mlp=int8": "layer_weights.8: the model has layers 0 to 7",
+        "layer_weights.0.attention=int8": "layer_weights.0.attention: that layer has .*linear_attention, mlp",
+        "layer_weights.3.linear_attention=int8": "layer_weights.3.linear_attention: that layer has attention",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            make_artifact(TINY, load_profile("cpu", [override]), tmp_path / "out")
+    check_layers(
+        load_profile("cpu", ["layer_weights.0.body=int8"]).layer_weights,
+        Checkpoint.open(str(TINY)).config.tensors(),
+    )
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,10 @@ def _shards(root: Path, streamed: StreamedShards | None) -> dict[str, list[str]]
         shards: dict[str, list[str]] = {}
         for name, shard in weight_map.items():
             shards.setdefault(str(shard), []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{_INDEX} is not a shard index ({error!r}): download it again") from error
+    if not shards:
+        raise UserError(f"{_INDEX} names no tensor: download it again")
     for shard in shards:
         # A plain file name; files of a hub snapshot may be links, which is the hub cache's own layout.
         if Path(shard).name != shard or "\\" in shard or shard in (".", ".."):

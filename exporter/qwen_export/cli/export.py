@@ -65,7 +65,7 @@ Examples:
 )
 @click.option(
     "--max-context",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=2),
     metavar="TOKENS",
     help="Tokens of prompt and answer together, instead of the profile's limit; YaRN where that is more "
     "than the checkpoint was trained for.",

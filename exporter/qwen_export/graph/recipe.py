@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from qwen_common.errors import UserError
+from qwen_profiles.reading import BODY
 from qwen_profiles.schema import FrequentTokens, Role, WeightFormat
 
 from qwen_export.architecture.tensors import TensorSpec, layer_of
@@ -18,6 +20,31 @@ from qwen_export.quantize.fp4 import Fp4
 # MatMulNBits' schema; the smallest of 2 bits that has a quick kernel.
 _SMALLEST_BLOCK = {2: 32, 4: 16, 8: 16}
 _LARGEST_BLOCK = 128  # QMoE's on the CPU
+
+
+def check_layers(layers: Mapping[int, Collection[Role]], specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse formats by layer that would format nothing.
+
+    Args:
+        layers: by layer, the roles that have a format of their own there.
+        specs: the model's tensors.
+
+    Raises:
+        UserError: there is no such layer, or it has no weight of such a role. One of an MLP and experts will
+            do, as `body` names both.
+    """
+    there: dict[int, set[Role]] = {}
+    for name, spec in specs.items():
+        if (layer := layer_of(name)) is not None and spec.recipe_role:
+            there.setdefault(layer, set()).add(spec.recipe_role)
+    for layer, roles in layers.items():
+        if layer not in there:
+            raise UserError(f"layer_weights.{layer}: the model has layers 0 to {max(there)}")
+        body = set(BODY) if there[layer] & set(BODY) else set()
+        if absent := sorted(set(roles) - there[layer] - body):
+            raise UserError(
+                f"layer_weights.{layer}.{absent[0]}: that layer has {', '.join(sorted(there[layer]))}"
+            )
 
 
 @dataclass(frozen=True)

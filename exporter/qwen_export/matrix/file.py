@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from qwen_common.errors import UserError
+from qwen_common.files import parse_toml, read_text
 
 _Text = Annotated[str, Field(min_length=1)]
 _Some = Annotated[tuple[_Text, ...], Field(min_length=1)]
@@ -73,7 +73,7 @@ class Release(_Table):
     text_only: bool = False
     """Leave the vision tower out."""
 
-    max_context: int | None = Field(default=None, gt=0)
+    max_context: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together, as `--max-context`."""
 
     ignore_memory: bool = False
@@ -115,12 +115,7 @@ def read_release(path: Path) -> ReleaseFile:
     UserError: the file cannot be read, is not TOML, or a key is missing, unknown or out of range; names the
         first one, and the nearest that there is.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    content = parse_toml(read_text(path, str(path)), str(path))
     try:
         return ReleaseFile.model_validate(content)
     except ValidationError as error:

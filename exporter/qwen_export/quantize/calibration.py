@@ -22,7 +22,7 @@ def read_text(path: Path | None) -> str:
         UserError: it cannot be read.
     """
     try:
-        return (path or files("qwen_export.quantize") / "calibration.txt").read_text(encoding="utf-8")
+        return (path or files("qwen_export.quantize") / "calibration.txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
 

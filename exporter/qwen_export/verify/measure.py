@@ -158,10 +158,10 @@ def measure(
         for _ in streams.step(index):
             advance()
         after = streams.hidden[""][:_PROBED]
-        growth.append(float(np.linalg.norm(after) / np.linalg.norm(before)))
+        growth.append(_relative(after, before))
         for role in _roles_in(stored, index, roles):
             found = reference.layer(config, sets[role], index, before)
-            by_layer[index, role] = float(np.linalg.norm(found - after) / np.linalg.norm(after))
+            by_layer[index, role] = _relative(found - after, after)
             advance()
 
     def log_probabilities(name: str, text: int) -> np.ndarray:
@@ -196,3 +196,8 @@ def measure(
 
 def _of(stored: Mapping[str, ArtifactTensor], role: str) -> dict[str, ArtifactTensor]:
     return {name: tensor for name, tensor in stored.items() if tensor.role == role}
+
+
+def _relative(values: np.ndarray, base: np.ndarray) -> float:
+    """The norm of `values` by that of `base`; a number even where `base` is zero."""
+    return float(np.linalg.norm(values) / max(np.linalg.norm(base), np.finfo(np.float32).tiny))

@@ -202,7 +202,8 @@ def _check_adapters(artifact: Path, manifest: Manifest, checkpoint: Checkpoint) 
 def _texts(artifact: Path, manifest: Manifest, tokens: int, path: Path | None) -> np.ndarray:
     """int64 [texts, tokens of each]."""
     try:
-        text = (path or files("qwen_export.verify") / "text" / "evaluation.txt").read_text(encoding="utf-8")
+        source = path or files("qwen_export.verify") / "text" / "evaluation.txt"
+        text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error
     ids = np.asarray(Tokenizer.open(artifact).encode(text), np.int64)

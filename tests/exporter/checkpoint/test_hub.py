@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,27 @@ def test_links_out_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
         outside.write_text("secret")
     (folder / name).symlink_to(outside)
     with pytest.raises(UserError, match=f"{name} is a link out of .*: put the file itself there"):
+        Checkpoint.open(str(folder))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_links_that_circle(name: str, tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name)
+    if name == "tokenizer.json":
+        assert NORM in Checkpoint.open(str(folder)).tensors
+    else:
+        with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
+            Checkpoint.open(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    folder = write_random_checkpoint(tmp_path / "checkpoint")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(UserError, match=r"has no config\.json"):
         Checkpoint.open(str(folder))
 
 

@@ -71,3 +71,12 @@ def test_a_whole_file_comes_before_an_index(tmp_path: Path) -> None:
     write_tensors(tmp_path, {NORM: torch.ones(64)})
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
     assert set(Checkpoint.open(str(tmp_path)).tensors) == {NORM}
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000, "\ufeff{}", ""])
+def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
+    folder = write_tensors(tmp_path, {NORM: torch.ones(64)})
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    with pytest.raises(UserError, match=r"\.index\.json (is not a shard index|names no tensor)"):
+        Checkpoint.open(str(folder))

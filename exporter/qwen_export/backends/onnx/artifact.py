@@ -40,6 +40,7 @@ from qwen_export.checkpoint.dequantised import dequantised
 from qwen_export.graph.attention import check_heads
 from qwen_export.graph.builder import DATA_FILE
 from qwen_export.graph.kv_cache import cache_specs
+from qwen_export.graph.recipe import check_layers
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
 from qwen_export.quantize.calibration import calibration_samples
@@ -112,6 +113,7 @@ def prepare(
     """See `ExportBackend.prepare`."""
     for target in targets(profile).values():
         check_heads(checkpoint.config, target)
+    check_layers(profile.layer_weights, checkpoint.config.tensors())
     graphs = build_graphs(checkpoint, profile, options.all_logits, _has_mtp(checkpoint, profile, progress))
     check_switched(checkpoint, graphs)
     if profile.cache_dtype == "int8":
