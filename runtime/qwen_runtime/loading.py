@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwen_common.errors import UserError
 from qwen_common.manifest import BackendName
+from qwen_common.providers import CPU
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.backends.load import load, load_ort
@@ -34,9 +35,13 @@ def load_parts(path: str | Path, options: LoadOptions) -> Parts:
         raise UserError("--speculative has graphs of its own, without --prepacked-dir: leave one off")
     if options.prepacked is not None:
         artifact = with_prepacked(artifact, provider, options.prepacked, verify)
-    if options.speculative is not None and states is None:
+    # ONNX Runtime GenAI passes over the adapters of a model that sees.
+    adapted = bool(switched) and artifact.images is not None and provider in ("auto", CPU.key)
+    if (options.speculative is not None or adapted) and states is None:
         states = StateSettings()
     ort = None if states is None else load_ort(artifact, provider, options.speculative)
+    if ort is not None and adapted and options.states is None:
+        ort.reason = f"{CPU.title}: ONNX Runtime itself, for the adapters of a model that sees"
     backend = ort or load(artifact, provider, keep)
     info = ModelInfo.of(artifact, backend.provider, backend.reason, options.context_length, switched)
     text, room, pixels = backend.tokenizer, info.context_length, options.image_pixels or MOST_PIXELS

@@ -16,10 +16,14 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import PeftModel
 from PIL import Image
 from qwen_common.errors import UserError
+from qwen_export.adapters.apart import keeping_apart
 from qwen_export.backends.onnx.processor_config import processor_config
+from qwen_export.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import load_vision_config
+from qwen_export.export import export
 from qwen_runtime import Model, Sampling
 from qwen_runtime.cli import main
 from qwen_runtime.images import ImageSettings, cut_patches, expand, open_image, take_images, vision_inputs
@@ -27,7 +31,8 @@ from transformers import AutoTokenizer
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from benchmarks.support.artifacts import float_profile, make_artifact
+from benchmarks.support.artifacts import Quiet, float_profile, make_artifact
+from tests.support.adapters import train
 from tests.support.random_checkpoints import VISION_TOKENS, random_vision_model, write_vision_checkpoint
 
 GREEDY = Sampling(temperature=0)
@@ -181,7 +186,9 @@ def test_limit_of_tokens(settings: ImageSettings) -> None:
     assert (found.height, found.width) == (54, 72)
 
 
-def transformers_answer(checkpoint: Path, messages: list[dict[str, Any]], count: int) -> tuple[int, list]:
+def transformers_answer(
+    checkpoint: Path, messages: list[dict[str, Any]], count: int, model: Any = None
+) -> tuple[int, list]:
     """Prompt length and greedy tokens, by transformers' own processor, template and model."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
@@ -200,7 +207,7 @@ def transformers_answer(checkpoint: Path, messages: list[dict[str, Any]], count:
         is_image = np.array([ids]) == VISION_TOKENS["image_token_id"]
         inputs["mm_token_type_ids"] = torch.tensor(is_image.astype(np.int64))
     with torch.no_grad():
-        found = random_vision_model().generate(
+        found = (model or random_vision_model()).generate(
             torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0, **inputs
         )
     return len(ids), found[0, len(ids) :].tolist()
@@ -216,6 +223,27 @@ def test_same_answers_as_transformers(model: Model, checkpoint: Path, sizes: lis
         pass
     assert generation.prompt_tokens == length
     assert generation.tokens == [token for token in expected if token != 2037]
+
+
+def test_adapters_are_pefts(checkpoint: Path, tmp_path: Path) -> None:
+    """Of a model that sees, with images and without: ONNX Runtime GenAI would pass over them."""
+    adapter, profile = tmp_path / "style", float_profile("fused")
+    train(random_vision_model(), adapter, target_modules=r".*language_model.*\.(q_proj|up_proj|out_proj)")
+    merged = PeftModel.from_pretrained(random_vision_model(), adapter).merge_and_unload()
+    export(
+        keeping_apart(Checkpoint.open(str(checkpoint)), [str(adapter)], profile),
+        profile,
+        tmp_path / "out",
+        Quiet(),
+    )
+    with Model.load(tmp_path / "out") as model:
+        assert model.info.reason.endswith("for the adapters of a model that sees")
+        for messages in (asking(picture(64, 64)), asking()):
+            for name, reference in ((None, None), ("style", merged), (None, None)):
+                expected = transformers_answer(checkpoint, messages, 8, reference)[1]
+                generation = model.generate(messages, max_tokens=8, sampling=GREEDY, adapter=name)
+                generation.run()
+                assert generation.tokens == [token for token in expected if token != 2037]
 
 
 def answer(model: Model, messages: list[dict[str, Any]], **options: Any) -> str:
