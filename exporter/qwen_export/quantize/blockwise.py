@@ -149,20 +149,14 @@ def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Com
         errors[start:stop] -= values * scale.astype(np.float32)
         scales[block], zeros[block] = scale, zero
 
-    def quantize_blocks(first: int, last: int) -> None:
-        """By halves: what the first leaves to the second is one product."""
-        if last - first == 1:
+    for first, middle, last in _by_halves(0, blocks, 1):
+        if middle == last:
             quantize_block(first)
-            return
-        middle = (first + last) // 2
+            continue
         start, split, stop = (min(block * form.block_size, k) for block in (first, middle, last))
-        quantize_blocks(first, middle)
         with PRODUCTS:
             product = feedback[split:stop, start:split] @ errors[start:split]
         left[split:stop] += product
-        quantize_blocks(middle, last)
-
-    quantize_blocks(0, blocks)
     packed = _pack(codes, form.bits).T.reshape(form.packed_shape(n, k))
     return Quantized(packed, scales.T, None if form.symmetric else pack_codes(zeros.T, form.bits))
 
@@ -225,15 +219,12 @@ def _round_in_order(
     reciprocal, lowest, highest = np.float32(1) / scale, -zero, ((1 << bits) - 1) - zero
     values, errors = target.copy(), wanted.copy()
 
-    def round_features(start: int, stop: int) -> None:
-        if stop - start > _IN_ORDER:
-            middle = (start + stop) // 2
-            round_features(start, middle)
+    for start, middle, stop in _by_halves(0, len(values), _IN_ORDER):
+        if middle < stop:
             with PRODUCTS:
                 product = within[middle:stop, start:middle] @ errors[start:middle]
             values[middle:stop] += product
-            round_features(middle, stop)
-            return
+            continue
         for feature in range(start, stop):
             row = values[feature]
             for before in range(start, feature):
@@ -243,9 +234,21 @@ def _round_in_order(
             np.maximum(row, lowest, out=row)
             np.minimum(row, highest, out=row)
             errors[feature] -= row * scale
-
-    round_features(0, len(values))
     return values, errors
+
+
+def _by_halves(start: int, stop: int, least: int) -> Iterator[tuple[int, int, int]]:
+    """What makes each of `start` to `stop` up for the errors of all before it, in few products: start, middle
+    and stop of what the first part leaves to the second; where the two last are the same, of `least` or fewer
+    that are taken one by one.
+    """
+    if stop - start <= least:
+        yield start, stop, stop
+        return
+    middle = (start + stop) // 2
+    yield from _by_halves(start, middle, least)
+    yield start, middle, stop
+    yield from _by_halves(middle, stop, least)
 
 
 def dequantize(quantized: Quantized, k: int, form: Quantization) -> np.ndarray:

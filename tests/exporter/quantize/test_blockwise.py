@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import product
+from types import FunctionType
 
 import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
-from qwen_export.quantize.blockwise import Quantization, Quantized, dequantize, quantize
+from qwen_export.quantize import blockwise
+from qwen_export.quantize.blockwise import Compensation, Quantization, Quantized, dequantize, quantize
 
 FORMS = [
     Quantization(bits, block, symmetric, np.dtype(scale))
@@ -152,6 +155,22 @@ def test_quantising_again_changes_nothing(form: Quantization) -> None:
     # A float16 scale is found again to the bit, a float32 one to the rounding of the sums behind it.
     rtol = 0 if form.scale_dtype == np.float16 else 1e-5
     np.testing.assert_allclose(again, once, rtol=rtol, atol=0)
+
+
+def test_what_codes_are_made_with_is_gone_with_them() -> None:
+    """No function refers to itself, which would hold a piece's arrays until Python looks for such circles."""
+    k = 64
+    compensation = Compensation(np.tril(np.full((k, k), 0.1, np.float32), -1), np.ones(k, np.float32))
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        quantize(weights("gaussian", k=k), Quantization(4, 32, True, np.dtype(np.float32)), compensation)
+        gc.collect()
+        held = [found for found in gc.garbage if isinstance(found, FunctionType)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert not [found for found in held if found.__module__ == blockwise.__name__]
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
