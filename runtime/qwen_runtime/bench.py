@@ -176,16 +176,31 @@ def summary(found: Bench) -> str:
     )
 
 
-def plot(found: Bench, path: Path) -> None:
-    """Draw prefill, decode and the first token over the length of the prompt; PNG, or as the suffix says.
+def check_plot(path: Path) -> None:
+    """Whether `plot` can draw into `path`, before minutes are spent on measuring.
 
     Raises:
-        UserError: matplotlib is missing, or the file cannot be written.
+        UserError: matplotlib is missing, or `path` is no file that it could write.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise UserError("--plot needs matplotlib: pip install 'qwen-edge[plot]'") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known or path.is_dir():
+        raise UserError(f"no plot can be written to {path}: name a file, such as speed.png")
+    if not path.parent.is_dir():
+        raise UserError(f"no folder {path.parent} for the plot: make it first")
+
+
+def plot(found: Bench, path: Path) -> None:
+    """Draw prefill, decode and the first token over the length of the prompt; PNG, or as the suffix says.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
     lengths = [point.context for point in found.points]
     panels = {
         "Prefill, tokens/s": [point.prefill_rate for point in found.points],
@@ -217,6 +232,8 @@ def fitting(contexts: Sequence[int] | None, room: int) -> list[int]:
     Raises:
         UserError: one does not fit.
     """
+    if room < 1:
+        raise UserError("so many tokens after a prompt do not fit the context: choose fewer --tokens")
     if contexts is None:
         fitting = [length for length in DEFAULT_CONTEXTS if length <= room]
         if fitting:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 THOUGHT, THOUGHT_END = "<think>", "</think>"  # in all of Qwen's templates
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"  # transformers' names, where a checkpoint has several
-_GIVEN = ("messages", "tools")  # variables that no caller's own may replace
+GIVEN = ("messages", "tools")  # variables that no caller's own may replace
 
 
 def read_templates(root: Path) -> Mapping[str, str]:
@@ -87,7 +87,7 @@ def render(
     """
     if not templates:
         raise UserError("the model has no chat template: give a raw prompt instead of messages")
-    for name in _GIVEN:
+    for name in GIVEN:
         if name in variables:
             raise UserError(f"the template's variable {name} is what the conversation says: leave it off")
     template = chosen(templates, bool(tools))

@@ -16,7 +16,7 @@ import click
 from qwen_common.errors import UserError, reported
 
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, load_options, named_path
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, GivenPath, load_options, named_path
 from qwen_runtime.generation import Generation
 from qwen_runtime.load_options import LoadOptions
 from qwen_runtime.load_progress import shown_load
@@ -24,6 +24,7 @@ from qwen_runtime.model import Model
 from qwen_runtime.request import Request
 from qwen_runtime.sampling import Sampling
 from qwen_runtime.switched import adapter_files, no_adapter
+from qwen_runtime.template import GIVEN
 
 EPILOG = """\b
 Examples:
@@ -44,6 +45,8 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
     for name, equals, value in (entry.partition("=") for entry in given):
         if not name or not equals:
             raise click.BadParameter("write NAME=VALUE, such as preserve_thinking=true")
+        if name in GIVEN:
+            raise click.BadParameter(f"{name} is what the conversation says: leave it off")
         try:
             found[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -59,18 +62,20 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
     "--image",
     "images",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(exists=True, dir_okay=False, path_type=Path),
     help="Show this image with PROMPT; may be given several times.",
 )
-@click.option("--max-image-tokens", type=int, help="Most tokens for each image.  [default: 1024]")
+@click.option(
+    "--max-image-tokens", type=click.IntRange(1), help="Most tokens for each image.  [default: 1024]"
+)
 @click.option(
     "--video",
     "videos",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(exists=True, dir_okay=False, path_type=Path),
     help="Show frames of this video with PROMPT; may be given several times.",
 )
-@click.option("--video-frames", type=int, help="Most frames of each video.  [default: 8]")
+@click.option("--video-frames", type=click.IntRange(1), help="Most frames of each video.  [default: 8]")
 @click.option("--system", help="System message of the conversation.")
 @click.option("--max-tokens", type=int, help="Most tokens to generate.  [default: 4096]")
 @click.option("--temperature", type=float, help="0 always takes the likeliest token.")
@@ -126,6 +131,8 @@ def answer(
         raise click.UsageError("--raw and --json need a PROMPT.")
     if (images or videos) and (raw or prompt is None):
         raise click.UsageError("--image and --video need a PROMPT, and not --raw.")
+    if raw and (system is not None or thinking or template_kwargs):
+        raise click.UsageError("--raw uses no chat template: leave off --system, --think and --template-arg.")
     _speak_utf8()
     with reported(debug):
         request = Request(
@@ -152,6 +159,8 @@ def answer(
         text = sys.stdin.read() if prompt == "-" else prompt
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
+        _check_unicode(text or "", "the prompt")
+        _check_unicode(system or "", "the system message")
         with shown_load(artifact):
             loaded = Model.load_with(artifact, load)
         with loaded as model:
@@ -179,6 +188,18 @@ def _check_name(artifact: Path) -> None:
     assert isinstance(group, click.Group)
     if not artifact.exists() and (close := get_close_matches(str(artifact), group.commands, 1)):
         raise UserError(f"no folder {artifact}: is the command '{close[0]}' meant?")
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Bytes that are no UTF-8 are halves of surrogate pairs here. A tokenizer refuses them, which is late.
+
+    Raises:
+        UserError: `text` has some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid UTF-8: convert it first") from error
 
 
 def _speak_utf8() -> None:

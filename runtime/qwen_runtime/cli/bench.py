@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from qwen_common.errors import reported
 
-from qwen_runtime.cli.options import ARTIFACT, DEBUG, JSON, PROVIDER, number_of_threads
+from qwen_runtime.cli.options import ARTIFACT, DEBUG, JSON, PROVIDER, GivenPath, number_of_threads
 from qwen_runtime.load_options import LoadOptions
 
 _EPILOG = """\b
@@ -58,7 +58,7 @@ def _choices(context: click.Context, parameter: click.Parameter, text: str | Non
     "in processes of their own, with the memory of all of them.  [default: as the model is run]",
 )
 @PROVIDER
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it too, into this PNG file.")
+@click.option("--plot", "picture", type=GivenPath(path_type=Path), help="Draw it too, into this PNG file.")
 @JSON
 @DEBUG
 def bench(
@@ -83,6 +83,8 @@ def bench(
 
         if picture is not None and len(choices) > 1:
             raise click.UsageError("--plot draws one number of threads.")
+        if picture is not None:
+            measuring.check_plot(picture)
         with Console(stderr=True).status("starting") as status:
             if len(choices) > 1:
                 options = LoadOptions(provider)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,28 @@ def number_of_threads(text: str) -> str:
     return text
 
 
-ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
+class GivenPath(click.Path):
+    """Not "", which an unset variable of a script leaves, and which `Path` takes for the working folder."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if value == "":
+            self.fail("it is empty: give a path, . for this folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """A range without NaN, which lies in every one of click's, and without infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
+ARTIFACT = click.argument("artifact", type=GivenPath(path_type=Path))
 DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 PROVIDER = click.option(
@@ -47,7 +70,7 @@ _EXACT = click.option(
 _PREPACKED = click.option(
     "--prepacked-dir",
     "prepacked",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=GivenPath(file_okay=False, path_type=Path),
     help="Map weights from this folder, where they are written once in this CPU's layout, with twice the "
     "artifact's bytes: memory stays free, and a model larger than it runs at the disk's pace.",
 )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from qwen_common.errors import UserError, reported
 
-from qwen_runtime.cli.options import DEBUG, load_options, named_path
+from qwen_runtime.cli.options import DEBUG, FiniteRange, GivenPath, load_options, named_path
 from qwen_runtime.load_options import LoadOptions
 
 _EPILOG = """\b
@@ -28,7 +28,7 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("artifacts", metavar="[ARTIFACT]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("artifacts", metavar="[ARTIFACT]...", nargs=-1, type=GivenPath(path_type=Path))
 @click.option(
     "--model",
     "named",
@@ -46,7 +46,7 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 )
 @click.option(
     "--unload-after",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     metavar="SECONDS",
     help="Free the model's memory after so long without a request; the next one loads it.  [default: never]",
 )
@@ -60,7 +60,7 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 @click.option(
     "--api-key-file",
     envvar="QWEN_EDGE_API_KEY_FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(path_type=Path, dir_okay=False),
     help="Demand the key in this file; also from QWEN_EDGE_API_KEY_FILE.",
 )
 @click.option(
@@ -92,26 +92,26 @@ _MEGAPIXELS, _KIOSK_MEGAPIXELS = 50, 16
 )
 @click.option(
     "--state-dir",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=GivenPath(file_okay=False, path_type=Path),
     help="Keep what was read of prompts in this folder, so that it is not read again after a restart.",
 )
 @click.option(
     "--state-disk",
     default=8.0,
     show_default=True,
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Most GB in --state-dir.",
 )
 @click.option(
     "--state-memory",
     default=2.0,
     show_default=True,
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     help="With --state-dir, most GB of conversations in memory.",
 )
 @click.option(
     "--image-megapixels",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Most of all images of a request, as they are sent.  [default: 50; with --kiosk 16]",
 )
 @click.option(
