@@ -80,7 +80,13 @@ def work_folder(output: Path) -> Path:
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise UserError(f"{work} is in the way of the export: move it elsewhere")
     work.mkdir(parents=True, exist_ok=True)
-    found = {path.name for path in work.iterdir()}
-    if strange := sorted(found - _WORK - FILE_MANAGERS) or sorted(found if "lock" not in found else ()):
+    found = {path.name: path for path in work.iterdir()}
+    known = FILE_MANAGERS | {name for name in _WORK & found.keys() if _as_made(found[name])}
+    if strange := sorted(found.keys() - known) or sorted(found if "lock" not in found else ()):
         raise UserError(f"{work} has {strange[0]}, which no export made: move it elsewhere")
     return work
+
+
+def _as_made(path: Path) -> bool:
+    """Whether what has a name of ours is of the kind that an export makes."""
+    return not path.is_symlink() and path.is_dir() == (path.name in (STAGED, REPLACED))

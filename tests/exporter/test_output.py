@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_the_hidden_folder_may_be_somebody_elses(name: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"\.out\.partial has .*, which no export made: move it elsewhere"):
         make_artifact(TINY, load_profile("cpu"), tmp_path / "out")
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["artifact", "replaced", "journal.jsonl", "fingerprint", "weights", "lock"])
+@pytest.mark.parametrize("kind", ["link", "other"])
+def test_what_only_has_a_name_of_the_hidden_folder(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    path = tmp_path / ".out.partial" / name
+    path.parent.mkdir()
+    (path.parent / "lock").touch()
+    if kind == "link":
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path / "mine")
+    elif name in ("artifact", "replaced"):
+        path.write_text("mine")
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"\.out\.partial has {re.escape(name)}, which no export made"):
+        work_folder(tmp_path / "out")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_the_older_artifact_comes_back_where_the_last_step_fails(

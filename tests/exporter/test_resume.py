@@ -11,6 +11,7 @@ from pathlib import Path
 import onnxruntime_genai as og
 import pytest
 from qwen_common.errors import UserError
+from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_profiles.schema import load_profile
@@ -103,3 +104,10 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
         shutil.rmtree(output)
     assert killed >= 10
     assert resumed >= 5
+
+
+@pytest.mark.parametrize("damage", [b'"c', b"\0\0\0\n", b"\xff\n", b'{"a\n"d"\n', b"\n"])
+def test_a_damaged_journal_counts_up_to_its_damage(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'"a"\n"b"\n' + damage)
+    assert Journal(path).done == {"a", "b"}

@@ -56,13 +56,12 @@ def bundle(
 ) -> None:
     """Pack ARTIFACT with everything that a device without a network needs. Needs: 'qwen-edge[bundle]'."""
     with reporting(debug, extra="bundle"):
-        from rich.console import Console
-
         from qwen_export.bundle.assemble import Carried, default_version
         from qwen_export.bundle.assemble import bundle as assemble
+        from qwen_export.cli.console import PlainConsole
 
         version = version or default_version(datetime.now(UTC))
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         carried = Carried(carry_python, carry_msvc)
         contents = assemble(artifact, output, platform, python, version, key, console.print, carried)
         if as_json:

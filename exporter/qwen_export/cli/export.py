@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from qwen_export.cli.shared import (
     overrides_option,
     progress_option,
     reporting,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def export(
             _summary(folder, manifest)
             if report:
                 show_report(folder, report)
-            click.echo(f'next: qwen-run {folder} "Hello"')
+            click.echo(f'next: qwen-run {typed(folder)} "Hello"')
         end_with(report)
 
 
@@ -222,8 +222,7 @@ def _note_short_context(found: Prediction, max_context: int | None) -> None:
 
 
 def _summary(folder: Path, manifest: Manifest) -> None:
-    from rich.console import Console
-
+    from qwen_export.cli.console import PlainConsole
     from qwen_export.cli.tables import manifest_table
 
-    Console(file=sys.stdout).print(manifest_table(f"{folder}", manifest))
+    PlainConsole().print(manifest_table(f"{folder}", manifest))

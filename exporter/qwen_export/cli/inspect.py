@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -23,8 +22,7 @@ def inspect(artifact: Path, mmproj: Path | None, as_json: bool, debug: bool) -> 
     Of a GGUF file it says which model it is, and what an export keeps of it.
     """
     with reporting(debug):
-        from rich.console import Console
-
+        from qwen_export.cli.console import PlainConsole
         from qwen_export.cli.tables import gguf_table, inspection_tables
         from qwen_export.inspection import inspect as look_into
         from qwen_export.opening import is_gguf
@@ -41,4 +39,4 @@ def inspect(artifact: Path, mmproj: Path | None, as_json: bool, debug: bool) -> 
             click.echo(json.dumps(found, indent=2))
         else:
             tables = [gguf_table(found)] if of_gguf else inspection_tables(found)
-            Console(file=sys.stdout).print(*tables)
+            PlainConsole().print(*tables)

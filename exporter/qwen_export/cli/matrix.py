@@ -70,8 +70,8 @@ def matrix(
     """
     with reporting(debug):
         from qwen_common.errors import UserError
-        from rich.console import Console
 
+        from qwen_export.cli.console import PlainConsole
         from qwen_export.cli.tables import outcome_table, release_table
         from qwen_export.matrix.combinations import combinations
         from qwen_export.matrix.file import read_release
@@ -84,7 +84,7 @@ def matrix(
 
             import_ray(ray)
         groups = plan(combinations(read_release(file), file.absolute().parent))
-        console = Console(file=sys.stdout)
+        console = PlainConsole()
         if dry_run:
             planned = [one for group in groups for one in group]
             if as_json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -54,10 +53,10 @@ def plan(
     """
     with reporting(debug):
         from qwen_profiles.schema import load_profile
-        from rich.console import Console
 
         from qwen_export.architecture.yarn import shorter_context
         from qwen_export.cli.auto_precision import reach
+        from qwen_export.cli.console import PlainConsole
         from qwen_export.cli.tables import compare_table, matrix_table, prediction_table
         from qwen_export.planner.models import configured, family
         from qwen_export.planner.predictions import compare, require_memory, shipped_profiles
@@ -79,7 +78,7 @@ def plan(
             table = (
                 prediction_table(found[0]) if one else matrix_table(found) if many else compare_table(found)
             )
-            Console(file=sys.stdout).print(table)
+            PlainConsole().print(table)
             for option, (least, most) in ends.items():
                 click.echo(f"--auto-precision --{option}: {least / 1e9:.4g} GB to {most / 1e9:.4g} GB")
         if one:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import click
 
@@ -16,8 +15,7 @@ from qwen_export.cli.shared import debug_option, reporting
 def profiles(as_json: bool, debug: bool) -> None:
     """List the hardware classes that can be exported for."""
     with reporting(debug):
-        from rich.console import Console
-
+        from qwen_export.cli.console import PlainConsole
         from qwen_export.cli.tables import profiles_table
         from qwen_export.planner.predictions import shipped_profiles
 
@@ -25,4 +23,4 @@ def profiles(as_json: bool, debug: bool) -> None:
         if as_json:
             click.echo(json.dumps([profile.model_dump() for profile in shipped], indent=2))
         else:
-            Console(file=sys.stdout).print(profiles_table(shipped))
+            PlainConsole().print(profiles_table(shipped))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,13 +16,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from qwen_export.cli.console import PlainConsole
 from qwen_export.progress import Progress as ExportProgress
 
 
 class _Bar:
     """How far a long task is, on stderr so that stdout stays clean for --json."""
 
-    def __init__(self, console: Console, bar: Progress, title: str) -> None:
+    def __init__(self, console: PlainConsole, bar: Progress, title: str) -> None:
         self._console, self._bar = console, bar
         self._task = bar.add_task(title, total=None)
 
@@ -43,7 +43,7 @@ STEPS: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
 
 @contextmanager
 def progress_bar(show: bool, title: str, columns: tuple[ProgressColumn, ...]) -> Iterator[ExportProgress]:
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from qwen_common.errors import BELOW_THE_BAR
+from qwen_common.errors import BELOW_THE_BAR, one_line
 
 if TYPE_CHECKING:
     from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -40,15 +40,15 @@ def verified(
 
 def show_report(folder: Path, report: dict[str, Any]) -> None:
     """Print a report's figures and findings."""
-    from rich.console import Console
-
+    from qwen_export.cli.console import PlainConsole
     from qwen_export.cli.tables import report_table
 
-    console = Console(file=sys.stdout)
+    console = PlainConsole()
     console.print(report_table(report))
     for finding in report["findings"]:
         console.print(finding, highlight=False)
-    click.echo(f"{'passed' if report['passed'] else 'BELOW THE BAR'}: {folder / 'REPORT.md'} has it all")
+    where = one_line(str(folder / "REPORT.md"))
+    click.echo(f"{'passed' if report['passed'] else 'BELOW THE BAR'}: {where} has it all")
 
 
 def end_with(report: dict[str, Any] | None) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from qwen_common.errors import UserError, reported
+from qwen_common.errors import UserError, one_line, reported
 
 overrides_option = click.option(
     "--set",
@@ -50,3 +50,11 @@ def reporting(debug: bool, extra: str = "export") -> Iterator[None]:
             yield
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed: pip install 'qwen-edge[{extra}]'") from error
+
+
+def typed(path: Path) -> str:
+    """`path` as an argument on a command line."""
+    name = one_line(str(path))
+    return (
+        name if all(character.isalnum() or character in "/\\.:_-+,@~" for character in name) else f'"{name}"'
+    )

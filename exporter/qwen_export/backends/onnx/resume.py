@@ -27,9 +27,11 @@ class Journal:
         self._path = path
         self.done: set[str] = set()
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # a killed process may leave half a line
-                    self.done.add(json.loads(line))
+            for line in path.read_bytes().split(b"\n")[:-1]:  # a killed process may leave half a line
+                try:
+                    self.done.add(str(json.loads(line)))
+                except ValueError:  # a power cut may leave anything: what follows is written once more
+                    break
 
     def add(self, names: Sequence[str]) -> None:
         """Record `names`; call only once their bytes have been synced."""
