@@ -20,7 +20,8 @@ from qwen_export.architecture.yarn import inverse_frequencies
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, float32
 
 _TILE_ELEMENTS = 16 * 1024 * 1024
-_STATE_ELEMENTS = 1024 * 1024  # of recurrent states worked on at a time, so that they stay in the CPU's cache
+# Of recurrent states and activations worked on at a time, so that they stay in the CPU's cache.
+_CACHED_ELEMENTS = 1024 * 1024
 _L2_EPSILON = 1e-6  # transformers' l2norm
 # query and key [batch, T, heads, key size], value [batch, T, heads, size], beta and logarithms of decay
 # [batch, T, heads] -> like value, from a state of zeros on.
@@ -198,7 +199,7 @@ def _gated_delta_net(
 
     key_size, value_size = config.linear_key_head_dim, config.linear_value_head_dim
     output = np.empty((batch, length, heads, value_size), np.float32)
-    together = max(1, _STATE_ELEMENTS // (heads * key_size * value_size))
+    together = max(1, _CACHED_ELEMENTS // (heads * key_size * value_size))
     for start in range(0, batch, together):
         some = slice(start, start + together)
         mixed = _causal_conv(projected[some], kernel)
@@ -256,6 +257,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
-    raised = _sigmoid(x)
-    raised *= x
-    return raised
+    """In place."""
+    step = max(1, _CACHED_ELEMENTS * len(x) // max(1, x.size))
+    for start in range(0, len(x), step):
+        some = x[start : start + step]
+        some *= _sigmoid(some)
+    return x

@@ -177,7 +177,7 @@ def _fit_in_order(
     size = len(within)
     counted = np.zeros(len(wanted), np.float32)
     counted[:size] = importance
-    _, scale, zero = _fit(wanted, form, counted)
+    scale, zero = _fit_scale(wanted, form, counted)
     wanted = wanted[:size]
     values, errors = _round_in_order(wanted, wanted, within, scale, zero, form.bits)
     if form.bits not in _ROUNDS or not within.any():  # nearest codes are the best with their fitted scale
@@ -219,6 +219,9 @@ def _round_in_order(
     reciprocal, lowest, highest = np.float32(1) / scale, -zero, ((1 << bits) - 1) - zero
     values, errors = target.copy(), wanted.copy()
 
+    # Each is asked for once: with few rows, what Python does around an operation takes as long as it does.
+    factors, value_of, error_of = within.tolist(), list(values), list(errors)
+    made_up = np.empty_like(scale)
     for start, middle, stop in _by_halves(0, len(values), _IN_ORDER):
         if middle < stop:
             with PRODUCTS:
@@ -226,14 +229,16 @@ def _round_in_order(
             values[middle:stop] += product
             continue
         for feature in range(start, stop):
-            row = values[feature]
+            row, error = value_of[feature], error_of[feature]
             for before in range(start, feature):
-                row += within[feature, before] * errors[before]
-            row *= reciprocal
+                np.multiply(error_of[before], factors[feature][before], out=made_up)
+                np.add(row, made_up, out=row)
+            np.multiply(row, reciprocal, out=row)
             np.rint(row, out=row)
             np.maximum(row, lowest, out=row)
             np.minimum(row, highest, out=row)
-            errors[feature] -= row * scale
+            np.multiply(row, scale, out=made_up)
+            np.subtract(error, made_up, out=error)
     return values, errors
 
 
@@ -277,10 +282,20 @@ def _blocks_as_columns(weight: np.ndarray, form: Quantization) -> np.ndarray:
     return np.ascontiguousarray(columns, np.float32)
 
 
-def _fit(
+def _fit(tile: np.ndarray, form: Quantization) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 [block_size, blocks], scales and zero points [blocks]."""
+    scale, zero = _fit_scale(tile, form)
+    codes = np.empty_like(tile)
+    # The codes are made with the scale as it will be stored.
+    _round(tile, scale.astype(np.float32), zero, (1 << form.bits) - 1, codes)
+    codes += zero
+    return codes.astype(np.uint8), scale, zero.astype(np.uint8)
+
+
+def _fit_scale(
     tile: np.ndarray, form: Quantization, importance: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 [block_size, blocks], scales and zero points [blocks].
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scales as they are stored, and zero points float32, [blocks].
 
     For codes q (zero point subtracted) the best scale is s = <w, q> / <q, q>, with the squared error
     |w|^2 - <w, q>^2 / <q, q>, so candidates are compared without dequantising. Of features that differ in
@@ -310,11 +325,7 @@ def _fit(
         np.copyto(best_gain, gain, where=better)
         np.copyto(best_scale, fitted, where=better)
         np.copyto(best_zero, zero, where=better)
-    # The codes are made with the scale as it will be stored.
-    stored = _storable(best_scale, form.scale_dtype)
-    _round(tile, stored.astype(np.float32), best_zero, levels, codes)
-    codes += best_zero
-    return codes.astype(np.uint8), stored, best_zero.astype(np.uint8)
+    return _storable(best_scale, form.scale_dtype), best_zero
 
 
 def _candidates(tile: np.ndarray, form: Quantization) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -31,7 +31,7 @@ from qwen_export.quantize.fp4 import Fp4
 from qwen_export.quantize.gptq import Compensations, nearest
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
-_LEAST_ROWS = 1024  # of a piece whose codes make up for each other, as each of its features is a step
+_LEAST_ROWS = 2048  # of a piece whose codes make up for each other, as each of its features is a step
 _SYNC_BYTES = 32 * 1024 * 1024
 _WORKERS = os.cpu_count() or 1
 
