@@ -22,7 +22,7 @@ GENAI_CONFIG = "genai_config.json"
 OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
 FORMAT_VERSION = 1
 HASHED_BYTES = 16 * 1024 * 1024  # files below are hashed whenever an artifact is opened
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of one that is kept apart
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of one that is switched at run time
 _SHOWN = 100  # characters of what stands in a manifest, in a message
 ADVICE = "copy the artifact again, or export it again"
 
@@ -72,7 +72,7 @@ class MergedAdapter(TypedDict):
 
 
 class SwitchedAdapter(MergedAdapter):
-    """An adapter that is kept apart in `file`, in ONNX Runtime's format."""
+    """An adapter in `file`, in ONNX Runtime's format, that is switched at run time."""
 
     file: str
 
@@ -162,7 +162,7 @@ class Manifest(_Always, RunsOn, total=False):
         cache_bytes_per_token: of the KV cache.
         image_prompt_tokens: most tokens of a prompt with images; with a vision tower only.
         adapters: merged into the weights, in this order; absent where there are none.
-        switched_adapters: kept apart, one of which may be active at a time; absent where there are none.
+        switched_adapters: beside the weights, chosen at run time; absent where there are none.
         sampling: defaults of the checkpoint that ONNX Runtime GenAI's configuration has no word for: `min_p`.
         runtime: for OpenVINO, which has no genai_config.json: those of its fields that our runtime reads.
     """

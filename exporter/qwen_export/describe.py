@@ -11,7 +11,7 @@ from qwen_common.manifest import Manifest, Settings, Source
 from qwen_common.version import own_version
 from qwen_profiles.schema import Profile
 
-from qwen_export.adapters.apart import adapter_file
+from qwen_export.adapters.switched import adapter_file
 from qwen_export.backends.protocol import Written
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.graph.model import cache_bytes_per_token
@@ -49,10 +49,10 @@ def describe(checkpoint: Checkpoint, profile: Profile, staged: Path, written: Wr
     }
     if checkpoint.adapters:
         manifest["adapters"] = list(checkpoint.adapters)
-    if checkpoint.kept_apart:
+    if checkpoint.switched_adapters:
         manifest["switched_adapters"] = [
             {**adapter.described, "file": adapter_file(adapter.described["name"])}
-            for adapter in checkpoint.kept_apart
+            for adapter in checkpoint.switched_adapters
         ]
     if written.image_prompt_tokens is not None:
         manifest["image_prompt_tokens"] = written.image_prompt_tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from qwen_export.adapters.apart import keeping_apart
+from qwen_export.adapters.switched import with_switched_adapters
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import export
 from torch import nn
@@ -99,7 +99,9 @@ def make_adapted(folder: Path, **shape: Any) -> Adapted:
     train(random_model(**shape), folder / "words", seed=3, target_modules=["v_proj", "down_proj"], r=3)
     profile = float_profile("fused")
     for name, given in (("artifact", ("style=0.5", "tools")), ("other", ("words",))):
-        checkpoint = keeping_apart(Checkpoint.open(str(base)), [f"{folder / one}" for one in given], profile)
+        checkpoint = with_switched_adapters(
+            Checkpoint.open(str(base)), [f"{folder / one}" for one in given], profile
+        )
         export(checkpoint, profile, folder / name, Quiet(), all_logits=True)
     (folder / "other" / "words.onnx_adapter").rename(folder / "words.onnx_adapter")
     return Adapted(folder, shape)

@@ -103,7 +103,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class KeptApart:
+class SwitchedAdapter:
     """An adapter that is not merged: what it is, and what it adds to which tensors."""
 
     described: MergedAdapter

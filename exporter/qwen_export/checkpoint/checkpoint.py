@@ -39,7 +39,7 @@ from qwen_export.checkpoint.tensors.plain import FLOATS, PlainTensor
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor
 
 if TYPE_CHECKING:
-    from qwen_export.adapters.updates import KeptApart
+    from qwen_export.adapters.updates import SwitchedAdapter
 
 _NAMED = 10  # of the tensors or files that are not read
 
@@ -61,7 +61,7 @@ class Checkpoint:
         notes: what is not as its files say, or not read: a line for each.
         adapters: what is merged into `tensors`, in this order.
         adapter_folders: where each of these lies.
-        kept_apart: adapters that an artifact has beside its weights.
+        switched_adapters: adapters that an artifact has beside its weights.
         streamed: the shards, where they are fetched when they are read.
         identity: of a folder or file, as `identity` has it; None with a revision.
     """
@@ -77,7 +77,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     adapters: tuple[MergedAdapter, ...] = ()
     adapter_folders: tuple[Path, ...] = ()
-    kept_apart: tuple[KeptApart, ...] = ()
+    switched_adapters: tuple[SwitchedAdapter, ...] = ()
     streamed: StreamedShards | None = None
     identity: str | None = None
 

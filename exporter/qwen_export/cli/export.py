@@ -79,7 +79,8 @@ Examples:
     "switched",
     multiple=True,
     metavar="FOLDER[=WEIGHT]",
-    help="LoRA adapter to keep apart, for `qwen-run --adapter NAME`; may be repeated. CPU profiles only.",
+    help="LoRA adapter to switch at run time, by `qwen-run --adapter NAME`; may be repeated. CPU profiles "
+    "only.",
 )
 @click.option("--force", is_flag=True, help="Replace the output folder if it is an artifact.")
 @click.option("--text-only", is_flag=True, help="Leave the vision tower out.")
@@ -149,8 +150,8 @@ def export(
     with reporting(debug):
         from qwen_profiles.schema import load_profile
 
-        from qwen_export.adapters.apart import keeping_apart
         from qwen_export.adapters.merge import with_adapters
+        from qwen_export.adapters.switched import with_switched_adapters
         from qwen_export.checkpoint.text_files import require_tokenizer
         from qwen_export.cli.progress import BYTES, progress_bar
         from qwen_export.export import default_output
@@ -164,7 +165,7 @@ def export(
         if source.streamed:
             source.streamed.needed_again = verify
         source = with_adapters(source, adapters)
-        source = keeping_apart(source, switched, profile)
+        source = with_switched_adapters(source, switched, profile)
         folder = output or default_output(source, profile)
         check_output(folder, source.root, force)
         if verify:

@@ -128,7 +128,7 @@ def inspection_tables(found: Mapping[str, Any]) -> tuple[Table, Table]:
     """Sizes by role, and which providers have kernels for the graphs, or which devices are here."""
     made = found.get("lowering", export_backend(found["backend"]).title)
     title = f"{found['model']['name']} for {found['profile']}: {made}, context {found['context_length']}"
-    ways = {"adapters": "merged", "switched_adapters": "kept apart"}
+    ways = {"adapters": "merged", "switched_adapters": "switched at run time"}
     adapters = [f"{one['name']} ({way})" for field, way in ways.items() for one in found.get(field, [])]
     caption = f"adapters: {', '.join(adapters)}" if adapters else None
     roles = Table("role", "precision", "size", title=title, caption=caption)

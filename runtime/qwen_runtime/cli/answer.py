@@ -98,7 +98,7 @@ def _variables(context: click.Context, parameter: click.Parameter, given: Sequen
 @click.option(
     "--adapter",
     metavar="NAME[=PATH]",
-    help="Answer with an adapter that the artifact keeps apart, or with the one in this file.",
+    help="Answer with an adapter of the artifact, or with the one in this file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 @DEBUG

@@ -50,8 +50,8 @@ class Sessions:
         files = artifact.manifest["files"]
         if artifact.manifest.get("switched_adapters"):
             raise UserError(
-                f"{artifact.root} keeps adapters apart, which no graph for several tokens takes: leave "
-                "--speculative off"
+                f"{artifact.root} has adapters to switch at run time, which no graph for several tokens "
+                "takes: leave --speculative off"
             )
         if missing := [name for name in _GRAPHS.values() if name not in files]:
             reason = "was made by an earlier version" if _HEAD in files else "cannot decode speculatively"

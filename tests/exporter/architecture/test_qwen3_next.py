@@ -12,8 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from qwen_common.errors import USER_ERROR, UserError
-from qwen_export.adapters.apart import keeping_apart
 from qwen_export.adapters.merge import with_adapters
+from qwen_export.adapters.switched import with_switched_adapters
 from qwen_export.architecture.mtp import declares_mtp, mtp_tensors
 from qwen_export.architecture.tensors import Fused
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -230,11 +230,11 @@ def test_adapters_of_fused_projections_are_not_switched(tmp_path: Path) -> None:
     folder = write_random_checkpoint(tmp_path / "checkpoint", **NEXT)
     profile = load_profile("cpu")
     train(random_model(**NEXT), tmp_path / "one", target_modules=["q_proj", "out_proj"])
-    kept = keeping_apart(Checkpoint.open(str(folder)), [str(tmp_path / "one")], profile)
-    assert kept.kept_apart
+    kept = with_switched_adapters(Checkpoint.open(str(folder)), [str(tmp_path / "one")], profile)
+    assert kept.switched_adapters
     train(random_model(**NEXT), tmp_path / "two", target_modules=["in_proj_qkvz"])
     with pytest.raises(UserError, match=r"in_proj_qkvz.weight in a way that cannot be switched at run time"):
-        keeping_apart(Checkpoint.open(str(folder)), [str(tmp_path / "two")], profile)
+        with_switched_adapters(Checkpoint.open(str(folder)), [str(tmp_path / "two")], profile)
 
 
 @pytest.mark.parametrize("method", [gptq(), awq()], ids=["gptq", "awq"])

@@ -255,7 +255,7 @@ def _has_mtp(checkpoint: Checkpoint, profile: Profile, progress: Progress) -> bo
     if reason is None and not any(name.startswith(MTP) for name in checkpoint.tensors):
         return False
     config = checkpoint.config
-    if checkpoint.kept_apart:
+    if checkpoint.switched_adapters:
         reason = "its graphs take no adapter at run time"
     elif not profile.mtp:
         reason = f"profile {profile.name}'s runtime cannot use it"

@@ -158,7 +158,7 @@ def _loads_on(target: Target, graphs: Iterable[Graph]) -> str:
 def speculates(checkpoint: Checkpoint, profile: Profile) -> bool:
     """Whether the decoder is exported for several tokens in a run too. It takes no adapter at run time."""
     runs = PROVIDERS[profile.provider].speculative and profile.lowering == FUSED.name
-    return profile.speculative and runs and not checkpoint.kept_apart
+    return profile.speculative and runs and not checkpoint.switched_adapters
 
 
 def _longest(target: Target, run: int) -> int | None:
@@ -202,7 +202,7 @@ def _recipe(checkpoint: Checkpoint, profile: Profile, target: Target) -> Recipe:
             **(vision.tensors() if vision else {}),
             **cache_specs(config),
         },
-        frozenset(name for adapter in checkpoint.kept_apart for name in adapter.updates),
+        frozenset(name for adapter in checkpoint.switched_adapters for name in adapter.updates),
         profile.frequent_tokens,
     )
 

@@ -75,7 +75,7 @@ def fingerprint(checkpoint: Checkpoint, profile: Profile, graphs: Graphs, text: 
             else (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
             for path in shards
         ],
-        "adapters": [checkpoint.adapters, [adapter.described for adapter in checkpoint.kept_apart]],
+        "adapters": [checkpoint.adapters, [adapter.described for adapter in checkpoint.switched_adapters]],
         "profile": profile.model_dump(),
         "layout": [repr(entry) for _, tensors in graphs.placed for entry in tensors],
         "text": None if text is None else text.tolist(),

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from qwen_common.errors import UserError
 
-from qwen_export.adapters.apart import adapter_file
-from qwen_export.adapters.updates import KeptApart
+from qwen_export.adapters.switched import adapter_file
+from qwen_export.adapters.updates import SwitchedAdapter
 from qwen_export.backends.onnx.files import MODEL_FILE
 from qwen_export.backends.onnx.graphs import Graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ def check_switched(checkpoint: Checkpoint, graphs: Graphs) -> None:
     UserError: an adapter changes a tensor for which the graph has no inputs.
     """
     taken = {part.tensor for weight in _weights(graphs) for part in weight.rows}
-    for adapter in checkpoint.kept_apart:
+    for adapter in checkpoint.switched_adapters:
         for tensor in adapter.updates:
             if tensor not in taken:
                 raise UserError(
@@ -39,10 +39,10 @@ def check_switched(checkpoint: Checkpoint, graphs: Graphs) -> None:
 
 
 def write_switched(checkpoint: Checkpoint, graphs: Graphs, folder: Path) -> None:
-    """One file for each adapter that is kept apart."""
+    """One file for each adapter."""
     import onnxruntime as ort
 
-    for adapter in checkpoint.kept_apart:
+    for adapter in checkpoint.switched_adapters:
         parameters = {}
         for weight in _weights(graphs):
             for name, factor in zip(factor_names(weight), _factors(adapter, weight), strict=False):
@@ -60,7 +60,7 @@ def _weights(graphs: Graphs) -> Iterator[Weight]:
     return (weight for weight, _ in graphs.placed if factor_names(weight)[0] in inputs)
 
 
-def _factors(adapter: KeptApart, weight: Weight) -> list[np.ndarray]:
+def _factors(adapter: SwitchedAdapter, weight: Weight) -> list[np.ndarray]:
     """A [K, rank] and B [rank, N] in float32, scaled in B; [] where the adapter does not change `weight`."""
     tensors = dict.fromkeys(part.tensor for part in weight.rows if part.tensor in adapter.updates)
     if not tensors:

@@ -1,6 +1,6 @@
-"""Adapters that an artifact keeps beside its weights, one of which may be active at a time.
+"""Adapters that an artifact has beside its weights: which of them answers is chosen at run time.
 
-Their factors become inputs of the graph, so what can be kept apart is LoRA of projections; anything else
+Their factors become inputs of the graph, so what can be switched is LoRA of projections; anything else
 changes the weights themselves.
 """
 
@@ -16,7 +16,7 @@ from qwen_profiles.schema import Profile
 
 from qwen_export.adapters.adapter import Adapter
 from qwen_export.adapters.places import place
-from qwen_export.adapters.updates import KeptApart, LowRank
+from qwen_export.adapters.updates import LowRank, SwitchedAdapter
 from qwen_export.architecture.models.qwen3_5 import EMBEDDING, LM_HEAD
 from qwen_export.architecture.tensors import layer_of
 from qwen_export.checkpoint.checkpoint import Checkpoint
@@ -25,8 +25,8 @@ from qwen_export.checkpoint.tensors.fused import join_fused
 _MERGE = "merge it with --adapter"
 
 
-def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile) -> Checkpoint:
-    """`checkpoint` with the adapters `FOLDER[=weight]`, to be switched on when its artifact runs.
+def with_switched_adapters(checkpoint: Checkpoint, given: Sequence[str], profile: Profile) -> Checkpoint:
+    """`checkpoint` with the adapters `FOLDER[=weight]`, to be switched when its artifact runs.
 
     Raises:
         UserError: the profile is not for ONNX Runtime's CPU provider alone, where it was tried; as
@@ -40,7 +40,7 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
             f"--adapter-at-runtime was tried on ONNX Runtime's CPU provider only, and profile {profile.name} "
             f"is for {', '.join(sorted(runs_on))}: take a CPU profile, or {_MERGE}"
         )
-    kept: dict[str, KeptApart] = {}
+    kept: dict[str, SwitchedAdapter] = {}
     config = checkpoint.config
     tensors, tied = join_fused(checkpoint.tensors, config.fused), config.tie_word_embeddings
     if tied:
@@ -65,8 +65,8 @@ def keeping_apart(checkpoint: Checkpoint, given: Sequence[str], profile: Profile
                     f"projections in the decoder's layers can): {_MERGE}"
                 )
             updates[tensor] = update
-        kept[name] = KeptApart({**adapter.described(), "name": name}, updates)
-    return replace(checkpoint, kept_apart=tuple(kept.values()))
+        kept[name] = SwitchedAdapter({**adapter.described(), "name": name}, updates)
+    return replace(checkpoint, switched_adapters=tuple(kept.values()))
 
 
 def adapter_file(name: str) -> str:

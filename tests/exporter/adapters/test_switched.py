@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from qwen_common import manifest as manifests
 from qwen_common.errors import UserError
-from qwen_export.adapters.apart import keeping_apart
+from qwen_export.adapters.switched import with_switched_adapters
 from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.backends.onnx.proto import model_proto, model_size
 from qwen_export.checkpoint import Checkpoint
@@ -86,7 +86,9 @@ def test_the_manifest_lists_them(made: Adapted, tmp_path: Path) -> None:
     ]
     shown = CliRunner().invoke(export_main, ["inspect", str(folder / "artifact")])
     assert shown.exit_code == 0
-    assert "adapters: style (kept apart), tools (kept apart)" in " ".join(shown.stdout.split())
+    assert "adapters: style (switched at run time), tools (switched at run time)" in " ".join(
+        shown.stdout.split()
+    )
     assert "qwen-run . --adapter style" in (folder / "artifact" / "README.md").read_text()
     other = Path(shutil.copytree(folder / "artifact", tmp_path / "other"))
     listed[0]["file"] = "../elsewhere"
@@ -113,7 +115,7 @@ def test_a_damaged_file(made: Adapted, tmp_path: Path) -> None:
 def test_the_planner_knows_the_graphs_size(made: Adapted) -> None:
     folder = made.folder
     checkpoint = Checkpoint.open(str(folder / "base"))
-    checkpoint = keeping_apart(checkpoint, [str(folder / "style")], load_profile("cpu"))
+    checkpoint = with_switched_adapters(checkpoint, [str(folder / "style")], load_profile("cpu"))
     for graph in build_graphs(checkpoint, load_profile("cpu")).by_file.values():
         assert model_size(graph) == len(model_proto(graph).SerializeToString())
 
@@ -134,7 +136,7 @@ def test_what_cannot_be_switched(config: dict[str, Any], message: str, tmp_path:
     base = Checkpoint.open(str(write_random_checkpoint(tmp_path / "base")))
     train(random_model(), tmp_path / "adapter", **config)
     with pytest.raises(UserError, match=message) as caught:
-        keeping_apart(base, [str(tmp_path / "adapter")], load_profile("cpu"))
+        with_switched_adapters(base, [str(tmp_path / "adapter")], load_profile("cpu"))
     assert "merge it with --adapter" in str(caught.value)
 
 
@@ -142,12 +144,12 @@ def test_names_and_profiles_that_are_refused(made: Adapted, tmp_path: Path) -> N
     folder = made.folder
     base = Checkpoint.open(str(folder / "base"))
     with pytest.raises(UserError, match="on ONNX Runtime's CPU provider only, and profile webgpu is for"):
-        keeping_apart(base, [str(folder / "style")], load_profile("webgpu"))
+        with_switched_adapters(base, [str(folder / "style")], load_profile("webgpu"))
     with pytest.raises(UserError, match="two adapters are called style"):
-        keeping_apart(base, [str(folder / "style")] * 2, load_profile("cpu"))
+        with_switched_adapters(base, [str(folder / "style")] * 2, load_profile("cpu"))
     odd = Path(shutil.copytree(folder / "style", tmp_path / "a b"))
     with pytest.raises(UserError, match="rename it"):
-        keeping_apart(base, [str(odd)], load_profile("cpu"))
+        with_switched_adapters(base, [str(odd)], load_profile("cpu"))
 
 
 def test_an_artifact_without_adapters(exported: Any, tmp_path: Path) -> None:
