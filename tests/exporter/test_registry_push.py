@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,9 @@ from qwen_export.cli.program import main
 from qwen_runtime.cli import main as run
 
 from tests.support.files import hashes
+from tests.support.ports import free_port
 from tests.support.registry_server import RegistryServer, digest_of, registry_alone
+from tests.support.waiting import until
 
 REAL = shutil.which("docker-registry")
 SKOPEO = shutil.which("skopeo")
@@ -171,14 +171,20 @@ def test_a_file_that_changes_meanwhile(
 _ME = "me:$2y$05$mrUbtCknMg6ESr7XeKsxXuJdCnt49ha.4/SDqJq0o44QIh6jeARpe"
 
 
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=60).close()
+        return True
+    except OSError:
+        return False
+
+
 @pytest.fixture
 def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Docker's own registry on this machine; with the parameter "login" it is open to `me` alone."""
     if REAL is None:
         pytest.skip("docker-registry is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        host = f"127.0.0.1:{probe.getsockname()[1]}"
+    host = f"127.0.0.1:{free_port()}"
     (tmp_path / "registry.yml").write_text(
         f"version: 0.1\nhttp: {{addr: '{host}'}}\n"
         f"storage: {{filesystem: {{rootdirectory: '{tmp_path / 'registry'}'}}}}\n"
@@ -190,12 +196,7 @@ def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with (tmp_path / "registry.log").open("wb") as log:
         process = subprocess.Popen([REAL, "serve", tmp_path / "registry.yml"], stdout=log, stderr=log)
     try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"http://{host}/", timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
+        until(lambda: answers(f"http://{host}/"))
         yield host
     finally:
         process.terminate()

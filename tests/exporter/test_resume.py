@@ -75,8 +75,9 @@ def test_unfinished_export_of_something_else(checkpoint: Path, exported: Exporte
     assert hashes(output) == hashes(exported(TINY, load_profile("cpu")))
 
 
-def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
-    """Twenty exports killed with SIGKILL, each carried on by one that ends with the same bytes."""
+@pytest.mark.parametrize("most", [4, pytest.param(14, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(most: int, checkpoint: Path, tmp_path: Path) -> None:
+    """Exports killed with SIGKILL, each carried on by one that ends with the same bytes."""
     process = start(checkpoint, tmp_path / "whole")
     started = time.perf_counter()
     process.join()
@@ -85,8 +86,8 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
     size = (tmp_path / "whole" / "model.onnx.data").stat().st_size
     draw = random.Random(0).uniform
     # Most by the work that is done: the same moment of the clock comes early where other programs run too.
-    moments = [(draw(0, 1) * size, 0.0) for _ in range(14)]
-    moments += [(count, draw(0, 0.1) * duration) for count in 3 * (0, size)]
+    moments = [(draw(0, 1) * size, 0.0) for _ in range(most)]
+    moments += [(count, draw(0, 0.1) * duration) for count in (most // 4) * (0, size)]
     killed = resumed = 0
     for attempt, (count, seconds) in enumerate(moments):
         output, work = tmp_path / f"out{attempt}", tmp_path / f".out{attempt}.partial"
@@ -102,8 +103,8 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
             resumed += any("going on after" in note and " 0 weights" not in note for note in progress.notes)
         assert hashes(output) == expected
         shutil.rmtree(output)
-    assert killed >= 10
-    assert resumed >= 5
+    assert killed >= len(moments) / 2
+    assert resumed >= len(moments) / 4
 
 
 @pytest.mark.parametrize("damage", [b'"c', b"\0\0\0\n", b"\xff\n", b'{"a\n"d"\n', b"\n"])

@@ -19,16 +19,17 @@ from qwen_common.errors import UserError
 from qwen_launcher.installed import Installed
 from qwen_runtime.kiosk.install import Installation
 
+from tests.support.ports import free_port
 from tests.support.small_kiosk import (
     WEIGHTS,
     ask,
-    free_port,
     new_key,
     resealed,
     small_bundle,
     started,
     wait_for,
 )
+from tests.support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="start.sh needs a shell")
 PROGRAM = "site/qwen_runtime/kiosk/program.py"
@@ -210,12 +211,13 @@ def test_where_the_scripts_are_started_from(kiosk: Path, by: str, tmp_path: Path
         assert json.loads((kiosk / "state" / "running.json").read_text())["supervisor"] == process.pid
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
 
 
 def test_a_number_of_an_earlier_boot_is_another_process(kiosk: Path) -> None:
     """After a restart an editor of a file in the kiosk's folder may have the old supervisor's number."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)", str(kiosk / "README.txt")])
+    command = [sys.executable, "-c", "import time; time.sleep(600)", str(kiosk / "README.txt")]
+    other = subprocess.Popen(command)
     running = {"boot": "another", "supervisor": other.pid, "server": other.pid, "release": "1.1"}
     (kiosk / "state" / "running.json").write_text(json.dumps(running))
     try:
@@ -237,10 +239,7 @@ def test_compiled_files_of_an_earlier_server_are_not_read(kiosk: Path) -> None:
             path.write_bytes(path.read_bytes()[:16] + b"\xff" * 50)
         server = json.loads((kiosk / "state" / "running.json").read_text())["server"]
         os.kill(server, signal.SIGKILL)
-        end = time.monotonic() + 60
-        while json.loads((kiosk / "state" / "running.json").read_text())["server"] == server:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: json.loads((kiosk / "state" / "running.json").read_text())["server"] != server)
         assert wait_for(port).startswith("1.1 auto hello")
 
 
@@ -267,7 +266,7 @@ def test_a_missing_key_of_the_api_ends_with_a_message(
     else:
         (target / "api.key").write_bytes(content)
     with started(target) as (process, _):
-        assert process.wait(timeout=120) == 2
+        assert process.wait(timeout=PATIENCE) == 2
         said = process.communicate()[1].strip().splitlines()[-1]
     assert said.startswith("error: ") and "API key" in said and "api.key" in said
 
@@ -340,7 +339,7 @@ def test_when_every_version_is_damaged_it_says_so(kiosk: Path) -> None:
     for release in (kiosk / "releases").iterdir():
         emptied(release / PROGRAM)
     with started(kiosk) as (process, _):
-        assert process.wait(timeout=60) == 2
+        assert process.wait(timeout=PATIENCE) == 2
         assert "every version in" in process.communicate()[1]
 
 
@@ -358,7 +357,7 @@ def test_what_another_start_does_not_mend_ends_with_a_message(
         removed(kiosk / "key.pub")
         emptied(kiosk / "key.copy.pub")
     with started(kiosk, *options) as (process, _):
-        assert process.wait(timeout=60) == 2
+        assert process.wait(timeout=PATIENCE) == 2
         said = process.communicate()[1].strip().splitlines()[-1]
     assert message in said and said.startswith("error: ")
 
@@ -381,7 +380,7 @@ def test_a_port_that_is_taken_is_waited_for(kiosk: Path) -> None:
         assert wait_for(port, text="1.1").startswith("1.1")
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -400,23 +399,20 @@ def test_a_killed_supervisor_leaves_no_orphan_behind(tmp_path: Path, key: Path, 
     first.wait()
     second = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 60
-        while json.loads((target / "state" / "running.json").read_text())["server"] == server:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: json.loads((target / "state" / "running.json").read_text())["server"] != server)
         wait_for(port)
         assert not runs(server)
-        third = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        third = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert third.returncode == 2 and f"is served by process {second.pid} already" in third.stderr
     finally:
         second.terminate()
-        second.wait(timeout=60)
+        second.wait(timeout=PATIENCE)
 
 
 def runs(process: int) -> bool:
     try:
         return bool(Path(f"/proc/{process}/cmdline").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -465,7 +461,7 @@ def test_a_version_that_keeps_crashing_is_left(tmp_path: Path, key: Path) -> Non
     with impatient(target, interval=0.1, pause=0.05) as (process, port):
         assert wait_for(port).startswith("1.0 auto")
         process.terminate()
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
     assert said.count("starting version 1.1, provider auto") == 3
     assert said.count("starting version 1.1, provider cpu") == 3
 
@@ -489,9 +485,11 @@ def test_a_server_that_loads_its_model_again_is_left_alone(
     Installation(target).install(bundle, key.with_suffix(".pub"), quiet)
     with impatient(target, interval=0.1, missed=3, loading=loading, pause=0.05) as (process, port):
         wait_for(port)
-        time.sleep(0.12 * len(looks) if end is None else 2 + loading % 600)
+        log = target / "logs" / "kiosk.log"
+        until(lambda: f"the server {end}" in log.read_text() if end else ask(port, "/looks") == "0")
+        time.sleep(0.3)  # for what would follow the last look
         process.terminate()
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
     if end is None:
         assert said.count("starting version") == 1 and "the server " not in said
     else:

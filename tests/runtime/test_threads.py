@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qwen_runtime.threads import VARIABLE, Asked, Threads, decide
 
 from tests.support.commands import heed_interrupts
 from tests.support.threads import read_of_threads
+from tests.support.waiting import PATIENCE, until
 
 EIGHT = Cores(tuple(range(8)), tuple(range(8)))
 HYBRID = Cores((0, 2, 4, 5, 6, 7), (0, 2))  # a fake one: two P and four E cores
@@ -127,22 +128,24 @@ def tasks() -> dict[int, tuple[str, int]]:
 
 
 def count_threads(model: Model) -> int:
-    """Of the model's process, without those of loading, which end soon."""
-    counts = []
-    for _ in range(10):
-        counts.append(len(tasks()))
-        time.sleep(0.03)
-    return min(counts)
+    """Of the model's process."""
+    return len(tasks())
 
 
 @linux
 def test_threads_are_those_asked_for(cpu_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "2")
-    counts = []
-    for threads in 1, 4, None:
-        with child(cpu_artifact, LoadOptions("cpu", threads=threads)) as model:
-            counts.append(model.call(count_threads))
-    assert counts[1] - counts[0] == 3 and counts[2] - counts[0] == 1
+    with ExitStack() as stack:
+        models = [
+            stack.enter_context(child(cpu_artifact, LoadOptions("cpu", threads=threads)))
+            for threads in (1, 4, None)
+        ]
+
+        def more() -> list[int]:
+            one, *others = [model.call(count_threads) for model in models]
+            return [count - one for count in others]
+
+        until(lambda: more() == [3, 1])  # once the threads of loading have ended
 
 
 @linux
@@ -166,8 +169,9 @@ def test_where_they_lie_and_how_they_wait(
         pinned = {thread: where for thread, (where, _) in begun.items() if where in ("0", "1")}
         assert sorted(pinned.values()) == ["0", "1"]
         waits[asked] = sum(ended[thread][1] - begun[thread][1] for thread in pinned)
-    assert waits["performance:20us"] > 20 + waits["performance"], waits
-    assert waits["performance:yield"] > 20 + 2 * waits["performance"], waits
+    # Also on a busy machine: there 0 against 63 at least.
+    assert waits["performance:20us"] > 10 + waits["performance"], waits
+    assert waits["performance:yield"] > 10 + 2 * waits["performance"], waits
 
 
 def test_mistake_before_loading(tmp_path: Path) -> None:
@@ -207,10 +211,13 @@ def test_several_in_turns(cpu_artifact: Path) -> None:
     assert [row["threads"]["count"] for row in rows] == [1, 2]
 
 
-def busy_children(process: int) -> bool:
-    """Whether both models are loaded and one computes."""
-    children = psutil.Process(process).children()
-    return sum(child.cpu_times().user > 1 for child in children if child.is_running()) >= 2
+def measuring_children(process: int) -> bool:
+    """Whether both of the processes that measure are past their imports."""
+    found = 0
+    for process_of_one in psutil.Process(process).children():
+        with suppress(psutil.NoSuchProcess):
+            found += any("onnxruntime_genai" in each.path for each in process_of_one.memory_maps())
+    return found >= 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
@@ -235,11 +242,9 @@ def test_interrupted_without_a_traceback(cpu_artifact: Path) -> None:
         start_new_session=True,
         preexec_fn=heed_interrupts,
     ) as run:
-        end = time.monotonic() + 60
-        while not busy_children(run.pid) and time.monotonic() < end:
-            time.sleep(0.1)
+        until(lambda: measuring_children(run.pid))
         os.killpg(run.pid, signal.SIGINT)
-        told, _ = run.communicate(timeout=60)
+        told, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130 and b"Traceback" not in told and b"interrupted" in told, told
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from tests.support.waiting import PATIENCE, until
+
 RUN = [sys.executable, "-c", "from qwen_runtime.cli import main; main()"]
 
 
@@ -45,7 +47,7 @@ class Terminal:
                 self._seen += os.read(self._file, 4096).decode(errors="replace")
             else:
                 seconds += 1
-                assert seconds < 30, f"no {pattern!r} in {self._seen!r}"
+                assert seconds < PATIENCE, f"no {pattern!r} in {self._seen!r}"
                 self.type(every_second)
         self._seen = self._seen[match.end() :]
 
@@ -54,10 +56,11 @@ class Terminal:
 
         More than once, because an end that is typed between two lines is a character like others.
         """
-        for _ in range(30):
+
+        def gone() -> tuple[int, int] | None:
             self.type("\x04")
-            time.sleep(1)
+            time.sleep(0.2)
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-        raise AssertionError(f"the program goes on after {self._seen!r}")
+            return (pid, status) if pid else None
+
+        return os.waitstatus_to_exitcode(until(gone)[1])

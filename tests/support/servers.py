@@ -7,7 +7,6 @@ import http.client
 import json
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from tests.support.commands import RUN, heed_interrupts
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -54,7 +54,7 @@ def serving(artifact: Path, *options: str) -> Iterator[Server]:
         yield Server(process, found[1].replace("0.0.0.0", "127.0.0.1"))
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=PATIENCE)
         if process.stdout is not None:
             process.stdout.close()
 
@@ -63,7 +63,7 @@ def request(
     server: Server, method: str, path: str, body: bytes | None = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """A request that no well-behaved client would make."""
-    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=PATIENCE)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json", **headers})
         response = connection.getresponse()
@@ -90,11 +90,40 @@ def workers(server: Server) -> list[psutil.Process]:
     return found
 
 
+def restarts(server: Server) -> int:
+    """How often a model's process was started again."""
+    text = request(server, "GET", "/metrics")[2].decode()
+    found = re.search(r"^qwen_edge_model_restarts_total (\S+)$", text, re.MULTILINE)
+    assert found
+    return int(float(found[1]))
+
+
+def processor_seconds(server: Server) -> float:
+    """Taken by the server and its models' processes so far: other programs' work is not in it."""
+    times = [process.cpu_times() for process in (psutil.Process(server.process.pid), *workers(server))]
+    return sum(time.user + time.system for time in times)
+
+
+@contextmanager
+def held(server: Server) -> Iterator[None]:
+    """The models' processes stand still: what they are at does not end, however long a test looks."""
+    stopped = workers(server)
+    for worker in stopped:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
+
+
 def wait_until_idle(server: Server) -> None:
-    deadline = time.monotonic() + 20
-    while (found := health(server))["running"] or found["waiting"]:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
+    def idle() -> bool:
+        found = health(server)
+        return not found["running"] and not found["waiting"]
+
+    until(idle)
 
 
 def endless(artifact: Path) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Bundles whose program is a page of Python. The launcher does with them what it does with large ones.
 
-The program answers /health, and anything else with the version and the provider that it was started with.
+The program answers /health, /looks with how many of THEN are still to come, and anything else with the
+version and the provider that it was started with.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +23,11 @@ from qwen_export.bundle.keys import make_keys
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_launcher.bundle import CONTENTS, SIGNATURE
 
+from tests.support.ports import free_port
+from tests.support.waiting import PATIENCE, until
+
 PROGRAM = """
-import http.server, os, pathlib, sys, threading
+import http.server, operator, os, pathlib, sys, threading
 
 import library
 
@@ -43,6 +45,7 @@ def main():
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     told = dict(zip(options[::2], options[1::2]))
     version = pathlib.Path(folder).parent.name
+    answer = f"{version} {told['--provider']} {library.SAYS} {sys.flags.optimize}"
 
     looks = iter([200, *library.THEN])
 
@@ -51,9 +54,10 @@ def main():
             status = next(looks, 200) if self.path == "/health" else 200
             if not status:
                 return
+            said = operator.length_hint(looks) if self.path == "/looks" else answer
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(f"{version} {told['--provider']} {library.SAYS} {sys.flags.optimize}".encode())
+            self.wfile.write(f"{said}".encode())
 
         def log_message(self, *_):
             pass
@@ -122,25 +126,21 @@ def resealed(source: Path, folder: Path, key: Path, **facts: object) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def ask(port: int, path: str = "/") -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
         return str(answer.read().decode())
 
 
-def wait_for(port: int, seconds: float = 60, text: str = "", path: str = "/") -> str:
+def wait_for(port: int, text: str = "", path: str = "/") -> str:
     """What it answers, once it answers with `text` in it."""
-    end = time.monotonic() + seconds
-    while True:
+
+    def answer() -> str:
         with suppress(OSError):
-            if text in (answer := ask(port, path)):
-                return answer
-        assert time.monotonic() < end, "the server did not come"
-        time.sleep(0.05)
+            if text in (found := ask(port, path)):
+                return found
+        return ""
+
+    return until(answer)
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def started(target: Path, *options: str, **variables: str) -> Iterator[tuple[sub
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=60)
+            process.communicate(timeout=PATIENCE)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

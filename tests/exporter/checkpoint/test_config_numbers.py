@@ -92,10 +92,10 @@ def write_config(folder: Path, values: dict[str, Any]) -> Path:
 def test_numbers_that_no_model_has(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     write_config(tmp_path, values)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(UserError) as caught:
         load_config(tmp_path)
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
     assert str(caught.value).startswith(f"{tmp_path}/config.json: ")

@@ -13,6 +13,7 @@ import pytest
 from qwen_runtime import Model, Sampling
 
 from tests.support.commands import RUN, heed_interrupts, run
+from tests.support.waiting import PATIENCE
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 GREEDY = Sampling(temperature=0)
@@ -119,8 +120,9 @@ def test_command_errors(cpu_artifact: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_command(cpu_artifact: Path) -> None:
+    counting = "1, 2, 3, 4, 5, 6,"  # has no end
     process = subprocess.Popen(
-        [*RUN, str(cpu_artifact), "--raw", "The", "--temperature", "1"],
+        [*RUN, str(cpu_artifact), "--raw", counting, "--temperature", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -129,6 +131,6 @@ def test_interrupted_command(cpu_artifact: Path) -> None:
     assert process.stdout is not None
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors.endswith("interrupted\n")

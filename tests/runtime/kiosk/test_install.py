@@ -21,6 +21,7 @@ from qwen_runtime.kiosk import staging
 from qwen_runtime.kiosk.install import Installation
 
 from tests.support.small_kiosk import WEIGHTS, new_key, resealed, small_bundle
+from tests.support.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and links of POSIX")
 
@@ -263,7 +264,7 @@ def test_a_pipe_on_a_stick_is_waited_for_by_nobody(
     os.mkfifo(stick / name)
     command = [sys.executable, "-c", "from qwen_runtime.cli import main; main()", "update", str(stick)]
     variables = {**os.environ, "QWEN_EDGE_KIOSK": str(kiosk.target)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
     assert versions(kiosk) == ("1.0", None, ["1.0"])
 
@@ -288,7 +289,7 @@ def test_a_python_that_is_carried_is_listed_for_the_scripts(
 
 def test_a_terminated_update_leaves_nothing(kiosk: Installation, key: Path, tmp_path: Path) -> None:
     """While its self-test runs; neither beside the versions nor among the system's temporary files."""
-    slow = small_bundle(tmp_path / "slow", key, "1.1", SELF_TEST="__import__('time').sleep(60)")
+    slow = small_bundle(tmp_path / "slow", key, "1.1", SELF_TEST="__import__('time').sleep(600)")
     library = slow / "site" / "library.py"
     library.write_text(library.read_text().replace('"', ""))
     reseal(slow, key)
@@ -305,7 +306,7 @@ def test_a_terminated_update_leaves_nothing(kiosk: Installation, key: Path, tmp_
         if "trying it" in line:
             break
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=PATIENCE) == 130
     assert versions(kiosk) == ("1.0", None, ["1.0"]) and not list(temporary.iterdir())
     report = json.loads((kiosk.state / "update.json").read_text())
     assert report["ok"] is False and report["version"] == "1.0"

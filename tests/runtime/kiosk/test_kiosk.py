@@ -25,7 +25,9 @@ from qwen_export.bundle.keys import make_keys
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_runtime.kiosk.install import Installation
 
-from tests.support.small_kiosk import free_port, resealed, wait_for
+from tests.support.ports import free_port
+from tests.support.small_kiosk import resealed, wait_for
+from tests.support.waiting import PATIENCE
 
 pytestmark = [
     pytest.mark.slow,
@@ -100,7 +102,7 @@ def serving(target: Path) -> Iterator[int]:
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=PATIENCE)
         finally:
             kill(process)
 
@@ -123,7 +125,7 @@ def ask(port: int) -> str:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json"}
     )
-    answer = json.load(urllib.request.urlopen(request, timeout=60))
+    answer = json.load(urllib.request.urlopen(request, timeout=PATIENCE))
     return answer["choices"][0]["message"]["content"]
 
 

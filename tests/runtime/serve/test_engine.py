@@ -23,7 +23,8 @@ from qwen_runtime.serve.process import ModelProcess
 from qwen_runtime.serve.worker import Job, ModelSettings, Piece
 from qwen_runtime.states import StateSettings
 
-from tests.support.servers import Server, endless, health, serving, wait_until_idle
+from tests.support.servers import Server, endless, health, held, restarts, serving, wait_until_idle
+from tests.support.waiting import PATIENCE, until
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 
@@ -31,18 +32,18 @@ QUESTION = [{"role": "user", "content": "What is assert?"}]
 def test_busy_server_says_when_to_come_back(cpu_artifact: Path, model: Model) -> None:
     with serving(cpu_artifact, "--queue", "1") as server:
         client = server.client()
-        options: dict[str, Any] = {"model": model.info.name, "messages": QUESTION, "max_tokens": 3000}
+        options: dict[str, Any] = {"model": model.info.name, "messages": QUESTION, "max_tokens": 8000}
         options["logit_bias"] = endless(cpu_artifact)
         first = client.chat.completions.create(**options, stream=True)
         next(iter(first))
         second = threading.Thread(
             target=lambda: client.chat.completions.create(**{**options, "max_tokens": 1})
         )
-        second.start()
-        while health(server)["waiting"] < 1:
-            time.sleep(0.01)
-        with pytest.raises(openai.RateLimitError) as caught:
-            client.chat.completions.create(**options)
+        with held(server):
+            second.start()
+            until(lambda: health(server)["waiting"])
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.chat.completions.create(**options)
         assert int(caught.value.response.headers["Retry-After"]) >= 1
         first.close()
         second.join()
@@ -52,7 +53,7 @@ def test_busy_server_says_when_to_come_back(cpu_artifact: Path, model: Model) ->
 def test_model_process_that_dies_is_started_again(cpu_artifact: Path, model: Model) -> None:
     with serving(cpu_artifact) as server:
         client = server.client()
-        options: dict[str, Any] = {"model": model.info.name, "messages": QUESTION, "max_tokens": 3000}
+        options: dict[str, Any] = {"model": model.info.name, "messages": QUESTION, "max_tokens": 8000}
         options["logit_bias"] = endless(cpu_artifact)
         stream = client.chat.completions.create(**options, stream=True)
         next(iter(stream))
@@ -61,11 +62,7 @@ def test_model_process_that_dies_is_started_again(cpu_artifact: Path, model: Mod
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="the model's process ended"):
             list(stream)
-        assert health(server)["status"] == "loading"
-        deadline = time.monotonic() + 30
-        while health(server)["status"] != "ok":
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until_started_again(server, 1)
         assert client.chat.completions.create(**{**options, "max_tokens": 2}).choices
 
 
@@ -101,29 +98,24 @@ def test_removed_device_is_left_for_the_cpu(
         client = server.client()
         assert health(server)["provider"] == "cuda"
         options: dict[str, Any] = {"model": "tiny-dense", "messages": QUESTION, "max_tokens": 8}
-        for _ in range(2):
+        for times in (1, 2):
             with pytest.raises(openai.APIError):
                 client.chat.completions.create(**options)
-            until_healthy(server)
+            until_started_again(server, times)
         assert health(server)["provider"] == "cpu"
         assert client.chat.completions.create(**options).choices[0].message.content
 
 
-def until_healthy(server: Server) -> None:
-    """Wait until the model's process is gone and there again."""
-    deadline = time.monotonic() + 30
-    while health(server)["status"] == "ok" and time.monotonic() < deadline - 28:
-        time.sleep(0.05)
-    while health(server)["status"] != "ok":
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def until_started_again(server: Server, times: int) -> None:
+    """Wait until the model's process has died so many times, and is there again."""
+    until(lambda: restarts(server) == times and health(server)["status"] == "ok")
 
 
 def test_server_that_dies_takes_the_model_along(cpu_artifact: Path) -> None:
     with serving(cpu_artifact) as server:
         children = psutil.Process(server.process.pid).children()
         server.process.kill()
-        _, alive = psutil.wait_procs(children, timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=PATIENCE)
         assert not alive
 
 
@@ -137,7 +129,7 @@ def test_job_before_the_engine_attends(cpu_artifact: Path) -> None:
         await asyncio.sleep(0)
         running = asyncio.create_task(engine.supervise())
         try:
-            answer = await asyncio.wait_for(asking, 20)
+            answer = await asyncio.wait_for(asking, PATIENCE)
             return "".join([piece.text async for piece in answer])
         finally:
             running.cancel()
@@ -158,7 +150,7 @@ def test_model_process_ends_in_the_middle_of_an_answer(cpu_artifact: Path) -> No
         pass
     time.sleep(0.05)
     connection.send(None)
-    process._process.join(30)
+    process._process.join(PATIENCE)
     assert process._process.exitcode == 0
 
 

@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import threading
-import time
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +19,17 @@ from qwen_runtime.serve import http
 
 from benchmarks.support.checkpoints import TINY_VL
 from tests.support.exported import Exported
-from tests.support.servers import Server, endless, health, request, serving, wait_until_idle
+from tests.support.servers import (
+    Server,
+    endless,
+    health,
+    held,
+    processor_seconds,
+    request,
+    serving,
+    wait_until_idle,
+)
+from tests.support.waiting import until
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 
@@ -47,11 +56,11 @@ def post(server: Server, **body: Any) -> tuple[int, dict[str, Any]]:
     ],
 )
 def test_what_cannot_fit_is_refused_at_once(server: Server, messages: Any, status: int, said: str) -> None:
-    begun = time.monotonic()
+    before = processor_seconds(server)
     found, answer = post(server, messages=messages, max_tokens=1)
     assert found == status and said in answer["error"]["message"], answer
     assert status == 413 or "not fit the context" in answer["error"]["message"]
-    assert time.monotonic() - begun < 25  # seconds on a busy machine; it was minutes
+    assert processor_seconds(server) - before < 25  # it was minutes
     assert post(server, messages=QUESTION, max_tokens=1)[0] == 200
 
 
@@ -83,8 +92,7 @@ def test_a_small_file_of_many_pixels(exported: Exported) -> None:
         assert worker.memory_info().rss < before + 20e6  # bytes: nothing was unpacked
         assert ask(server, png(4000, 4000))[0] == 200
         wait_until_idle(server)
-        time.sleep(0.5)
-        assert worker.memory_info().rss < before + 60e6  # it took 100 MB, and gave them back
+        until(lambda: worker.memory_info().rss < before + 60e6)  # it took 100 MB, and gives them back
 
 
 def test_a_long_prompt_tells_how_far_it_is(cpu_artifact: Path) -> None:
@@ -92,23 +100,22 @@ def test_a_long_prompt_tells_how_far_it_is(cpu_artifact: Path) -> None:
         content = "The statement is a word. " * 900
         body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2, "stream": True}
         slots: list[dict[str, Any]] = []
+        answered = threading.Event()
 
         def watch() -> None:
-            while not health(server)["running"]:
-                time.sleep(0.01)
-            while health(server)["running"]:
+            while not answered.is_set():
                 slots.append(json.loads(request(server, "GET", "/slots")[2])[0])
-                time.sleep(0.02)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         status, _, answer = request(server, "POST", "/v1/chat/completions", json.dumps(body).encode())
+        answered.set()
         watcher.join()
         assert status == 200 and b"data: [DONE]" in answer
         [idle] = json.loads(request(server, "GET", "/slots")[2])
     slots = [slot for slot in slots if slot["is_processing"] and slot["n_prompt_tokens"]]
     read = [slot["n_prompt_tokens_processed"] for slot in slots]
-    assert read == sorted(read) and len(set(read)) > 3
+    assert read == sorted(read) and len(set(read)) > 2
     assert {count % 512 for count in read if count < slots[0]["n_prompt_tokens"]} == {0}
     assert not idle["is_processing"] and idle["n_ctx"] == 8192
 
@@ -123,15 +130,15 @@ def test_turns_are_in_the_order_of_the_requests(cpu_artifact: Path) -> None:
     with serving(cpu_artifact) as server:
         client = server.client()
         first = client.chat.completions.create(
-            model="any", messages=QUESTION, max_tokens=3000, logit_bias=endless(cpu_artifact), stream=True
+            model="any", messages=QUESTION, max_tokens=8000, logit_bias=endless(cpu_artifact), stream=True
         )
         next(iter(first))
         threads = []
-        for number in range(4):
-            threads.append(threading.Thread(target=ask, args=(server, number)))
-            threads[-1].start()
-            while health(server)["waiting"] <= number:
-                time.sleep(0.01)
+        with held(server):
+            for number in range(4):
+                threads.append(threading.Thread(target=ask, args=(server, number)))
+                threads[-1].start()
+                until(lambda number=number: health(server)["waiting"] > number)
         first.close()
         for thread in threads:
             thread.join()

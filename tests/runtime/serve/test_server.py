@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import openai
 import pytest
 from qwen_runtime import Model
 
 from tests.support.commands import heed_interrupts
 from tests.support.servers import RUN, Server, health, request, serving, workers
+from tests.support.waiting import PATIENCE, until
 
 QUESTION = [{"role": "user", "content": "What is assert?"}]
 
@@ -30,13 +30,13 @@ def test_sigterm_lets_answers_finish(cpu_artifact: Path, model: Model) -> None:
         server.process.send_signal(signal.SIGTERM)
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
 
 
 def test_ctrl_c_ends_it(cpu_artifact: Path) -> None:
     with serving(cpu_artifact) as server:
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(timeout=20) == 130
+        assert server.process.wait(timeout=PATIENCE) == 130
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
@@ -52,13 +52,11 @@ def test_it_ends_while_the_first_model_is_loaded(cpu_artifact: Path, asked: sign
         preexec_fn=heed_interrupts,
     )
     server = Server(process, "")
-    while not (found := workers(server)):
-        assert process.poll() is None
-        time.sleep(0.01)
+    found = until(lambda: workers(server))
     if asked is signal.SIGTERM:
         found[0].suspend()
     os.killpg(process.pid, asked)
-    said = process.communicate(timeout=20)
+    said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, "".join(said)) in ((0, ""), (130, "interrupted\n"))
     assert not found[0].is_running()
 
@@ -66,20 +64,14 @@ def test_it_ends_while_the_first_model_is_loaded(cpu_artifact: Path, asked: sign
 def test_it_ends_while_another_model_is_loaded(cpu_artifact: Path) -> None:
     with serving(cpu_artifact, "--model", f"other={cpu_artifact}") as server:
         [first] = workers(server)
-        client = server.client(timeout=3)
-
-        def ask() -> None:
-            with suppress(openai.APIError):
-                client.chat.completions.create(model="other", messages=QUESTION, max_tokens=1)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        while not (found := [worker for worker in workers(server) if worker != first]):
-            time.sleep(0.01)
+        asking = http.client.HTTPConnection(urlsplit(server.url).netloc)
+        body = json.dumps({"model": "other", "messages": QUESTION, "max_tokens": 1})
+        asking.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        found = until(lambda: [worker for worker in workers(server) if worker != first])
         found[0].suspend()
-        asking.join()
+        asking.close()
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=20) == 0
+        assert server.process.wait(timeout=PATIENCE) == 0
         assert not found[0].is_running()
 
 

@@ -12,6 +12,8 @@ import psutil
 import pytest
 from qwen_runtime.serve.signs_of_life import Silence, processor_time
 
+from tests.support.waiting import until
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 
 BUSY = "__import__('ctypes').PyDLL(None).sleep(600)"  # native code that keeps the global lock and rests
@@ -33,18 +35,15 @@ def started(what: str) -> Iterator[psutil.Process]:
 @pytest.mark.parametrize("what", [IDLE, BUSY])
 def test_stopped_or_not(what: str) -> None:
     with started(what) as process:
-        time.sleep(0.5)
         silence = Silence(process.pid)
-        time.sleep(1.5)
-        assert silence.look(1.5) == 0
+        until(lambda: silence.look(1) == 0)
         process.suspend()
-        time.sleep(0.2)
-        silence.look(0.2)
-        time.sleep(1.5)
+        until(lambda: process.status() == psutil.STATUS_STOPPED)
+        silence.look(1)
+        time.sleep(1.5)  # a beat and a half
         assert silence.look(2) >= 2
         process.resume()
-        time.sleep(1.5)
-        assert silence.look(1.5) == 0
+        until(lambda: silence.look(1) == 0)
 
 
 def test_a_process_that_is_not_there() -> None:

@@ -20,7 +20,7 @@ from qwen_runtime.serve.errors import ApiError
 from qwen_runtime.serve.json_check import check_schema, fault
 
 from tests.support.schemas import EVERY_DAY, object_of
-from tests.support.servers import Server, health
+from tests.support.servers import Server, health, processor_seconds
 
 
 def form(schema: Any) -> Any:
@@ -153,14 +153,14 @@ def test_what_is_refused_in_one_line(ask: Callable[..., Any], further: dict[str,
     ],
 )
 def test_others_are_answered_beside_long_guidance(
-    ask: Callable[..., Any], asked: dict[str, Any], begins: str
+    ask: Callable[..., Any], server: Server, asked: dict[str, Any], begins: str
 ) -> None:
     """100 tokens of these took 10 seconds and more, in which nobody else had a place."""
-    begun = time.monotonic()
+    before = processor_seconds(server)
     answer = ask(extra_body=asked, max_tokens=100, temperature=1, seed=1).choices[0].message.content
     assert answer.startswith(begins)
     ask(max_tokens=2)
-    assert time.monotonic() - begun < 8  # seconds on a busy machine
+    assert processor_seconds(server) - before < 8
 
 
 def test_guidance_that_is_too_much(ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +239,9 @@ def test_items_that_are_unique(items: Any) -> None:
 
 
 def test_many_items_that_are_unique() -> None:
-    begun = time.monotonic()
+    begun = time.thread_time()
     assert fault_of({"uniqueItems": True}, [{"a": at} for at in range(5000)]) is None
-    assert time.monotonic() - begun < 5  # seconds; it was a minute
+    assert time.thread_time() - begun < 5  # seconds; it was a minute
 
 
 def test_others_are_answered_during_a_check(ask: Callable[..., Any], server: Server) -> None:
@@ -251,11 +251,11 @@ def test_others_are_answered_during_a_check(ask: Callable[..., Any], server: Ser
         target=lambda: refusals.append(ask(response_format=form(schema)).choices[0].message.refusal)
     )
     asking.start()
-    longest = 0.0
+    whole, longest = time.monotonic(), 0.0
     while asking.is_alive():
         begun = time.monotonic()
         health(server)
         longest = max(longest, time.monotonic() - begun)
         time.sleep(0.05)
     assert refusals == [SLOW]
-    assert longest < 3  # seconds on a busy machine; it was for ever
+    assert longest < (time.monotonic() - whole) / 2  # it waited for nearly all of it

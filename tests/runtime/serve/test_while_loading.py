@@ -21,6 +21,8 @@ import openai
 import pytest
 from qwen_runtime.serve.while_loading import answering
 
+from tests.support.waiting import PATIENCE
+
 
 def test_everything_is_503_until_the_socket_is_handed_on(cpu_artifact: Path) -> None:
     size = sum(path.stat().st_size for path in cpu_artifact.iterdir())
@@ -37,7 +39,7 @@ def test_everything_is_503_until_the_socket_is_handed_on(cpu_artifact: Path) -> 
             garbage = socket.create_connection(("127.0.0.1", port))
             garbage.sendall(os.urandom(100) + b"\r\n\r\n")
             for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/?kiosk")):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
                 connection.request(method, path, body=b"{}" if method == "POST" else None)
                 answer = connection.getresponse()
                 said = json.loads(answer.read())
@@ -79,7 +81,7 @@ def test_clients_are_told_in_their_own_words(loading: str) -> None:
 
 
 def test_a_browser_shows_no_json(loading: str) -> None:
-    connection = http.client.HTTPConnection(urlsplit(loading).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(loading).netloc, timeout=PATIENCE)
     connection.request("GET", "/?kiosk", headers={"Accept": "text/html,*/*;q=0.8"})
     answer = connection.getresponse()
     assert answer.status == 503 and answer.headers["Content-Type"].startswith("text/html")
