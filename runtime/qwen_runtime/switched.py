@@ -20,7 +20,7 @@ from qwen_common.manifest import ADAPTER_NAME, ADVICE, BackendName
 from qwen_runtime.artifact import Artifact
 
 _A, _B = ".lora_A", ".lora_B"
-_AGAIN = "make it with qwen-export --adapter-at-runtime"
+_AGAIN = "make it with qwen-export adapter"
 _MARKED = 1 << 62  # no token's id has this bit
 
 
@@ -49,11 +49,8 @@ def adapter_files(artifact: Artifact, given: Mapping[str, str | Path]) -> dict[s
     manifest = artifact.manifest
     found = {own["name"]: artifact.root / own["file"] for own in manifest.get("switched_adapters", [])}
     if given and not found:
-        openvino = artifact.backend == BackendName.OPENVINO
-        raise UserError(
-            f"{artifact.root} takes no adapters at run time: "
-            + ("merge one with qwen-export --adapter" if openvino else f"{_AGAIN}, of each adapter or one")
-        )
+        option = "--adapter" if artifact.backend == BackendName.OPENVINO else "--adapter-at-runtime"
+        raise UserError(f"{artifact.root} takes no adapters at run time: export it again with {option}")
     own = dict(found)
     for name, file in given.items():
         path = Path(file)
@@ -102,9 +99,12 @@ def _read(name: str, path: Path, advice: str) -> SwitchedAdapter:
     import onnxruntime as ort
 
     try:
+        mark = int(sha256(path)[:16], 16) >> 2 | _MARKED
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {advice}") from error
+    try:
         mapped = ort.AdapterFormat.read_adapter(str(path))
         factors = dict(mapped.get_parameters())
-        mark = int(sha256(path)[:16], 16) >> 2 | _MARKED
     except Exception as error:
         raise UserError(f"{path} is no adapter that ONNX Runtime reads: {advice}") from error
     if not factors:

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from peft import PeftModel
 from PIL import Image
 from qwen_common.errors import UserError
-from qwen_export.adapters.apart import keeping_apart
+from qwen_export.adapters.switched import with_switched_adapters
 from qwen_export.backends.onnx.processor_config import processor_config
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.checkpoint.config import load_vision_config
@@ -231,7 +231,7 @@ def test_adapters_are_pefts(checkpoint: Path, tmp_path: Path) -> None:
     train(random_vision_model(), adapter, target_modules=r".*language_model.*\.(q_proj|up_proj|out_proj)")
     merged = PeftModel.from_pretrained(random_vision_model(), adapter).merge_and_unload()
     export(
-        keeping_apart(Checkpoint.open(str(checkpoint)), [str(adapter)], profile),
+        with_switched_adapters(Checkpoint.open(str(checkpoint)), [str(adapter)], profile),
         profile,
         tmp_path / "out",
         Quiet(),

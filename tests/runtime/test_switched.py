@@ -175,7 +175,7 @@ def test_names(adapted: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_artifact_that_takes_none(cpu_artifact: Path, adapted: Adapted) -> None:
-    with pytest.raises(UserError, match="takes no adapters at run time: make it with qwen-export"):
+    with pytest.raises(UserError, match="takes no adapters at run time: export it again with --adapter-at"):
         Model.load(cpu_artifact, adapters={"words": adapted.words})
 
 

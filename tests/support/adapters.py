@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from qwen_export.adapters.switched import with_switched_adapters
+from qwen_export.backends.onnx.beside import write_beside
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.export import export
 from torch import nn
@@ -98,10 +99,14 @@ def make_adapted(folder: Path, **shape: Any) -> Adapted:
     train(random_model(**shape), folder / "tools", seed=2, **tools)
     train(random_model(**shape), folder / "words", seed=3, target_modules=["v_proj", "down_proj"], r=3)
     profile = float_profile("fused")
-    for name, given in (("artifact", ("style=0.5", "tools")), ("other", ("words",))):
-        checkpoint = with_switched_adapters(
-            Checkpoint.open(str(base)), [f"{folder / one}" for one in given], profile
-        )
-        export(checkpoint, profile, folder / name, Quiet(), all_logits=True)
-    (folder / "other" / "words.onnx_adapter").rename(folder / "words.onnx_adapter")
+    checkpoint = Checkpoint.open(str(base))
+    given = [f"{folder / 'style'}=0.5", f"{folder / 'tools'}"]
+    export(
+        with_switched_adapters(checkpoint, given, profile),
+        profile,
+        folder / "artifact",
+        Quiet(),
+        all_logits=True,
+    )
+    write_beside(folder / "artifact", checkpoint, [f"{folder / 'words'}"], folder)
     return Adapted(folder, shape)

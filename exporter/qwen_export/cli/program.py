@@ -6,6 +6,7 @@ import click
 from click_default_group import DefaultGroup
 from qwen_common.version import DISTRIBUTION
 
+from qwen_export.cli.adapter import adapter
 from qwen_export.cli.bundle import bundle
 from qwen_export.cli.catalog import catalog
 from qwen_export.cli.export import EPILOG, export
@@ -31,5 +32,6 @@ def main() -> None:
     """
 
 
-for command in (export, verify, profiles, plan, inspect, bundle, catalog, keygen, publish, push, matrix):
+_COMMANDS = export, verify, adapter, profiles, plan, inspect, bundle, catalog, keygen, publish, push, matrix
+for command in _COMMANDS:
     main.add_command(command)

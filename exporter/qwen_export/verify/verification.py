@@ -15,14 +15,12 @@ from typing import Any
 
 import numpy as np
 import psutil
-from pydantic import ValidationError
 from qwen_common import manifest as manifests
 from qwen_common.artifact_folder import open_folder
 from qwen_common.errors import UserError
 from qwen_common.manifest import FileEntry, Manifest, MergedAdapter
 from qwen_common.providers import PROVIDERS
 from qwen_common.version import own_version
-from qwen_profiles.schema import Profile
 from qwen_runtime.bandwidth import read_bandwidth
 from qwen_runtime.tokenizer import Tokenizer
 
@@ -32,6 +30,7 @@ from qwen_export.describe import model_name
 from qwen_export.inspection import precisions
 from qwen_export.model_card import README, model_card, render
 from qwen_export.progress import Progress
+from qwen_export.recorded import recorded_profile
 from qwen_export.verify.findings import disagreement, findings, passes
 from qwen_export.verify.measure import WINDOW, Loss, Measured, measure, prompt_of, steps
 from qwen_export.verify.plots import plots
@@ -77,7 +76,7 @@ def verify(
                 f"the reference is the checkpoint, of which {missing / 1e9:.2f} GB are fetched for it"
             )
     _check_adapters(artifact, manifest, checkpoint)
-    profile, backend = _profile(artifact, manifest), export_backend(manifest["backend"])
+    profile, backend = recorded_profile(artifact, manifest), export_backend(manifest["backend"])
     if manifest["model"]["model_type"].endswith("_text"):  # exported without the tower
         checkpoint = replace(checkpoint, vision=None)
     if with_transformers:
@@ -165,16 +164,6 @@ def verify(
     }
     _put_into(artifact, manifest, report)
     return report
-
-
-def _profile(artifact: Path, manifest: Manifest) -> Profile:
-    """The profile that the artifact was exported with, as it was then."""
-    try:
-        return Profile.model_validate(manifest["settings"])
-    except (KeyError, ValidationError) as error:
-        raise UserError(
-            f"{artifact} was exported by another version of qwen-edge: export it again"
-        ) from error
 
 
 def _check_adapters(artifact: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
