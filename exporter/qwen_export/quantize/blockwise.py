@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-# Elements worked on at a time: few enough for a core's cache, enough that two threads seldom wait for
-# each other.
+# Elements worked on at a time: few enough for a core's cache, enough that threads seldom wait.
 _TILE_ELEMENTS = 256 * 1024
 _IN_ORDER = 4  # features that are rounded one by one, without BLAS
 # How often a block's scale and codes are made better in turns, by bits (docs/quality.md). Not of 2: their
@@ -83,17 +82,21 @@ class Compensation:
             is a multiple of 1024, so that its zero points fill whole bytes, or all of K. Row k says what
             feature k makes up for of the errors of those before it in its run.
         importance: float32 [K]: what a squared error of feature k costs that no later one makes up for.
+        correction: float32 [K, run]: `correction` @ w is first added to a run's weights w; None: nothing.
     """
 
     feedback: np.ndarray
     importance: np.ndarray
+    correction: np.ndarray | None = None
 
     def runs(self) -> Iterator[tuple[slice, Compensation]]:
         """Features and what they alone have, whose feedback is square."""
         k, run = self.feedback.shape
         for start in range(0, k, run):
             features = slice(start, min(start + run, k))
-            yield features, Compensation(self.feedback[features, : k - start], self.importance[features])
+            correction = None if self.correction is None else self.correction[features, : k - start]
+            feedback = self.feedback[features, : k - start]
+            yield features, Compensation(feedback, self.importance[features], correction)
 
 
 def quantize(weight: np.ndarray, form: Quantization, compensation: Compensation | None = None) -> Quantized:
@@ -130,6 +133,9 @@ def _quantize_in_order(weight: np.ndarray, form: Quantization, compensation: Com
     n, k = weight.shape
     feedback, blocks = compensation.feedback, form.blocks(k)
     errors = np.ascontiguousarray(weight.T, np.float32)  # a feature is itself until it is rounded
+    if compensation.correction is not None:
+        with PRODUCTS:
+            errors += compensation.correction @ errors
     left = np.zeros_like(errors)  # to each feature by those before it
     codes = np.empty((blocks * form.block_size, n), np.uint8)
     scales = np.empty((blocks, n), form.scale_dtype)
@@ -245,8 +251,7 @@ def _round_in_order(
 def _by_halves(start: int, stop: int, least: int) -> Iterator[tuple[int, int, int]]:
     """What makes each of `start` to `stop` up for the errors of all before it, in few products: start, middle
     and stop of what the first part leaves to the second; where the two last are the same, of `least` or fewer
-    that are taken one by one.
-    """
+    that are taken one by one."""
     if stop - start <= least:
         yield start, stop, stop
         return

@@ -25,7 +25,7 @@ def factorise(h: np.ndarray) -> list[np.ndarray]:
     """H = L^T L becomes L. Within the leaves on its diagonal, 0 takes the place of what is above.
 
     Returns:
-        The inverses of the transposed leaves.
+        The inverses of the transposed leaves, which `solve` wants.
     """
     if len(h) <= _LEAF:
         upper = np.linalg.cholesky(h.T[::-1, ::-1])[::-1, ::-1]
@@ -40,6 +40,12 @@ def factorise(h: np.ndarray) -> list[np.ndarray]:
     return factorise(first) + leaves
 
 
+def solve(factor: np.ndarray, leaves: Sequence[np.ndarray], right: np.ndarray) -> None:
+    """What H times gives `right` [K, n] takes its place; `factor` and `leaves` are `factorise`'s of H."""
+    _solve(factor, leaves, right)
+    _solve_untransposed(factor, leaves, right)
+
+
 def _solve(factor: np.ndarray, leaves: Sequence[np.ndarray], right: np.ndarray) -> None:
     """What `factor`^T times gives `right` takes its place; `factor` and `leaves` are from `factorise`."""
     if len(leaves) == 1:
@@ -52,6 +58,20 @@ def _solve(factor: np.ndarray, leaves: Sequence[np.ndarray], right: np.ndarray) 
         rows = slice(start, min(start + _MOST_ROWS, middle))
         right[rows] -= factor[middle:, rows].T @ right[middle:]
     _solve(factor[:middle, :middle], leaves[:split], right[:middle])
+
+
+def _solve_untransposed(factor: np.ndarray, leaves: Sequence[np.ndarray], right: np.ndarray) -> None:
+    """What `factor` times gives `right` takes its place."""
+    if len(leaves) == 1:
+        right[:] = leaves[0].T @ right
+        return
+    middle = _middle(0, len(factor))
+    split = middle // _LEAF
+    _solve_untransposed(factor[:middle, :middle], leaves[:split], right[:middle])
+    for start in range(middle, len(factor), _MOST_ROWS):
+        rows = slice(start, min(start + _MOST_ROWS, len(factor)))
+        right[rows] -= factor[rows, :middle] @ right[:middle]
+    _solve_untransposed(factor[middle:, middle:], leaves[split:], right[middle:])
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[slice, slice]]:

@@ -1,49 +1,21 @@
-"""GPTQ: its codes against the published algorithm, its inputs against transformers, its gain end to end."""
+"""GPTQ: its codes against the published algorithm, and what they lose on inputs that were not seen."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tracemalloc
-from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from qwen_common.errors import UserError
-from qwen_export.backends.onnx.graphs import build_graphs
-from qwen_export.checkpoint.checkpoint import Checkpoint
-from qwen_export.export import export
 from qwen_export.quantize import blockwise, gptq
 from qwen_export.quantize.blockwise import Compensation, Quantization, dequantize, quantize
-from qwen_export.quantize.calibration import calibration_samples
-from qwen_export.quantize.gptq import SAMPLES, compensation, with_compensations
-from qwen_profiles.schema import load_profile
-from transformers import AutoModelForCausalLM
+from qwen_export.quantize.gptq import compensation
 
-from benchmarks.geometry import GEOMETRIES, generated_checkpoint
-from benchmarks.quality import log_softmax, measure, windows
-from benchmarks.support.artifacts import Quiet
-from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL, copy_tokenizer
-from tests.support.exported import Exported
-from tests.support.quantized_checkpoints import gptq as gptq_checkpoint
-from tests.support.quantized_checkpoints import write_quantized_checkpoint
-from tests.support.random_checkpoints import load_tensors, save_shards
+from tests.support.calibration import correlated, peak_bytes
 
 FORMS = [
     Quantization(bits, block, symmetric, np.dtype(np.float32))
     for bits, block, symmetric in product((2, 4), (16, 32, 64, 128), (True, False))
 ]
-
-
-def correlated(tokens: int, k: int, seed: int = 0) -> np.ndarray:
-    """Inputs [tokens, k] that mostly lie in few directions, as activations do."""
-    generator = np.random.default_rng(seed)
-    directions = generator.standard_normal((k // 4, k))
-    mixed = generator.standard_normal((tokens, k // 4)) @ directions
-    return (mixed + 0.5 * generator.standard_normal((tokens, k))).astype(np.float32)
 
 
 def published(weight: np.ndarray, form: Quantization, gram: np.ndarray) -> np.ndarray:
@@ -179,54 +151,17 @@ def test_features_in_runs_have_the_codes_of_each_run_alone(form: Quantization) -
         assert same.mean() > 0.99
 
 
-def test_only_the_widest_inputs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_widest_inputs_are_taken_in_runs() -> None:
     """0.8B to 4B, the mixtures' and 27B's hidden states are not; 27B's and 9B's MLPs in two."""
     assert [gptq.run_of(k) for k in (64, 1000, 5120, 9216)] == [64, 1000, 5120, 9216]
     assert [gptq.run_of(k) for k in (17408, 12288)] == [9216, 6144]
     assert all(gptq.run_of(k) % 1024 == 0 for k in range(9217, 60000, 100))
-    monkeypatch.setattr(gptq, "_LONGEST_RUN", 1024)
-    of = gptq._Compensations({"wide": {None: correlated(300, 2048)}}).of
-    assert of("wide").feedback.shape == (2048, 1024)
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Of what `work` allocates, at most at a time."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_factor_takes_the_place_of_its_products() -> None:
     k = 3072
     x = np.random.default_rng(0).standard_normal((500, k), dtype=np.float32)
     assert peak_bytes(lambda: compensation(gptq.gram([x], k), len(x))) < 1.3 * 4 * k**2
-
-
-def test_memory_is_one_factor_and_the_widest_activations(tmp_path: Path) -> None:
-    wide, tokens = 4096, 16 * 128
-    geometry = {
-        **GEOMETRIES["0.8B"],
-        "hidden_size": 128,
-        "intermediate_size": wide,
-        "num_hidden_layers": 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "full_attention_interval": 2,
-        "vocab_size": 512,
-    }
-    checkpoint = generated_checkpoint(tmp_path, geometry)
-    placed = build_graphs(checkpoint, load_profile("cpu-int4"), mtp=False).placed
-    text = np.random.default_rng(0).integers(512, size=(16, 128))
-
-    def ask() -> None:
-        for (weight, _), of in with_compensations(checkpoint.config, checkpoint.tensors, placed, text):
-            for rows in weight.rows:
-                of(rows.tensor, None)
-
-    assert peak_bytes(ask) < 1.2 * 4 * wide**2 + 2.5 * 4 * wide * tokens
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -264,186 +199,45 @@ def test_a_scale_is_fitted_to_the_features_that_matter(form: Quantization) -> No
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_rows_that_are_looked_up_too_count_by_themselves() -> None:
-    """By float64: H's diagonal has its mean once more."""
-    inputs = correlated(600, 64)
-    found = gptq._Compensations({"table": {None: inputs}}, {"table"}).of("table")
-    exact = (inputs.T @ inputs).astype(np.float64)
-    share = gptq._LOOKED_UP + gptq._DAMPING * 64 / 600
-    damped = exact + np.eye(64) * np.trace(exact) / 64 * share
-    upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    roots = np.diag(upper)
-    np.testing.assert_allclose(np.tril(found.feedback, -1), np.tril((upper / roots).T, -1), atol=1e-5)
-    np.testing.assert_allclose(found.importance, np.square(roots / roots.max()), rtol=1e-4)
+@pytest.mark.parametrize("run", [None, 128])
+@pytest.mark.parametrize("tokens", [150, 3000], ids=["fewer tokens than features", "more"])
+def test_what_is_missed_is_corrected_by_the_ridge_regression(tokens: int, run: int | None) -> None:
+    """In float64; of runs each for itself."""
+    k, share, alone = 200, 0.5, 0.3
+    x = correlated(tokens, k)
+    exact = x + correlated(tokens, k, seed=5) * np.float32(0.2)
+    gone = gptq.missed(x.reshape(2, -1, k), exact.reshape(2, -1, k), share, run)
+    found = compensation(gptq.gram([x], k, run), tokens, alone, gone)
+    assert found.correction is gone
+    for start in range(0, k, run or k):
+        features = slice(start, start + (run or k))
+        own, y = x[:, features].astype(np.float64), share * (exact - x)[:, features].astype(np.float64)
+        size = own.shape[1]
+        h = own.T @ own
+        damped = h + np.eye(size) * np.trace(h) / size * (gptq._DAMPING * size / tokens + alone)
+        expected = np.linalg.solve(damped, own.T @ y)
+        np.testing.assert_allclose(gone[features, :size], expected, atol=1e-4)
 
 
-def test_an_expert_that_no_token_chose_has_the_layers_product() -> None:
-    inputs = correlated(4000, 64)
-    of = gptq._Compensations({"experts": {0: inputs[:1000], 7: inputs[1000:]}}).of
-    found = of("experts", 5)
-    expected = compensation(inputs.T @ inputs * np.float32(gptq._SHARED_TOKENS / 4000), gptq._SHARED_TOKENS)
-    np.testing.assert_allclose(np.tril(found.feedback, -1), np.tril(expected.feedback, -1), atol=1e-6)
-    np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-5)
+@pytest.mark.parametrize("form", [FORMS[6], FORMS[-1]], ids=str)
+def test_a_correction_moves_weights_before_they_are_rounded(form: Quantization) -> None:
+    weight = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
+    x = correlated(2000, 256)
+    exact = x + np.roll(x, 1, axis=1) * np.float32(0.3)
+    moving = compensation(gptq.gram([x], 256), len(x), missed=gptq.missed(x, exact, 1.0))
+    assert moving.correction is not None
+    ours = quantize(weight, form, moving)
+    moved = quantize(weight + weight @ moving.correction.T, form, compensation(gptq.gram([x], 256), len(x)))
+    same = np.isclose(dequantize(ours, 256, form), dequantize(moved, 256, form), atol=1e-4).all(axis=1)
+    assert same.mean() > 0.8  # ties may go either way
+    plain = quantize(weight, form, compensation(gptq.gram([x], 256), len(x)))
+    errors = [
+        np.square(x @ dequantize(found, 256, form).T - exact @ weight.T).sum() for found in (ours, plain)
+    ]
+    assert errors[0] < 0.9 * errors[1]
 
 
-@pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=["dense", "experts"])
-def test_inputs_are_what_transformers_projections_are_given(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = Checkpoint.open(str(folder))
-    text = calibration_samples(checkpoint, None, most=3)
-    grams: dict[str, tuple[np.ndarray, int]] = {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def watch(name: str) -> None:
-        def note(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            grams[f"{name}.weight"] = ((x.T @ x).numpy(), len(x))
-
-        model.get_submodule(name).register_forward_pre_hook(note)
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            watch(name)
-    with torch.no_grad():
-        model(torch.from_numpy(text))
-    grams["model.embed_tokens.weight"] = grams.pop("lm_head.weight")
-
-    # What is handed on as the feedback is then the products themselves, their lower triangles.
-    monkeypatch.setattr(gptq, "compensation", lambda gram, tokens, alone=0.0: (gram, tokens))
-    profile = load_profile("cpu-int4")
-    placed = build_graphs(checkpoint, profile, mtp=False).placed
-    names, compared = [], 0
-    for (weight, _), products in with_compensations(checkpoint.config, checkpoint.tensors, placed, text):
-        names.append(weight.name)
-        if products is gptq.nearest:
-            continue
-        for name in {rows.tensor for rows in weight.rows}:
-            if weight.of_experts:
-                own = [products(name, expert) for expert in range(checkpoint.config.num_experts)]
-                tokens = sum(count - gptq._SHARED_TOKENS for _, count in own)
-                chosen = checkpoint.config.num_experts_per_tok
-                assert tokens == text.size * chosen
-                if name.endswith("gate_up_proj"):  # every token comes in to as many as are chosen
-                    shared, _ = grams[name.replace("experts.gate_up_proj", "shared_expert.up_proj.weight")]
-                    expected = shared * chosen * (1 + gptq._SHARED_TOKENS * len(own) / tokens)
-                    total = sum(gram for gram, _ in own)
-                    np.testing.assert_allclose(
-                        np.tril(total), np.tril(expected), atol=1e-4 * np.abs(expected).max()
-                    )
-                continue
-            gram, tokens = products(name, None)
-            expected, count = grams[name]
-            assert tokens == count
-            scale = np.abs(expected).max()
-            np.testing.assert_allclose(np.tril(gram), np.tril(expected), atol=1e-4 * scale)
-            compared += 1
-    assert sorted(names) == sorted(weight.name for weight, _ in placed)
-    linear = sum(weight.count(".weight") for weight in grams) - compared
-    # The gates of the recurrence and of the experts are not in 4 bits.
-    layers = checkpoint.config.layer_types
-    gates = 2 * layers.count("linear_attention") + (len(layers) if folder == TINY_MOE else 0)
-    assert linear == gates
-
-
-@pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=["dense", "experts"])
-def test_less_is_lost_on_text_that_was_not_seen(folder: Path, tmp_path: Path) -> None:
-    texts = windows(4096)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = np.stack(
-            [log_softmax(model(torch.from_numpy(ids)[None]).logits[0].numpy()) for ids in texts]
-        )
-    lost = {}
-    for compression in ("data-free", "gptq"):
-        profile = load_profile("cpu-int4", [f"compression={compression}"])
-        artifact = tmp_path / compression
-        export(Checkpoint.open(str(folder)), profile, artifact, Quiet(), all_logits=True)
-        lost[compression] = measure(artifact, texts, expected)["kl"]
-    assert lost["gptq"] < 0.96 * lost["data-free"]
-
-
-class Interrupted(Quiet):
-    """Stops after some of the work, as Ctrl-C does."""
-
-    def __init__(self, left: int) -> None:
-        super().__init__()
-        self._left = left
-
-    def advance(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
-            raise KeyboardInterrupt
-
-
-def digest(artifact: Path) -> str:
-    return hashlib.sha256((artifact / "model.onnx.data").read_bytes()).hexdigest()
-
-
-def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(
-    exported: Exported, tmp_path: Path
-) -> None:
-    checkpoint, profile = Checkpoint.open(str(TINY_VL)), load_profile("cpu-int4")
-    size = sum(source.nbytes for source in checkpoint.tensors.values())
-    for done in (0.2, 0.6, 0.9):
-        with pytest.raises(KeyboardInterrupt):
-            export(checkpoint, profile, tmp_path / "parts", Interrupted(int(done * size)))
-        assert not (tmp_path / "parts").exists()
-    export(checkpoint, profile, tmp_path / "parts", Quiet())
-    assert digest(tmp_path / "parts") == digest(exported(TINY_VL, profile))
-
-
-def test_another_text_gives_other_codes_and_starts_over(exported: Exported, tmp_path: Path) -> None:
-    checkpoint, profile = Checkpoint.open(str(TINY)), load_profile("cpu-int4")
-    text = tmp_path / "text.txt"
-    text.write_text("The committee met on Tuesday to discuss the new timetable for the harbour ferry. " * 40)
-    with pytest.raises(KeyboardInterrupt):
-        export(checkpoint, profile, tmp_path / "a", Interrupted(2_000_000))
-    progress = Quiet()
-    export(checkpoint, profile, tmp_path / "a", progress, calibration=text)
-    assert any("starting over" in note for note in progress.notes)
-    assert digest(tmp_path / "a") != digest(exported(TINY, profile))
-
-
-def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> None:
-    source, _ = write_quantized_checkpoint(tmp_path / "source", gptq_checkpoint(), vocab_size=2048)
-    checkpoint = Checkpoint.open(str(source))
-    found = {}
-    for compression in ("data-free", "gptq"):
-        profile = load_profile("cpu-int4", [f"compression={compression}"])
-        graphs = build_graphs(checkpoint, profile)
-        artifact = tmp_path / compression
-        export(checkpoint, profile, artifact, Quiet())
-        data = (artifact / "model.onnx.data").read_bytes()
-        found[compression] = {
-            tensor.name: data[tensor.offset : tensor.offset + tensor.nbytes]
-            for weight, tensors in graphs.placed
-            if weight.prequantized
-            for tensor in tensors
-        }
-    assert found["gptq"] and found["gptq"] == found["data-free"]
-
-
-def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
-    source, _ = write_quantized_checkpoint(tmp_path / "source", None)
-    copy_tokenizer(TINY, source)
-    with pytest.raises(UserError, match="the model has 512 tokens: put the model's own tokenizer there"):
-        export(Checkpoint.open(str(source)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
-    assert not (tmp_path / "out").exists()
-
-
-def test_activations_that_overflow(tmp_path: Path) -> None:
-    tensors = load_tensors(TINY)
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    copy_tokenizer(TINY, folder)
-    shutil.copyfile(TINY / "config.json", folder / "config.json")
-    save_shards(folder, tensors, 1)
-    with pytest.raises(UserError, match=r"inputs of model.layers.1.mlp.down_proj.weight overflow"):
-        export(Checkpoint.open(str(folder)), load_profile("cpu-int4"), tmp_path / "out", Quiet())
-
-
-def test_at_most_so_much_text_is_read() -> None:
-    checkpoint = Checkpoint.open(str(TINY))
-    assert calibration_samples(checkpoint, None, SAMPLES).shape == (SAMPLES, 128)
+def test_inputs_that_never_come_miss_nothing() -> None:
+    zeros, exact = np.zeros((20, 64), np.float32), correlated(20, 64)
+    found = compensation(gptq.gram([zeros], 64), 20, missed=gptq.missed(zeros, exact, 0.5))
+    assert found.correction is not None and not found.correction.any()

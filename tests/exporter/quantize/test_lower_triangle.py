@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from qwen_export.quantize import lower_triangle
-from qwen_export.quantize.lower_triangle import add_products, factorise
+from qwen_export.quantize.lower_triangle import add_products, factorise, solve
 
 
 @pytest.mark.parametrize("size", [1, 64, 65, 200, 256, 257, 700, 1300])
@@ -25,6 +25,11 @@ def test_halves(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     h[np.diag_indices(size)] += 100
     exact[np.diag_indices(size)] += 100
-    factorise(h)
+    leaves = factorise(h)
     expected = np.linalg.cholesky(exact[::-1, ::-1])[::-1, ::-1].T
     np.testing.assert_allclose(np.tril(h), expected, atol=1e-4)
+
+    right = rng.standard_normal((size, 5), dtype=np.float32)
+    found = right.copy()
+    solve(h, leaves, found)
+    np.testing.assert_allclose(found, np.linalg.solve(exact, right), atol=1e-5)

@@ -43,8 +43,9 @@ from qwen_export.graph.kv_cache import cache_specs
 from qwen_export.graph.recipe import check_layers
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
+from qwen_export.quantize.asymmetric import with_codes
 from qwen_export.quantize.calibration import calibration_samples
-from qwen_export.quantize.gptq import SAMPLES, with_compensations
+from qwen_export.quantize.gptq import SAMPLES
 from qwen_export.quantize.kv_cache import CACHE_SAMPLES, find_cache_scales, with_cache_scales
 
 _SPARE_BYTES = 64 * 1024 * 1024  # graph, tokenizer, manifest
@@ -159,7 +160,9 @@ def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> li
                 _find_cache_scales(one, write.cache_text, progress)
     text = writes[0][0].text
     if text is not None:
-        progress.note(f"{text.size} tokens of text go through the model in float32, layer by layer, for GPTQ")
+        progress.note(
+            f"{text.size} tokens of text go through the model in float32 twice, layer by layer, for GPTQ"
+        )
         steps = _calibrated(destinations[0], text)
     write_weights(destinations, steps, progress.advance)
     if streamed := destinations[0].checkpoint.streamed:
@@ -188,7 +191,7 @@ def _find_cache_scales(destination: Destination, text: np.ndarray, progress: Pro
 def _calibrated(destination: Destination, text: np.ndarray) -> Iterator[Step]:
     """In the order in which the model runs."""
     checkpoint = destination.checkpoint
-    found = with_compensations(checkpoint.config, checkpoint.tensors, destination.placed, text)
+    found = with_codes(checkpoint.config, checkpoint.tensors, destination.placed, text)
     return ([Wanted(destination, *one)] for one in found if not destination.has(one[0].weight))
 
 

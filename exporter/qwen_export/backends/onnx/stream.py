@@ -26,12 +26,11 @@ from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, Fp4Experts, PrequantizedTensor
 from qwen_export.graph.weights import PlacedWeight, Rows, Weight
-from qwen_export.quantize.blockwise import Compensation, Quantization, quantize
+from qwen_export.quantize.asymmetric import Codes
+from qwen_export.quantize.blockwise import Quantization, quantize
 from qwen_export.quantize.fp4 import Fp4
-from qwen_export.quantize.gptq import Compensations, nearest
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024
-_LEAST_ROWS = 2048  # of a piece whose codes make up for each other, as each of its features is a step
 _SYNC_BYTES = 32 * 1024 * 1024
 _WORKERS = os.cpu_count() or 1
 
@@ -111,11 +110,11 @@ class Destination:
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """One weight of one destination, and what finds how its codes make up for each other."""
+    """One weight of one destination, and the codes that were made for it; None: each is the nearest."""
 
     destination: Destination
     placed: PlacedWeight
-    compensations: Compensations = nearest
+    codes: Codes | None = None
 
     @property
     def weight(self) -> Weight:
@@ -223,7 +222,7 @@ def _written(
                 for piece in pieces:
                     open_pieces.update(taker.wanted for taker in piece.takers)
                 for piece in pieces:
-                    found = [piece.compensation(taker) for taker in piece.takers]
+                    found = [piece.codes(taker) for taker in piece.takers]
                     running[pool.submit(_convert, piece, found)] = piece
                     yield from collect(limit=2 * _WORKERS)
             yield from collect(limit=0)
@@ -253,9 +252,9 @@ class _Piece:
     def nbytes(self) -> int:
         return _bytes(self.source, self.start, self.stop)
 
-    def compensation(self, taker: _Taker) -> Compensation | None:
-        expert = self.start if taker.wanted.weight.of_experts else None
-        return taker.wanted.compensations(taker.tensor, expert)
+    def codes(self, taker: _Taker) -> list[np.ndarray] | None:
+        codes = taker.wanted.codes
+        return None if codes is None else codes(taker.tensor, self.start, self.stop)
 
 
 def _bytes(source: CheckpointTensor, start: int, stop: int) -> int:
@@ -268,8 +267,7 @@ def _pieces(step: Step) -> list[_Piece]:
     for wanted in step:
         weight = wanted.weight
         row = int(np.prod(weight.row_shape, dtype=np.int64))
-        least = 1 if wanted.compensations is nearest else _LEAST_ROWS
-        rows = 1 if weight.of_experts else max(least, _PIECE_ELEMENTS // row)
+        rows = 1 if weight.of_experts else max(1, _PIECE_ELEMENTS // row)
         for part, source in zip(weight.rows, wanted.sources, strict=True):
             cuts.setdefault(id(source), set()).update(range(part.start, part.stop, rows), [part.stop])
     pieces: dict[tuple[int, int], _Piece] = {}
@@ -284,14 +282,14 @@ def _pieces(step: Step) -> list[_Piece]:
     return list(pieces.values())
 
 
-def _convert(piece: _Piece, compensations: Sequence[Compensation | None]) -> None:
-    """Take one piece to its places."""
+def _convert(piece: _Piece, made: Sequence[list[np.ndarray] | None]) -> None:
+    """Take one piece to its places, with the codes that were `made` for its takers."""
     read = _Read(piece)
-    for taker, compensation in zip(piece.takers, compensations, strict=True):
+    for taker, codes in zip(piece.takers, made, strict=True):
         destination = taker.wanted.destination
         if destination.fault is None:
             with destination.faults():
-                _place(piece, taker, _stored_form(read, taker.wanted.weight, compensation))
+                _place(piece, taker, _stored_form(read, taker.wanted.weight, codes))
 
 
 def _place(piece: _Piece, taker: _Taker, parts: Sequence[np.ndarray]) -> None:
@@ -336,15 +334,15 @@ class _Read:
         return self._codes[form]
 
 
-def _stored_form(read: _Read, weight: Weight, compensation: Compensation | None) -> list[np.ndarray]:
+def _stored_form(read: _Read, weight: Weight, made: list[np.ndarray] | None) -> list[np.ndarray]:
     """The piece as the arrays that its weight's `layout()` names, contiguous."""
     if isinstance(weight.storage, Fp4):
         *matrices, factors = read.codes(weight.storage)
         if weight.transform is not None:  # puts rows in another order
             matrices = [weight.transform(part) for part in matrices]
         return [np.ascontiguousarray(part) for part in (*matrices, factors)]
-    if isinstance(weight.storage, Quantization) and weight.prequantized:
-        parts = read.codes(weight.storage)
+    if isinstance(weight.storage, Quantization) and (weight.prequantized or made is not None):
+        parts = read.codes(weight.storage) if made is None else made
         if weight.transform is not None:  # puts rows in another order, whatever they hold
             parts = [weight.transform(part) for part in parts]
         return [np.ascontiguousarray(part) for part in parts]
@@ -352,7 +350,7 @@ def _stored_form(read: _Read, weight: Weight, compensation: Compensation | None)
     if weight.transform is not None:
         rows = weight.transform(rows)
     if isinstance(weight.storage, Quantization):
-        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage, compensation)
+        quantized = quantize(rows.reshape(-1, rows.shape[-1]), weight.storage)
         arrays = [quantized.packed, quantized.scales, quantized.zero_points]
         return [np.ascontiguousarray(array) for array in arrays if array is not None]
     with np.errstate(over="ignore"):  # reported below
