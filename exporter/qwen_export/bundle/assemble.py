@@ -55,51 +55,51 @@ _PYTHON = re.compile(r"3\.[1-9][0-9]")
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What a bundle for Windows brings along.
+class Device:
+    """What a bundle is for, and what it brings along for Windows.
 
     Attributes:
-        python: CPython, see `windows_python`.
-        msvc: Microsoft's Visual C++ runtime, from PyPI's msvc-runtime. Who has a licence of Visual Studio may
-            give it away with a program.
+        platform: a key of `PLATFORMS`.
+        python: version of CPython on it, such as 3.12.
+        carry_python: bring CPython along, see `windows_python`.
+        carry_msvc: bring Microsoft's Visual C++ runtime along, from PyPI's msvc-runtime. Who has a licence of
+            Visual Studio may give it away with a program.
     """
 
-    python: bool = False
-    msvc: bool = False
+    platform: str
+    python: str
+    carry_python: bool = False
+    carry_msvc: bool = False
 
 
 def bundle(
     artifact: Path,
     output: Path,
-    platform_name: str,
-    python: str,
+    device: Device,
     version: str,
     private_key: Path,
     note: Callable[[str], None],
-    carried: Carried = Carried(),
 ) -> dict[str, Any]:
     """Write a bundle to `output`, a folder or a .zip file; returns its list of contents.
 
     Args:
-        python: version of CPython on the device, such as 3.12.
         version: numbers with dots between them; a device refuses one that is older than what it has.
         note: told what is being done.
-        carried: what else the device need not have.
 
     Raises:
         UserError: the artifact is damaged, the output exists, pip has no wheels for the platform, or the key
             or a version is none.
     """
     version_key(version)
-    if not _PYTHON.fullmatch(python):
-        raise UserError(f"'{one_line(python)}' is no version of CPython: write it as 3.12")
+    if not _PYTHON.fullmatch(device.python):
+        raise UserError(f"'{one_line(device.python)}' is no version of CPython: write it as 3.12")
     if output.exists():
         raise UserError(f"{output} already exists: choose another place with -o, or remove it")
     sign(b"", private_key)  # a wrong key is known before the work
-    platform = PLATFORMS[platform_name]
-    if carried.python:
-        windows_python.check(platform_name, python)
-    if carried.msvc and not platform.windows:
+    platform = PLATFORMS[device.platform]
+    if device.carry_python:
+        windows_python.check(device.platform, device.python)
+    if device.carry_msvc and not platform.windows:
         raise UserError("the Visual C++ runtime is for Windows: leave --carry-msvc off")
     note("checking the artifact")
     source = Artifact.open(artifact, verify=True)
@@ -110,16 +110,16 @@ def bundle(
         note("recording the self-test's answer")
         self_test = make_self_test(artifact)
         note("copying the artifact")
-        _copy(source, staged / ARTIFACT)
-        note(f"downloading wheels for {platform_name}, CPython {python}")
+        copy_listed(source, staged / ARTIFACT)
+        note(f"downloading wheels for {device.platform}, CPython {device.python}")
         provider = source.manifest["provider"]
-        wheels = _wheels(platform, python, source.manifest, Path(name, "wheels"), note, carried)
+        wheels = _wheels(device, source.manifest, Path(name, "wheels"), note)
         hashes = {wheel.path.name: sha256(wheel.path) for wheel in wheels}
         note("unpacking them")
-        unpack(wheels, hashes, platform, python, staged / SITE)
-        if carried.python:
-            note(f"fetching CPython {python} for {platform_name}")
-            windows_python.carry(python, staged)
+        unpack(wheels, hashes, platform, device.python, staged / SITE)
+        if device.carry_python:
+            note(f"fetching CPython {device.python} for {device.platform}")
+            windows_python.carry(device.python, staged)
         note("hashing and signing")
         model = source.manifest["model"]["name"]
         parts = [model_part(source)]
@@ -127,24 +127,25 @@ def bundle(
             parts += wheel_parts(wheel, hashes[wheel.path.name])
         if not parts[0].text:
             note("the model has no licence file: put its LICENSE beside the checkpoint and export it again")
-        if carried.python:
-            parts.append(cpython_part(staged / PYTHON, windows_python.ARCHIVES[python].cpython))
+        if device.carry_python:
+            cpython = windows_python.ARCHIVES[device.python].cpython
+            parts.append(cpython_part(staged / PYTHON, cpython))
         needs = system_needed(wheels)
-        if platform.windows and not carried.msvc:
+        if platform.windows and not device.carry_msvc:
             needs[MSVC_RUNTIME] = "14"
         write_notices(staged, f"qwen-edge kiosk, {model}", version, parts)
         write_scripts(
             staged,
             platform,
-            python=python,
+            python=device.python,
             model=model,
             devices=_devices(source.manifest),
         )
         facts = {
             "name": model,
             "version": version,
-            "platform": platform_name,
-            "python": python,
+            "platform": device.platform,
+            "python": device.python,
             "needs": needs,
             "provider": provider,
             "self_test": self_test,
@@ -152,7 +153,7 @@ def bundle(
         contents = seal(staged, facts, private_key)
         if output.suffix == ".zip":
             note("packing")
-            _zip(staged, Path(name, "bundle.zip"))
+            pack(staged, Path(name, "bundle.zip"))
             staged = Path(name, "bundle.zip")
         staged.rename(output)
     return contents
@@ -185,29 +186,24 @@ def seal(folder: Path, facts: Mapping[str, Any], private_key: Path) -> dict[str,
     return contents
 
 
-def _copy(artifact: Artifact, folder: Path) -> None:
+def copy_listed(artifact: Artifact, folder: Path) -> None:
     """What the manifest lists, and nothing that lies beside it."""
     folder.mkdir()
     for name in (MANIFEST, *artifact.manifest["files"]):
         shutil.copyfile(artifact.root / name, folder / name)
 
 
-def _wheels(
-    platform: Platform,
-    python: str,
-    manifest: Manifest,
-    folder: Path,
-    note: Callable[[str], None],
-    carried: Carried,
-) -> list[Wheel]:
+def _wheels(device: Device, manifest: Manifest, folder: Path, note: Callable[[str], None]) -> list[Wheel]:
     folder.mkdir()
+    platform = PLATFORMS[device.platform]
     own = build_own_wheel(folder)
     replaced, left_out = replacements(
         [manifest["provider"], *manifest["settings"].get("fallbacks", [])], platform.markers["sys_platform"]
     )
     for title in left_out:
         note(f"without {title}: its packages cannot be installed beside those of a provider before it")
-    return download(own, ["kiosk"], replaced | (_MSVC if carried.msvc else {}), platform, python, folder)
+    also = _MSVC if device.carry_msvc else {}
+    return download(own, ["kiosk"], replaced | also, platform, device.python, folder)
 
 
 def write_scripts(folder: Path, platform: Platform, **values: object) -> None:
@@ -234,7 +230,7 @@ def _devices(manifest: Manifest) -> bool:
     return manifest.get("device", "cpu") != "cpu" or bool(provider and provider.vendors)
 
 
-def _zip(folder: Path, archive: Path) -> None:
+def pack(folder: Path, archive: Path) -> None:
     """Weights are stored as they are: they do not shrink, and a device unpacks faster."""
     # A ZIP has years from 1980 to 2107, and clocks have others.
     with zipfile.ZipFile(archive, "w", allowZip64=True, strict_timestamps=False) as file:

@@ -56,14 +56,14 @@ def bundle(
 ) -> None:
     """Pack ARTIFACT with everything that a device without a network needs. Needs: 'qwen-edge[bundle]'."""
     with reporting(debug, extra="bundle"):
-        from qwen_export.bundle.assemble import Carried, default_version
+        from qwen_export.bundle.assemble import Device, default_version
         from qwen_export.bundle.assemble import bundle as assemble
         from qwen_export.cli.console import PlainConsole
 
         version = version or default_version(datetime.now(UTC))
         console = PlainConsole(stderr=True)
-        carried = Carried(carry_python, carry_msvc)
-        contents = assemble(artifact, output, platform, python, version, key, console.print, carried)
+        device = Device(platform, python, carry_python, carry_msvc)
+        contents = assemble(artifact, output, device, version, key, console.print)
         if as_json:
             click.echo(json.dumps({"output": str(output), **contents}, indent=2))
         else:

@@ -18,7 +18,7 @@ def plots(report: Mapping[str, Any]) -> dict[str, bytes]:
     drawn = {
         "report-kl-by-position.png": _by_position,
         "report-roles.png": _roles,
-        "report-layers.png": _layers,
+        "report-layers.png": draw_layers,
     }
     if report["run"]:
         drawn["report-speed.png"] = _speed
@@ -69,7 +69,7 @@ def _roles(figure: Figure, report: Mapping[str, Any]) -> None:
     right.set_yticklabels([])
 
 
-def _layers(figure: Figure, report: Mapping[str, Any]) -> None:
+def draw_layers(figure: Figure, report: Mapping[str, Any]) -> None:
     axes = _axes(figure, title="Error of the layer's output", x="layer", y="relative")
     for role in sorted({layer["role"] for layer in report["layers"]}):
         points = [(layer["layer"], layer["error"]) for layer in report["layers"] if layer["role"] == role]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from qwen_common.errors import UserError
-from qwen_export.bundle.assemble import _copy, _zip, default_version, seal
+from qwen_export.bundle.assemble import copy_listed, default_version, pack, seal
 from qwen_export.bundle.keys import make_keys, sign
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_export.bundle.wheels import Wheel, download
@@ -218,7 +218,7 @@ def test_files_of_any_clock_are_packed(year: int, sealed: Path, key: Path, tmp_p
     moment = datetime(year, 1, 1, tzinfo=UTC).timestamp()
     for path in sealed.rglob("*"):
         os.utime(path, (moment, moment))
-    _zip(sealed, tmp_path / "bundle.zip")
+    pack(sealed, tmp_path / "bundle.zip")
     shutil.unpack_archive(tmp_path / "bundle.zip", tmp_path / "unpacked")
     check(tmp_path / "unpacked", key)
 
@@ -234,7 +234,7 @@ def test_what_lies_beside_the_artifact_stays_there(cpu_artifact: Path, tmp_path:
     (artifact / "NOTES.md").write_text("private")
     (artifact / ".git").mkdir()
     (artifact / ".git" / "config").write_text("password")
-    _copy(Artifact.open(artifact), tmp_path / "copied")
+    copy_listed(Artifact.open(artifact), tmp_path / "copied")
     assert {path.name for path in (tmp_path / "copied").iterdir()} == {
         "manifest.json",
         *Artifact.open(artifact).manifest["files"],

@@ -81,8 +81,9 @@ def test_a_name_is_one_word_wherever_it_stands(model: str, windows: bool, tmp_pa
 
 @pytest.mark.parametrize("python", ["3.12; touch evil", "3.12\n", "3", "../3.12", "3.12.1", "$(x)", ""])
 def test_a_version_of_python_is_one(python: str, tmp_path: Path) -> None:
+    device = assemble.Device("linux_x86_64", python)
     with pytest.raises(UserError, match="is no version of CPython"):
-        assemble.bundle(tmp_path, tmp_path / "out", "linux_x86_64", python, "1.0", tmp_path, print)
+        assemble.bundle(tmp_path, tmp_path / "out", device, "1.0", tmp_path, print)
 
 
 @pytest.mark.parametrize("devices", [False, True])

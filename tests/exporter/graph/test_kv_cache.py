@@ -14,7 +14,7 @@ import torch
 from qwen_common.errors import UserError
 from qwen_common.manifest import read as read_manifest
 from qwen_export.backends.onnx.graphs import build_graphs
-from qwen_export.backends.onnx.stored import _places
+from qwen_export.backends.onnx.stored import tensor_places
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.quantize import kv_cache
 from qwen_profiles.schema import Profile, load_profile
@@ -57,7 +57,8 @@ def run(session: Session, ids: list[int], piece: int) -> np.ndarray:
 
 def stored(artifact: Path, name: str) -> np.ndarray:
     checkpoint = Checkpoint.open(str(TINY))
-    places = dict(_places(artifact, build_graphs(checkpoint, int8(float_profile("fused")), all_logits=True)))
+    graphs = build_graphs(checkpoint, int8(float_profile("fused")), all_logits=True)
+    places = dict(tensor_places(artifact, graphs))
     offset, shape = places[name]
     data = artifact / "model.onnx.data"
     return np.fromfile(data, np.float32, int(np.prod(shape)), offset=offset).reshape(shape)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 from matplotlib.figure import Figure
-from qwen_export.verify.plots import _layers
+from qwen_export.verify.plots import draw_layers
 
 
 @pytest.mark.parametrize("error", [0.0, 0.1])
@@ -15,6 +15,6 @@ def test_layers_without_any_error_are_drawn_without_a_warning(error: float) -> N
     figure = Figure()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _layers(figure, {"layers": [{"role": "mlp", "layer": i, "error": error} for i in range(2)]})
+        draw_layers(figure, {"layers": [{"role": "mlp", "layer": i, "error": error} for i in range(2)]})
         figure.canvas.draw()
     assert figure.axes[0].get_yscale() == ("log" if error else "linear")

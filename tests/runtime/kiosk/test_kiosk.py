@@ -20,7 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from qwen_common.errors import UserError
-from qwen_export.bundle.assemble import bundle
+from qwen_export.bundle.assemble import Device, bundle
 from qwen_export.bundle.keys import make_keys
 from qwen_export.bundle.platforms import PLATFORMS
 from qwen_runtime.kiosk.install import Installation
@@ -50,7 +50,8 @@ def first(cpu_artifact: Path, key: Path, tmp_path_factory: pytest.TempPathFactor
     """Version 1.0, packed for this machine."""
     folder = tmp_path_factory.mktemp("bundles") / "first"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    bundle(cpu_artifact, folder, f"linux_{os.uname().machine}", python, "1.0", key, lambda _: None)
+    device = Device(f"linux_{os.uname().machine}", python)
+    bundle(cpu_artifact, folder, device, "1.0", key, lambda _: None)
     return folder
 
 
@@ -287,7 +288,7 @@ def test_bundle_for_windows_has_exactly_the_packages_that_it_needs(
     cpu_artifact: Path, key: Path, tmp_path: Path
 ) -> None:
     """Each fits Windows and CPython 3.12, and together they meet each other's requirements there."""
-    contents = bundle(cpu_artifact, tmp_path / "b", "win_amd64", "3.12", "1.0", key, lambda _: None)
+    contents = bundle(cpu_artifact, tmp_path / "b", Device("win_amd64", "3.12"), "1.0", key, lambda _: None)
     packages = {
         canonicalize_name(found.name): found for found in distributions(path=[str(tmp_path / "b" / "site")])
     }

@@ -111,7 +111,7 @@ def stored_tensors(artifact: Path, graphs: Graphs, specs: Mapping[str, TensorSpe
     Raises:
         UserError: the artifact has other graphs.
     """
-    places = dict(_places(artifact, graphs))
+    places = dict(tensor_places(artifact, graphs))
     segments: dict[str, list[_Segment]] = {}
     for weight, _ in graphs.placed:
         if len(weight.row_shape) == 0 or weight.transform not in _UNDONE or weight.role == "vision":
@@ -138,7 +138,7 @@ def stored_tensors(artifact: Path, graphs: Graphs, specs: Mapping[str, TensorSpe
     }
 
 
-def _places(artifact: Path, graphs: Graphs) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
+def tensor_places(artifact: Path, graphs: Graphs) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
     """(name, (offset in the data file, shape)) of every tensor that the artifact's graphs take from it."""
     for file in graphs.every_file:
         for tensor in onnx.load(artifact / file, load_external_data=False).graph.initializer:
