@@ -23,6 +23,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.support.exported import Exported
 from tests.support.pages import chromium, needs_chromium
+from tests.support.waiting import PATIENCE
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 NPM = shutil.which("npm")
@@ -90,7 +91,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Chrome]:
     with chromium("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as driver:
-        driver.set_script_timeout(300)
         yield driver
 
 
@@ -99,8 +99,8 @@ def artifact(exported: Exported) -> Path:
     return exported(TINY, load_profile("browser"))
 
 
-def until(browser: Chrome, holds: Callable[[], object], seconds: float = 60) -> None:
-    WebDriverWait(browser, seconds, poll_frequency=0.05).until(lambda _: holds())
+def until(browser: Chrome, holds: Callable[[], object]) -> None:
+    WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: holds())
 
 
 def text_of(browser: Chrome, name: str) -> str:

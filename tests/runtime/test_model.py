@@ -29,13 +29,20 @@ def test_greedy_answers_are_those_of_transformers(lowering: str, tmp_path: Path)
 
 def test_import_is_light() -> None:
     heavy = ["torch", "transformers", "onnx", "onnxruntime", "pydantic", "rich", "jinja2"]
-    code = (
-        "import sys, time\nstart = time.process_time()\nimport qwen_runtime\n"
-        f"print(time.process_time() - start)\nprint([name for name in {heavy} if name in sys.modules])"
-    )
-    runs = [subprocess.check_output([sys.executable, "-c", code], text=True).splitlines() for _ in range(3)]
-    assert {line for _, line in runs} == {"[]"}
-    assert min(float(seconds) for seconds, _ in runs) < 0.3
+
+    def imported(module: str) -> tuple[float, str]:
+        """Seconds of the processor, and which of the heavy ones it brings."""
+        code = (
+            f"import sys, time\nstart = time.process_time()\nimport {module}\n"
+            f"print(time.process_time() - start)\nprint([name for name in {heavy} if name in sys.modules])"
+        )
+        seconds, found = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+        return float(seconds), found
+
+    runs = [imported("qwen_runtime") for _ in range(3)]
+    assert {found for _, found in runs} == {"[]"}
+    # NumPy is a third of it; asyncio stands for how fast the machine is.
+    assert min(runs)[0] < 10 * min(imported("asyncio") for _ in range(3))[0]
 
 
 def test_where_names_were_before() -> None:

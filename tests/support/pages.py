@@ -15,6 +15,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
+from tests.support.waiting import PATIENCE
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium and chromedriver: apt-get install chromium chromium-driver"
@@ -30,6 +32,7 @@ def chromium(*arguments: str) -> Iterator[Chrome]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(PATIENCE)
     yield driver
     driver.quit()
 
@@ -39,10 +42,10 @@ def open_page(browser: Chrome, url: str) -> None:
     until(browser, lambda: by_id(browser, "model").text not in ("", "qwen-edge"))
 
 
-def until(browser: Chrome, holds: Callable[[], object], seconds: float = 30) -> None:
+def until(browser: Chrome, holds: Callable[[], object]) -> None:
     """Drawn again between two looks is not yet there."""
     drawn_again = (StaleElementReferenceException,)
-    WebDriverWait(browser, seconds, 0.05, ignored_exceptions=drawn_again).until(lambda _: holds())
+    WebDriverWait(browser, PATIENCE, 0.05, ignored_exceptions=drawn_again).until(lambda _: holds())
 
 
 def by_id(browser: Chrome, name: str) -> WebElement:
