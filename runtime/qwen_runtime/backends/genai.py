@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from qwen_common.errors import UserError
+from qwen_common.errors import UserError, one_line
 from qwen_common.manifest import ADVICE, further_graphs
 from qwen_common.providers import CPU, PROVIDERS
 
@@ -142,7 +142,9 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
         if (advice := damaged(artifact, error)) is not None:
             raise advice from error
         if not any(text in str(error) for text in _TOO_OLD):
-            raise
+            if name != CPU.key:
+                raise  # another provider is tried, or this one's name is told
+            raise UserError(f"ONNX Runtime could not load {artifact.root}: {one_line(str(error))}") from error
         needed = (further_graphs(artifact.manifest, name) or artifact.manifest)["onnxruntime"]
         raise UserError(
             f"{artifact.root} needs onnxruntime {needed}: install it, or export with a profile for older ones"

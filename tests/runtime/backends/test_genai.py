@@ -96,6 +96,14 @@ def test_pad_tokens_in_a_prompt_are_text(cpu_artifact: Path, tmp_path: Path) -> 
             assert logprobs == pytest.approx(likely, abs=1e-4)
 
 
+def test_a_graph_without_a_graph(cpu_artifact: Path, tmp_path: Path) -> None:
+    """A file without a byte is a valid message of protobuf's, and the manifest agrees here."""
+    artifact = shutil.copytree(cpu_artifact, tmp_path / "artifact")
+    manifests.put_files(artifact, manifests.read(artifact), {"model.onnx": b""})
+    with pytest.raises(UserError, match=r"ONNX Runtime could not load .*: .*No graph was found"):
+        Model.load(artifact, "cpu")
+
+
 @pytest.mark.ort124
 @pytest.mark.skipif(not OLD_PYTHON, reason="QWEN_EDGE_ORT124_PYTHON does not name an interpreter")
 def test_onnxruntime_that_is_too_old(cpu_artifact: Path) -> None:
