@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -91,7 +92,15 @@ def serve(
             limit_concurrency=_CONNECTIONS,
             ws="none",
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_no_end)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_no_end(record: logging.LogRecord) -> bool:
+    """uvicorn shows a traceback for each answer, and for the application, that it cancels when it is told to
+    end, at the second Ctrl-C and when the grace is over."""
+    cancelled = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cancelled and not record.getMessage().rstrip().endswith(asyncio.CancelledError.__name__)
 
 
 def _listen(host: str, port: int) -> socket.socket:

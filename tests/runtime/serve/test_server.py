@@ -39,6 +39,27 @@ def test_ctrl_c_ends_it(cpu_artifact: Path) -> None:
         assert server.process.wait(timeout=PATIENCE) == 130
 
 
+@pytest.mark.parametrize("grace", [0, 600])
+def test_answers_that_are_cut_off_leave_no_traceback(
+    cpu_artifact: Path, grace: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """When the grace is over, and at a second Ctrl-C. The answer has more tokens than its reader takes."""
+    with serving(cpu_artifact, "--grace", str(grace)) as server, server.client() as client:
+        stream = client.chat.completions.create(
+            model="any", messages=QUESTION, max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        server.process.send_signal(signal.SIGINT)
+        if grace:
+            with pytest.raises(ConnectionRefusedError):  # it has heard the first
+                while True:
+                    socket.create_connection(("127.0.0.1", urlsplit(server.url).port or 0)).close()
+                    time.sleep(0.01)
+            server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=60) == 130
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_while_the_first_model_is_loaded(cpu_artifact: Path, asked: signal.Signals) -> None:
     """However long it takes: a process that is stopped takes for ever. The signal reaches both, as from
