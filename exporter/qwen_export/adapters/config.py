@@ -36,8 +36,9 @@ _VARIANTS = {
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _MOST_SHOWN = 60  # characters of what the file says
 
+_Index = Annotated[int, Field(strict=True)]
 _Rank = Annotated[int, Field(gt=0, strict=True)]
-_Alpha = Annotated[float, Field(allow_inf_nan=False)]
+_Alpha = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 _Names = str | list[str]
 
 
@@ -55,10 +56,10 @@ class AdapterConfig(BaseModel):
     target_modules: _Names | None = None
     exclude_modules: _Names = []
     target_parameters: list[str] = []
-    layers_to_transform: int | list[int] = []
+    layers_to_transform: _Index | list[_Index] = []
     layers_pattern: _Names = []
     modules_to_save: list[str] = []
-    trainable_token_indices: list[int] | dict[str, list[int]] = []
+    trainable_token_indices: list[_Index] | dict[str, list[_Index]] = []
     ensure_weight_tying: StrictBool = False
     base_model_name_or_path: str | None = None
 

@@ -25,7 +25,7 @@ class Checks(_Table):
     verify: bool = True
     """Compare each artifact with its checkpoint; one below the bar is not pushed."""
 
-    tokens: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0, strict=True)
     """How many to compare on; 1024 if it is not set."""
 
     text: str | None = None
@@ -73,7 +73,7 @@ class Release(_Table):
     text_only: bool = False
     """Leave the vision tower out."""
 
-    max_context: int | None = Field(default=None, ge=2)
+    max_context: int | None = Field(default=None, ge=2, strict=True)
     """Tokens of prompt and answer together, as `--max-context`."""
 
     ignore_memory: bool = False

@@ -85,6 +85,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"lora_alpha": "much"},
         "adapter_config.json: lora_alpha: Input should be a valid",
     ),
+    "alpha in quotes": ({"lora_alpha": "16"}, "lora_alpha: Input should be a valid number, not '16'"),
+    "alpha that is true": ({"lora_alpha": True}, "lora_alpha: Input should be a valid number, not True"),
     "layers left out": (
         {"target_modules": ["q_proj"]},
         "up_proj.lora_A.weight, which adapter_config.json leaves out",
