@@ -6,12 +6,23 @@ import difflib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from qwen_common.errors import UserError
 from qwen_common.files import parse_toml, read_text
+from qwen_common.providers import PROVIDERS
 
-_Text = Annotated[str, Field(min_length=1)]
+_Line = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # no path has a zero byte
+_Text = Annotated[_Line, Field(min_length=1)]
 _Some = Annotated[tuple[_Text, ...], Field(min_length=1)]
+
+
+_DEVICES = ("gpu", "npu")  # OpenVINO's, beside the CPU
+
+
+def _known_provider(name: str) -> str:
+    if name not in (known := ("auto", *PROVIDERS, *_DEVICES)):
+        raise ValueError(f"there are {', '.join(known)}")
+    return name
 
 
 class _Table(BaseModel):
@@ -28,10 +39,10 @@ class Checks(_Table):
     tokens: int | None = Field(default=None, gt=0, strict=True)
     """How many to compare on; 1024 if it is not set."""
 
-    text: str | None = None
+    text: _Text | None = None
     """UTF-8 file to compare on; the shipped text if it is not set."""
 
-    provider: str = "auto"
+    provider: Annotated[str, AfterValidator(_known_provider)] = "auto"
     """Execution provider; with OpenVINO the device."""
 
 
@@ -41,10 +52,10 @@ class ProfileEntry(_Table):
     profile: _Text
     """One of `qwen-export profiles`, or the path of a .toml file."""
 
-    set: tuple[str, ...] = ()
+    set: tuple[_Line, ...] = ()
     """Changes, as `--set` takes them: `weights.body=int8`."""
 
-    name: str | None = None
+    name: _Line | None = None
     """What `{profile}` stands for in `output` and `push`; the profile's own name if it is not set."""
 
 
@@ -61,7 +72,7 @@ class Release(_Table):
     checkpoints: _Some
     """Folders, hub ids such as `Qwen/Qwen3.5-4B@main`, or GGUF files."""
 
-    name: str | None = None
+    name: _Line | None = None
     """What `{name}` stands for; the checkpoint's own name if it is not set."""
 
     adapters: tuple[_Text, ...] = ()
@@ -81,7 +92,7 @@ class Release(_Table):
 
     profiles: _Profiles | None = None
     output: _Text | None = None
-    push: str | None = None
+    push: _Line | None = None
     checks: Checks | None = None
 
 
@@ -97,7 +108,7 @@ class ReleaseFile(_Table):
     """Folder of each artifact. `{name}` and `{profile}` stand for what they are called, `{model}` for the
     checkpoint."""
 
-    push: str | None = None
+    push: _Line | None = None
     """Where each goes, as `qwen-export push` takes it, with the same fields, for `oci://` in lower case;
     empty: nowhere."""
 

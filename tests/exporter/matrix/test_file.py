@@ -43,6 +43,12 @@ FAULTS = {
         "release.2.profiles.1.sett: no such key: did you mean 'set'?"
     ),
     "a = ": "is not valid TOML",
+    f"a = {5000 * '['}": "is not valid TOML",
+    "output = 'a{name}\\u0000'".replace("'", '"'): "output: String should match pattern",
+    '[checks]\ntext = "\\u0000"': "checks.text: String should match pattern",
+    "[checks]\ntokens = true": "checks.tokens: Input should be a valid integer",
+    "[checks]\nprovider = 'tpu'": "checks.provider: there are auto, cpu, cuda, ",
+    "[[release]]\ncheckpoints = ['a']\nmax_context = 1": "release.2.max_context: Input should be",
 }
 
 
