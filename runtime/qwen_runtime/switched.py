@@ -49,8 +49,7 @@ def adapter_files(artifact: Artifact, given: Mapping[str, str | Path]) -> dict[s
     manifest = artifact.manifest
     found = {own["name"]: artifact.root / own["file"] for own in manifest.get("switched_adapters", [])}
     if given and not found:
-        option = "--adapter" if artifact.backend == BackendName.OPENVINO else "--adapter-at-runtime"
-        raise UserError(f"{artifact.root} takes no adapters at run time: export it again with {option}")
+        raise takes_none(artifact)
     own = dict(found)
     for name, file in given.items():
         path = Path(file)
@@ -66,6 +65,11 @@ def adapter_files(artifact: Artifact, given: Mapping[str, str | Path]) -> dict[s
             raise UserError(f"two adapters are called {name}: {artifact.root} has one, give another name")
         found[name] = path
     return found
+
+
+def takes_none(artifact: Artifact) -> UserError:
+    option = "--adapter" if artifact.backend == BackendName.OPENVINO else "--adapter-at-runtime"
+    return UserError(f"{artifact.root} takes no adapters at run time: export it again with {option}")
 
 
 def no_adapter(artifact: Artifact, name: str | None, names: Iterable[str]) -> UserError:

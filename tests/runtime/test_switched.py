@@ -187,7 +187,10 @@ def test_the_command(adapted: Adapted) -> None:
 
     with Model.load(adapted.artifact) as model:
         expected = adapted.greedy("words", model.encode(SHORT), 8)
-        assert told("--adapter", f"words={adapted.words}") == (0, model.decode(expected))
+        given = ("--adapter", f"words={adapted.words}")
+        assert told(*given) == (0, model.decode(expected))
+        found = json.loads(told(*given, "--json")[1])
+        assert (found["text"], found["adapter"]) == (model.decode(expected), "words")
     for given in ("words=", "=x"):
         assert told("--adapter", given) == (2, f"error: --adapter {given}: give NAME=PATH\n")
     for missing in ("nobody", ""):

@@ -148,6 +148,7 @@ def answer(
         if adapter is not None and "=" in adapter:
             adapter, path = named_path(adapter, "--adapter", "NAME=PATH")
             load = replace(load, adapters={adapter: path})
+        request = replace(request, adapter=adapter)
         request.check()  # so that a mistake is known before a large model is loaded
         _check_name(artifact)
         if adapter is not None:
@@ -165,8 +166,6 @@ def answer(
             loaded = Model.load_with(artifact, load)
         with loaded as model:
             click.echo(model.info.placed, err=True)
-            if adapter is not None:
-                model.use_adapter(adapter)
             if text is None:
                 from qwen_runtime.chat import chat
 
@@ -243,6 +242,7 @@ def _answer(model: Model, request: Request, as_json: bool) -> None:
         "model": model.info.name,
         "provider": model.info.provider,
         "reason": model.info.reason,
+        **({} if request.adapter is None else {"adapter": request.adapter}),
     }
     click.echo(json.dumps(result, ensure_ascii=False))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen_common.errors import UserError
 from qwen_runtime.artifact import Artifact
-from qwen_runtime.switched import load_adapters
+from qwen_runtime.switched import load_adapters, takes_none
 
 from qwen_export.adapters.switched import adapter_file, with_switched_adapters
 from qwen_export.backends.onnx.graphs import build_graphs
@@ -30,9 +30,7 @@ def write_beside(artifact: Path, checkpoint: Checkpoint, given: Sequence[str], f
     """
     opened = Artifact.open(artifact)
     if not opened.manifest.get("switched_adapters"):
-        raise UserError(
-            f"{artifact} takes no adapters at run time: export it again with --adapter-at-runtime"
-        )
+        raise takes_none(opened)
     profile = recorded_profile(artifact, opened.manifest)
     checkpoint = with_switched_adapters(checkpoint, given, profile)
     names = [adapter.described["name"] for adapter in checkpoint.switched_adapters]
