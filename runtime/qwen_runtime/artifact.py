@@ -92,9 +92,10 @@ class Artifact:
 
         Raises:
             UserError: not a finished artifact, of another format, malformed, changed since the export, or
-                more than data; see `open_folder`.
+                more than data; see `open_folder` and `check_path`.
         """
         root = Path(path)
+        check_path(root)
         manifest = open_folder(root, every=verify)
         if manifest["backend"] == BackendName.OPENVINO:
             config, where, name = manifest["runtime"], root / MANIFEST, "runtime"
@@ -225,3 +226,13 @@ class Artifact:
     def chat_templates(self) -> Mapping[str, str]:
         """As `read_templates` gives them."""
         return read_templates(self.root)
+
+
+def check_path(path: Path) -> None:
+    """Raises:
+    UserError: ONNX Runtime and OpenVINO take paths of Unicode alone, and POSIX has others.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{one_line(str(path))} is not valid UTF-8: rename it") from error

@@ -25,7 +25,7 @@ from qwen_common.files import as_json, sha256
 from qwen_common.manifest import MANIFEST, BackendName, file_entry
 from qwen_common.providers import CPU
 
-from qwen_runtime.artifact import Artifact
+from qwen_runtime.artifact import Artifact, check_path
 from qwen_runtime.resident import release_freed
 
 _log = logging.getLogger(__name__)
@@ -58,11 +58,12 @@ def with_prepacked(artifact: Artifact, provider: str, folder: Path, verify: bool
     home = folder.resolve() / _name(artifact)
     try:
         # ONNX Runtime GenAI puts the artifact's folder before the name of a graph.
-        found = replace(artifact, prepacked=Path(os.path.relpath(home / GRAPH, artifact.root.resolve())))
+        graph = Path(os.path.relpath(home / GRAPH, artifact.root.resolve()))
     except ValueError as error:
         raise UserError(
             f"{folder} is on another drive than {artifact.root}: choose one on the same"
         ) from error
+    check_path(graph)
     try:
         if not home.is_dir():
             _write(artifact, home)
@@ -71,7 +72,7 @@ def with_prepacked(artifact: Artifact, provider: str, folder: Path, verify: bool
         raise UserError(
             f"no prepacked weights can be kept in {folder} ({error.strerror}): choose another"
         ) from error
-    return found
+    return replace(artifact, prepacked=graph)
 
 
 def damaged(artifact: Artifact, error: Exception) -> UserError | None:

@@ -101,3 +101,15 @@ def test_what_a_killed_process_left_is_removed(cpu_artifact: Path, tmp_path: Pat
     shutil.rmtree(home)
     logprobs(cpu_artifact, prepacked=tmp_path)
     assert home.is_dir() and busy.is_dir() and not left.exists() and not ours.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names are Unicode there")
+def test_names_of_folders(cpu_artifact: Path, tmp_path: Path) -> None:
+    """ONNX Runtime GenAI is told of the graph in JSON, and takes no name that is not Unicode."""
+    plain = logprobs(cpu_artifact)
+    assert np.array_equal(logprobs(cpu_artifact, prepacked=tmp_path / 'é "\\ \U0001f600'), plain)
+    unwritten = tmp_path / "\udcff"
+    for path, options in ((unwritten, {}), (cpu_artifact, {"prepacked": unwritten})):
+        with pytest.raises(UserError, match=r"udcff.* is not valid UTF-8: rename it"):
+            Model.load(path, "cpu", **options)
+    assert not unwritten.exists()

@@ -129,7 +129,8 @@ def _open(og: Any, artifact: Artifact, name: str) -> Any:
     config.clear_providers()
     overlay = artifact.overlay(name)
     # GenAI hides a prompt's pad tokens from attention. Older artifacts say that <|endoftext|> is one.
-    config.overlay(json.dumps({**overlay, "model": {**overlay.get("model", {}), "pad_token_id": -1}}))
+    overlay = {**overlay, "model": {**overlay.get("model", {}), "pad_token_id": -1}}
+    config.overlay(json.dumps(overlay, ensure_ascii=False))  # GenAI reads no escaped surrogate pairs
     provider = PROVIDERS[name]
     if provider.genai_name is not None:
         config.append_provider(provider.genai_name)
