@@ -226,7 +226,7 @@ def _round_in_order(
     values, errors = target.copy(), wanted.copy()
 
     # Each is asked for once: with few rows, what Python does around an operation takes as long as it does.
-    factors, value_of, error_of = within.tolist(), list(values), list(errors)
+    value_of, error_of = list(values), list(errors)
     made_up = np.empty_like(scale)
     for start, middle, stop in _by_halves(0, len(values), _IN_ORDER):
         if middle < stop:
@@ -234,10 +234,10 @@ def _round_in_order(
                 product = within[middle:stop, start:middle] @ errors[start:middle]
             values[middle:stop] += product
             continue
-        for feature in range(start, stop):
+        for feature, factors in enumerate(within[start:stop, start:stop].tolist(), start):
             row, error = value_of[feature], error_of[feature]
-            for before in range(start, feature):
-                np.multiply(error_of[before], factors[feature][before], out=made_up)
+            for before, factor in zip(range(start, feature), factors, strict=False):
+                np.multiply(error_of[before], factor, out=made_up)
                 np.add(row, made_up, out=row)
             np.multiply(row, reciprocal, out=row)
             np.rint(row, out=row)
