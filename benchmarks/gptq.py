@@ -96,7 +96,7 @@ def measure(geometry: dict[str, Any], samples: int) -> dict[str, Any]:
         (folder / "work" / artifact.STAGED).mkdir(parents=True)
         destination = write.begin(folder / "work", Quiet())
         started, processor = time.perf_counter(), time.process_time()
-        stream.write_weights([destination], artifact._calibrated(destination, text), lambda count: None)
+        stream.write_weights([destination], artifact.calibrated_steps(destination, text), lambda count: None)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
         if destination.fault:
             raise destination.fault

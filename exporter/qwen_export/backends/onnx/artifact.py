@@ -163,7 +163,7 @@ def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> li
         progress.note(
             f"{text.size} tokens of text go through the model in float32 twice, layer by layer, for GPTQ"
         )
-        steps = _calibrated(destinations[0], text)
+        steps = calibrated_steps(destinations[0], text)
     write_weights(destinations, steps, progress.advance)
     if streamed := destinations[0].checkpoint.streamed:
         streamed.reserved = lambda: 0
@@ -188,7 +188,7 @@ def _find_cache_scales(destination: Destination, text: np.ndarray, progress: Pro
     find_cache_scales(checkpoint.config, checkpoint.tensors, text)
 
 
-def _calibrated(destination: Destination, text: np.ndarray) -> Iterator[Step]:
+def calibrated_steps(destination: Destination, text: np.ndarray) -> Iterator[Step]:
     """In the order in which the model runs."""
     checkpoint = destination.checkpoint
     found = with_codes(checkpoint.config, checkpoint.tensors, destination.placed, text)
