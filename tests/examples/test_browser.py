@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,12 +18,10 @@ from qwen_runtime import Model, Sampling
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 
 from benchmarks.support.checkpoints import TINY, TINY_MOE, TINY_VL
 from tests.support.exported import Exported
-from tests.support.pages import chromium, needs_chromium
-from tests.support.waiting import PATIENCE
+from tests.support.pages import chromium, needs_chromium, until
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "browser"
 NPM = shutil.which("npm")
@@ -99,10 +97,6 @@ def artifact(exported: Exported) -> Path:
     return exported(TINY, load_profile("browser"))
 
 
-def until(browser: Chrome, holds: Callable[[], object]) -> None:
-    WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: holds())
-
-
 def text_of(browser: Chrome, name: str) -> str:
     return browser.find_element(By.ID, name).text
 
@@ -115,28 +109,44 @@ def opened(browser: Chrome, site: Site, query: str) -> str:
     return text_of(browser, "status")
 
 
+def result(browser: Chrome, script: str, *arguments: object) -> Any:
+    """What `script`, the body of an asynchronous function of `parameters`, returns.
+
+    It is asked for again and again: selenium gives a single request up after two minutes.
+    """
+    browser.execute_script(
+        f"""window.outcome = null;
+        (async (...parameters) => {{ {script} }})(...arguments).then(
+          (value) => {{ window.outcome = {{ value }}; }},
+          (error) => {{ window.outcome = {{ error: error.message }}; }});""",
+        *arguments,
+    )
+    until(browser, lambda: browser.execute_script("return window.outcome"))
+    outcome = browser.execute_script("return window.outcome")
+    assert "error" not in outcome, outcome
+    return outcome["value"]
+
+
 def tokens_in_the_browser(browser: Chrome, name: str, provider: str, count: int) -> tuple[list[int], str]:
     """Greedy tokens by model.js, without the page, and their text."""
-    found: dict[str, Any] = browser.execute_async_script(
-        """const [name, provider, question, maxTokens, done] = arguments;
-        (async () => {
-          const { Model } = await import("./model.js");
-          const model = await Model.load(new URL(`${name}/`, location.href), { provider });
-          const ids = model.prompt([{ role: "user", content: question }]);
-          const tokens = [];
-          let text = "";
-          for await (const piece of model.answer(ids, { maxTokens, sampling: { temperature: 0 } })) {
-            tokens.push(piece.token);
-            text += piece.text;
-          }
-          return { tokens, text, provider: model.provider };
-        })().then(done, (error) => done({ error: error.message }));""",
+    found = result(
+        browser,
+        """const [name, provider, question, maxTokens] = parameters;
+        const { Model } = await import("./model.js");
+        const model = await Model.load(new URL(`${name}/`, location.href), { provider });
+        const ids = model.prompt([{ role: "user", content: question }]);
+        const tokens = [];
+        let text = "";
+        for await (const piece of model.answer(ids, { maxTokens, sampling: { temperature: 0 } })) {
+          tokens.push(piece.token);
+          text += piece.text;
+        }
+        return { tokens, text, provider: model.provider };""",
         name,
         provider,
         QUESTION,
         count,
     )
-    assert "error" not in found, found
     assert found["provider"] == {"webgpu": "WebGPU", "wasm": "CPU (WebAssembly)"}[provider]
     return found["tokens"], found["text"]
 
@@ -168,14 +178,13 @@ def test_tokens(browser: Chrome, site: Site, exported: Exported, checkpoint: Pat
 
 def test_prompts_are_those_of_qwen_run(browser: Chrome, site: Site, artifact: Path) -> None:
     browser.get(site.url)
-    found = browser.execute_async_script(
-        """const [name, conversations, done] = arguments;
-        (async () => {
-          const { Model } = await import("./model.js");
-          const model = await Model.load(new URL(`${name}/`, location.href), { provider: "wasm" });
-          return conversations.flatMap((messages) =>
-            [false, true].map((thinking) => model.prompt(messages, { thinking })));
-        })().then(done, (error) => done(error.message));""",
+    found = result(
+        browser,
+        """const [name, conversations] = parameters;
+        const { Model } = await import("./model.js");
+        const model = await Model.load(new URL(`${name}/`, location.href), { provider: "wasm" });
+        return conversations.flatMap((messages) =>
+          [false, true].map((thinking) => model.prompt(messages, { thinking })));""",
         site.with_artifact(artifact),
         CONVERSATIONS,
     )
