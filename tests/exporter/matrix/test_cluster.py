@@ -26,6 +26,7 @@ from benchmarks.geometry import write_checkpoint
 from benchmarks.support.artifacts import Quiet
 from tests.exporter.test_resume import GEOMETRY, written
 from tests.support.files import hashes
+from tests.support.waiting import PATIENCE
 
 RELEASE = """
 profiles = ["cpu", "cpu-avx2", {profile = "cpu", set = ["weights.body=int8"], name = "cpu-8"}]
@@ -106,7 +107,7 @@ def test_a_machine_is_lost(folder: Path, cluster: Any) -> None:
         assert process.poll() is None
         time.sleep(0.01)
     cluster.remove_node(cluster.machines[0], allow_graceful=False)
-    output, _ = process.communicate(timeout=900)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     assert "an earlier export did not finish: going on" in (folder / "stderr").read_text()
     check(folder, output)
@@ -116,7 +117,7 @@ def test_a_machine_is_lost(folder: Path, cluster: Any) -> None:
 @pytest.mark.slow
 def test_what_no_machine_has(folder: Path, cluster: Any) -> None:
     process = start(folder, cluster.address, "--cpus", "64")
-    assert process.wait(900) == 2
+    assert process.wait(PATIENCE) == 2
     code = "import sys; from qwen_export.cli import main; sys.argv[1:] = sys.argv[1:]; main()"
     arguments = ["matrix", str(folder / "release.toml"), "--ray", "127.0.0.1:1", "--no-progress"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
