@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 from click_default_group import DefaultGroup
 from qwen_common.version import DISTRIBUTION
@@ -30,6 +33,8 @@ def main() -> None:
     Exit codes: 0 done, 2 a mistake that you can mend, 3 an artifact below its profile's quality bar, 1 a
     mistake of ours, 130 interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as a pipe on Windows, not in UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 _COMMANDS = export, verify, adapter, profiles, plan, inspect, bundle, catalog, keygen, publish, push, matrix

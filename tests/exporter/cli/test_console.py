@@ -15,6 +15,7 @@ from qwen_export.cli.shared import typed
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from benchmarks.support.checkpoints import TINY
 from tests.support.random_checkpoints import write_random_checkpoint
 
 NAME = "[/x][bold]a[/bold] :smile: \x1b[31m\r"
@@ -48,3 +49,12 @@ def test_names_of_tensors_and_folders_are_printed_as_they_are(tmp_path: Path) ->
 def test_paths_that_can_be_typed() -> None:
     assert typed(Path("a/b-1.2@x")) == "a/b-1.2@x"
     assert typed(Path("a b")) == '"a b"'
+
+
+def test_a_path_that_stdout_cannot_encode(tmp_path: Path) -> None:
+    output = tmp_path / "é日"
+    done = CliRunner(charset="ascii").invoke(
+        main, ["--profile", "cpu", str(TINY), "-o", str(output), "--no-verify"]
+    )
+    assert done.exit_code == 0, done.output
+    assert r"\xe9\u65e5" in done.stdout and (output / "manifest.json").is_file()
