@@ -38,10 +38,12 @@ class Models:
         for engine in engines:
             for adapter in engine.info.adapters:
                 if (other := self.served.get(adapter)) is not None:
-                    whose = f"an adapter of {other.parent}" if other.parent else "a model"
+                    name = engine.info.name
                     raise UserError(
-                        f"{adapter} is an adapter of {engine.info.name} and {whose}: serve them apart, or "
-                        "name a model otherwise with --model NAME=FOLDER"
+                        f"{adapter} is an adapter of {name} and of {other.parent}: serve them apart"
+                        if other.parent
+                        else f"{adapter} is a model and an adapter of {name}: name the model otherwise with "
+                        "--model NAME=FOLDER"
                     )
                 self.served[adapter] = Served(engine, adapter)
         self._unload_after = unload_after

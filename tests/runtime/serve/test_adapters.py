@@ -203,7 +203,9 @@ def test_what_is_refused(adapted: Adapted, cpu_artifact: Path) -> None:
     )
     assert "two adapters are called style" in refused(artifact, "--adapter", f"style={words}")
     assert "give NAME=PATH" in refused(artifact, "--adapter", "words")
-    assert "base is an adapter of base and a model" in refused(artifact, "--adapter", f"base={words}")
+    assert "base is a model and an adapter of base: name the model otherwise" in refused(
+        artifact, "--adapter", f"base={words}"
+    )
     assert "does not say which artifact" in refused(artifact, str(cpu_artifact), "--adapter", f"a={words}")
 
 
@@ -217,7 +219,7 @@ def test_a_damaged_file_is_known_before_the_model_is_loaded(adapted: Adapted, tm
 
 def test_adapters_of_several_models(adapted: Adapted) -> None:
     models = [ModelSettings(adapted.artifact, name) for name in ("one", "two")]
-    with pytest.raises(UserError, match="style is an adapter of two and an adapter of one: serve them apart"):
+    with pytest.raises(UserError, match="style is an adapter of two and of one: serve them apart"):
         Models([Engine(settings) for settings in models])
     given = ModelSettings(adapted.artifact, "one", LoadOptions(adapters={"words": adapted.words}))
     assert list(Models([Engine(given)]).served) == ["one", "style", "tools", "words"]
