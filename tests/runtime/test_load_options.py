@@ -15,8 +15,9 @@ from qwen_runtime.load_options import LoadOptions
 
 def test_model_load_takes_each_by_its_name_and_default() -> None:
     taken = list(inspect.signature(Model.load).parameters.values())[1:]  # the first is the folder
-    fields = dataclasses.fields(LoadOptions)
-    assert [(field.name, field.default) for field in fields] == [(each.name, each.default) for each in taken]
+    fields, defaults = dataclasses.fields(LoadOptions), LoadOptions()
+    given = [(field.name, getattr(defaults, field.name)) for field in fields]
+    assert given == [(each.name, each.default) for each in taken]
     assert [(field.name, field.type) for field in fields] == [(each.name, each.annotation) for each in taken]
 
 
@@ -37,6 +38,7 @@ def test_model_load_hands_each_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "prepacked": Path("layout"),
         "speculative": Speculative.FAST,
         "threads": "2:yield",
+        "adapters": {"tools": Path("tools.onnx_adapter")},
     }
     seen: list[LoadOptions] = []
     monkeypatch.setattr(Model, "load_with", lambda path, options: seen.append(options))
