@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from math import prod
 from typing import Any
 
@@ -34,6 +35,9 @@ _SCHEMAS = frozenset(
     }
 )  # fmt: skip
 _MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+# llguidance takes no bound of more than 18 digits (some of them, by direction), and multiples of some eight.
+_BOUND, _MULTIPLE, _PLACES = 10**18 - 64, 10**8, 9  # from 10**18 - 64 on a float is 10**18
 _NEVER: tuple[Any, ...] = ({}, True)  # `not` of these allows nothing
 _COUNT = re.compile(r"\{(\d{1,99})")
 # Look-around, named groups and flags; references back; classes of Unicode; borders of words.
@@ -55,7 +59,7 @@ def carried(schema: Any) -> Any:
     found = {
         keyword: _value(keyword, value)
         for keyword, value in _modern(schema).items()
-        if keyword not in _LEFT_OUT and not _unknown(keyword, value)
+        if keyword not in _LEFT_OUT and not _unknown(keyword, value) and not _too_long(keyword, value)
     }
     patterns = schema.get("patternProperties")
     if isinstance(patterns, Mapping) and any(map(is_irregular, patterns)):
@@ -93,6 +97,8 @@ def left_out(schema: Any) -> Iterator[str]:
         elif keyword in ("pattern", "patternProperties"):
             patterns = value if isinstance(value, Mapping) else [value]
             yield from (keyword for each in patterns if isinstance(each, str) and whole(each) is None)
+        elif _too_long(keyword, value) and not _holds_anyway(keyword, value):
+            yield keyword
     found: list[Any] = []
     inside(schema, found.append)
     for each in found:
@@ -106,6 +112,26 @@ def is_irregular(pattern: Any) -> bool:
 
 def _unknown(keyword: str, value: Any) -> bool:
     return (keyword == "format" and value not in _FORMATS) or (keyword == "pattern" and is_irregular(value))
+
+
+def _too_long(keyword: str, value: Any) -> bool:
+    """Whether a bound or a multiple has more digits than a grammar can be made of."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    if keyword in (*_LOWER, *_UPPER):
+        return not abs(value) < _BOUND
+    if keyword != "multipleOf":
+        return False
+    number = Decimal(str(value))
+    exponent = number.as_tuple().exponent
+    places = max(0, -exponent) if isinstance(exponent, int) else _PLACES + 1
+    return places > _PLACES or not number.scaleb(places) < _MULTIPLE
+
+
+def _holds_anyway(keyword: str, value: float) -> bool:
+    """Whether every number that is short enough for a call lies within a bound that is too long for one."""
+    longest = 10**18 - 1
+    return (keyword in _LOWER and value <= -longest) or (keyword in _UPPER and value >= longest)
 
 
 def _value(keyword: str, value: Any) -> Any:
