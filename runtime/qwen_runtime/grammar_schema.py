@@ -97,7 +97,7 @@ def left_out(schema: Any) -> Iterator[str]:
         elif keyword in ("pattern", "patternProperties"):
             patterns = value if isinstance(value, Mapping) else [value]
             yield from (keyword for each in patterns if isinstance(each, str) and whole(each) is None)
-        elif _too_long(keyword, value) and not _holds_anyway(keyword, value):
+        elif _too_long(keyword, value) and not _wider_than_calls(schema):
             yield keyword
     found: list[Any] = []
     inside(schema, found.append)
@@ -128,10 +128,15 @@ def _too_long(keyword: str, value: Any) -> bool:
     return places > _PLACES or not number.scaleb(places) < _MULTIPLE
 
 
-def _holds_anyway(keyword: str, value: float) -> bool:
-    """Whether every number that is short enough for a call lies within a bound that is too long for one."""
+def _wider_than_calls(schema: Mapping[str, Any]) -> bool:
+    """Whether an integer has no bounds but such as hold for every one of 18 digits. Calls have none that is
+    longer, where no other bound is left."""
     longest = 10**18 - 1
-    return (keyword in _LOWER and value <= -longest) or (keyword in _UPPER and value >= longest)
+    limits = {keyword: schema[keyword] for keyword in (*_LOWER, *_UPPER, "multipleOf") if keyword in schema}
+    return schema.get("type") == "integer" and all(
+        (keyword in _LOWER and value <= -longest) or (keyword in _UPPER and value >= longest)
+        for keyword, value in limits.items()
+    )
 
 
 def _value(keyword: str, value: Any) -> Any:
