@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from qwen_common.errors import UserError, mended_by
@@ -50,24 +51,25 @@ def _work(output: Path) -> Path:
 
 
 def _check_writable(folder: Path) -> None:
-    """Make and remove `folder`, with the parents that it lacks, to hear before the work what the system says.
+    """Hear before the work what the system says to `folder`, with the parents it lacks, and a file in it.
+
+    They are tried under a name of their own: another export may be making the same parents at the same time.
 
     Raises:
         UserError: it cannot be made, or nothing can be put into it.
     """
-    made = []
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        for path in reversed([folder, *folder.parents]):
-            if not os.path.lexists(path):
-                path.mkdir()
-                made.append(path)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with ExitStack() as tried:
+            place = folder
+            if there != folder:
+                place = Path(tried.enter_context(tempfile.TemporaryDirectory(prefix=".", dir=there)))
+                place /= folder.relative_to(there)
+                place.mkdir(parents=True)
+            tried.enter_context(tempfile.TemporaryFile(dir=place))
     except OSError as error:
+        error.filename = str(folder)  # not the name that was tried
         raise UserError(mended_by(error) or f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        for path in reversed(made):
-            path.rmdir()
 
 
 def work_folder(output: Path) -> Path:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from qwen_common.errors import USER_ERROR, UserError
 from qwen_export.cli import main
-from qwen_export.output import check_output
+from qwen_export.output import check_output, work_folder
 from qwen_profiles.schema import load_profile
 
 from benchmarks.support.artifacts import make_artifact
@@ -54,6 +56,22 @@ def test_where_nothing_can_be_written(tmp_path: Path, read_only: Path) -> None:
         with pytest.raises((UserError, OSError)):
             check_output(output, TINY, force=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_export_makes_the_same_parents_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release's machines begin at once, in a folder that is not there yet."""
+    ours, theirs = tmp_path / "artifacts" / "ours", tmp_path / "artifacts" / "theirs"
+    made = tempfile.TemporaryFile
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        work_folder(theirs)
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", meanwhile)
+    check_output(ours, TINY, force=False)
+    assert [path.name for path in theirs.parent.iterdir()] == [".theirs.partial"]
 
 
 def test_a_place_that_is_found_writable_is_left_as_it_was(tmp_path: Path) -> None:
