@@ -56,10 +56,11 @@ def carried(schema: Any) -> Any:
         return schema
     if schema.keys() == {"not"} and schema["not"] in _NEVER:
         return False
+    modern = _modern(schema)
     found = {
         keyword: _value(keyword, value)
-        for keyword, value in _modern(schema).items()
-        if keyword not in _LEFT_OUT and not _unknown(keyword, value) and not _too_long(keyword, value)
+        for keyword, value in modern.items()
+        if keyword not in _LEFT_OUT and not _unknown(keyword, value) and not _too_long(keyword, modern)
     }
     patterns = schema.get("patternProperties")
     if isinstance(patterns, Mapping) and any(map(is_irregular, patterns)):
@@ -97,7 +98,7 @@ def left_out(schema: Any) -> Iterator[str]:
         elif keyword in ("pattern", "patternProperties"):
             patterns = value if isinstance(value, Mapping) else [value]
             yield from (keyword for each in patterns if isinstance(each, str) and whole(each) is None)
-        elif _too_long(keyword, value) and not _wider_than_calls(schema):
+        elif _too_long(keyword, schema) and not _wider_than_calls(schema):
             yield keyword
     found: list[Any] = []
     inside(schema, found.append)
@@ -114,10 +115,14 @@ def _unknown(keyword: str, value: Any) -> bool:
     return (keyword == "format" and value not in _FORMATS) or (keyword == "pattern" and is_irregular(value))
 
 
-def _too_long(keyword: str, value: Any) -> bool:
-    """Whether a bound or a multiple has more digits than a grammar can be made of."""
+def _too_long(keyword: str, schema: Mapping[str, Any]) -> bool:
+    """Whether a bound or a multiple has more digits than a grammar can be made of. llguidance takes any upper
+    bound of integers, which is left out where the lower one is."""
+    value = schema.get(keyword)
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
+    if keyword in _UPPER and value > 0 and schema.get("type") == "integer":
+        return not abs(value) < _BOUND and any(_too_long(lower, schema) for lower in _LOWER)
     if keyword in (*_LOWER, *_UPPER):
         return not abs(value) < _BOUND
     if keyword != "multipleOf":
