@@ -91,7 +91,7 @@ def quantization_config(folder: Path) -> Any:
 
 def _content(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder / "config.json"
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):  # a folder is told as what it is, a pipe would be waited for
         raise UserError(f"{folder} has no config.json: give the folder of a Hugging Face checkpoint")
     return path, _read_json(path)
 
