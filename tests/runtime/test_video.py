@@ -185,4 +185,4 @@ def test_the_command_says_that_it_is_sampled_frames(artifact: Path, tmp_path: Pa
     assert json.loads(done.stdout)["text"] == "It is green."
     assert "clip.mp4 is shown as images: frames sampled evenly" in done.stderr
     gone = subprocess.run([*command, "What?", "--video", "gone.mp4"], capture_output=True, text=True)
-    assert gone.returncode == 2 and "no file gone.mp4" in gone.stderr
+    assert gone.returncode == 2 and "'gone.mp4' does not exist" in gone.stderr
