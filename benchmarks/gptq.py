@@ -1,6 +1,7 @@
-"""Time, processor time and peak memory of GPTQ for one layer of a published geometry.
+"""Time, processor time and peak memory of GPTQ or GPTAQ for one layer of a published geometry.
 
-    python -m benchmarks.gptq [--size 27B] [--attention] [--half] [--samples 64] [--json gptq.json]
+    python -m benchmarks.gptq [--compression gptq] [--size 27B] [--attention] [--half] [--samples 64]
+                              [--json gptq.json]
 
 Weights and text are random, made in memory; the codes are written to a file that is thrown away. The layer is
 one of Gated DeltaNet unless `--attention` asks for the other kind. `--half` halves hidden sizes and
@@ -26,7 +27,7 @@ import psutil
 from qwen_export import reference
 from qwen_export.backends.onnx import artifact, stream
 from qwen_export.backends.onnx.graphs import build_graphs
-from qwen_export.quantize import asymmetric, gptq
+from qwen_export.quantize import calibrated_codes, gptq
 from qwen_profiles.schema import load_profile
 
 from benchmarks.export import peak_bytes
@@ -47,9 +48,9 @@ _VOCABULARY = 512
 _PARTS = {
     "forward pass": (reference, "layer"),
     "products": (gptq, "add_products"),
-    "what is missed": (asymmetric, "missed"),
-    "factors": (asymmetric, "compensation"),
-    "codes": (asymmetric, "quantize"),
+    "what is missed": (calibrated_codes, "missed"),
+    "factors": (calibrated_codes, "compensation"),
+    "codes": (calibrated_codes, "quantize"),
 }
 
 
@@ -82,21 +83,22 @@ def watch(module: Any, name: str, spent: Counter[str], label: str) -> None:
     setattr(module, name, timed)
 
 
-def measure(geometry: dict[str, Any], samples: int) -> dict[str, Any]:
+def measure(geometry: dict[str, Any], compression: str, samples: int) -> dict[str, Any]:
     spent: Counter[str] = Counter()
     for label, (module, name) in _PARTS.items():
         watch(module, name, spent, label)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = generated_checkpoint(folder / "checkpoint", geometry)
-        profile = load_profile("cpu-int4", ["compression=gptq"])
+        profile = load_profile("cpu-int4", [f"compression={compression}"])
         graphs = build_graphs(checkpoint, profile, mtp=False)
         text = np.random.default_rng(0).integers(_VOCABULARY, size=(samples, 128))
         write = artifact.OnnxWrite(checkpoint, profile, graphs, False, text, None)
         (folder / "work" / artifact.STAGED).mkdir(parents=True)
         destination = write.begin(folder / "work", Quiet())
         started, processor = time.perf_counter(), time.process_time()
-        stream.write_weights([destination], artifact.calibrated_steps(destination, text), lambda count: None)
+        steps = artifact.calibrated_steps(destination, text, compression == "gptaq")
+        stream.write_weights([destination], steps, lambda count: None)
         seconds, processor = time.perf_counter() - started, time.process_time() - processor
         if destination.fault:
             raise destination.fault
@@ -112,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--compression", choices=("gptq", "gptaq"), default="gptaq")
     parser.add_argument("--size", choices=GEOMETRIES, default="27B")
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--half", action="store_true")
@@ -119,11 +122,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     geometry = one_layer(arguments.size, arguments.attention, arguments.half)
-    found = measure(geometry, arguments.samples)
+    found = measure(geometry, arguments.compression, arguments.samples)
     parts = ", ".join(f"{label} {seconds:.1f}" for label, seconds in found["parts"].items())
     size = f"{arguments.size}{' at half width' * arguments.half}"
     print(
-        f"one layer of {size}, {arguments.samples * 128} tokens: "
+        f"{arguments.compression}, one layer of {size}, {arguments.samples * 128} tokens: "
         f"{found['seconds']:.1f} s ({parts}), {found['processor_seconds']:.1f} s of processors, "
         f"peak {found['peak_bytes'] / 1e9:.2f} GB"
     )

@@ -36,6 +36,10 @@ Role = Literal[
     "vision",
 ]
 ROLES: tuple[Role, ...] = get_args(Role)
+_COMPRESSIONS = {
+    BackendName.ONNX: ("data-free", "gptq", "gptaq"),
+    BackendName.OPENVINO: ("data-free", "scale-estimation", "awq", "gptq"),
+}
 OUTSIDE_LAYERS: frozenset[Role] = frozenset({"embedding", "lm_head", "vision"})
 
 
@@ -173,10 +177,11 @@ class Profile(_Frozen):
     """Weights that a checkpoint has in codes already keep them, whatever `weights` says, where a kernel takes
     them. False: they are dequantised, and stored as `weights` says."""
 
-    compression: Literal["data-free", "scale-estimation", "awq", "gptq"] = "data-free"
+    compression: Literal["data-free", "scale-estimation", "awq", "gptq", "gptaq"] = "data-free"
     """How scales and codes of 2- and 4-bit weights are found: from the weights alone, or from activations on
-    a calibration text too. For ONNX Runtime that is `gptq`, layer by layer; for OpenVINO it is NNCF's, with
-    the whole model in memory."""
+    a calibration text too. For ONNX Runtime that is `gptq`, layer by layer, and `gptaq`, which looks at what
+    the codes made so far leave and takes twice the time; for OpenVINO it is NNCF's, with the whole model in
+    memory."""
 
     accuracy_level: Integer = Field(default=0, ge=0, le=4)
     """MatMulNBits' attribute; 4 lets the CPU quantise activations to int8."""
@@ -256,8 +261,11 @@ class Profile(_Frozen):
         self._check_frequent_tokens()
         if self.scale_dtype == "float32" and self.activation_dtype == "float16":
             raise ValueError("scale_dtype must be float16, as the activations are")
-        if self.compression not in ("data-free", "gptq") and self.backend != BackendName.OPENVINO:
-            raise ValueError(f"compression {self.compression} is for backend openvino: choose gptq")
+        if self.compression not in (compressions := _COMPRESSIONS[self.backend]):
+            raise ValueError(
+                f"backend {self.backend} has no compression {self.compression}: "
+                f"choose {', '.join(compressions[:-1])} or {compressions[-1]}"
+            )
         if self.spin_us is not None and self.backend == BackendName.OPENVINO:
             raise ValueError(
                 "spin_us is for ONNX Runtime: leave it off with OpenVINO, which has no such choice"

@@ -103,8 +103,8 @@ Examples:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --auto-precision, --set compression=gptq or --set cache_dtype=int8: UTF-8 text of the kind "
-    "that the model will read; else a shipped one.",
+    help="With --auto-precision, --set compression=gptq or gptaq, or --set cache_dtype=int8: UTF-8 text of "
+    "the kind that the model will read; else a shipped one.",
 )
 @click.option("--ignore-memory", is_flag=True, help="Export even what does not fit the profile's memory.")
 @click.option(
@@ -179,8 +179,8 @@ def export(
             raise UserError("--size, --memory and --bits are for --auto-precision: add it")
         elif calibration and profile.compression == "data-free" and profile.cache_dtype != "int8":
             raise UserError(
-                "--calibration is for --auto-precision, --set compression=gptq (for OpenVINO "
-                "scale-estimation and awq too) and --set cache_dtype=int8: add one"
+                "--calibration is for --auto-precision, --set compression=gptq or gptaq (for OpenVINO gptq, "
+                "scale-estimation or awq) and --set cache_dtype=int8: add one"
             )
         if not ignore_memory:
             _note_short_context(require_memory(source, profile), max_context)

@@ -5,7 +5,8 @@ features go together, one feature's error can be made up for by the next: featur
 earlier errors leave to it, E[:, :k] F[k, :k]^T. The F that leaves the least comes from the factor of
 H = X^T X = (F^T + I) D (F^T + I)^T. Scales and codes of 4 bits are then made better (`blockwise`).
 
-Where outputs are to be those that other inputs gave, weights move a way towards them first (`asymmetric`).
+Where outputs are to be those that other inputs gave, weights move a way towards them first
+(`calibrated_codes`).
 
 Memory holds one or two H's, of which each becomes its factor in place.
 Sources: Frantar et al., GPTQ (2022); Chee et al., QuIP (2023), whose LDLQ is the same codes by this factor.

@@ -316,7 +316,7 @@ def test_mistakes(tmp_path: Path) -> None:
         ],
         "--calibration is for --auto-precision, ": ["--calibration", str(short)],
         "is for ONNX Runtime": ["--profile", "intel-lunar-lake", "--auto-precision", "--bits", "5"],
-        "compression awq is for backend openvino": ["--set", "compression=awq"],
+        "backend onnx has no compression awq: choose data-free, gptq or gptaq": ["--set", "compression=awq"],
         "give a text of 128": ["--auto-precision", "--bits", "6", "--calibration", str(short)],
     }
     for message, options in cases.items():

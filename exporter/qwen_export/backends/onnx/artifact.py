@@ -43,7 +43,7 @@ from qwen_export.graph.kv_cache import cache_specs
 from qwen_export.graph.recipe import check_layers
 from qwen_export.output import STAGED
 from qwen_export.progress import Progress
-from qwen_export.quantize.asymmetric import with_codes
+from qwen_export.quantize.calibrated_codes import with_codes
 from qwen_export.quantize.calibration import calibration_samples
 from qwen_export.quantize.gptq import SAMPLES
 from qwen_export.quantize.kv_cache import CACHE_SAMPLES, find_cache_scales, with_cache_scales
@@ -127,7 +127,7 @@ def prepare(
     ):
         progress.note(line)
     text = None
-    if profile.compression == "gptq":
+    if profile.compression in ("gptq", "gptaq"):
         text = calibration_samples(checkpoint, options.calibration, SAMPLES)
     cache_text = None
     if profile.cache_dtype == "int8":
@@ -138,8 +138,8 @@ def prepare(
 def write_together(
     writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress
 ) -> Iterator[tuple[int, Written | Exception]]:
-    """See `ExportBackend.write_together`. Those for GPTQ, whose weights come in the order in which the model
-    runs, are written one by one."""
+    """See `ExportBackend.write_together`. Those for GPTQ and GPTAQ, whose weights come in the order in which
+    the model runs, are written one by one."""
     together = [index for index, (write, _) in enumerate(writes) if write.text is None]
     alone = [[index] for index in range(len(writes)) if index not in together]
     for indices in filter(None, [together, *alone]):
@@ -147,7 +147,7 @@ def write_together(
 
 
 def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> list[Written | Exception]:
-    """All of `writes` in step, or the one for GPTQ."""
+    """All of `writes` in step, or the one for GPTQ or GPTAQ."""
     destinations = [write.begin(work, progress) for write, work in writes]
     steps: Iterable[Step] = in_step(destinations)
     _require_space(destinations, list(steps))
@@ -160,10 +160,12 @@ def _written(writes: Sequence[tuple[OnnxWrite, Path]], progress: Progress) -> li
                 _find_cache_scales(one, write.cache_text, progress)
     text = writes[0][0].text
     if text is not None:
+        asymmetric = writes[0][0].profile.compression == "gptaq"
+        times, name = ("twice", "GPTAQ") if asymmetric else ("once", "GPTQ")
         progress.note(
-            f"{text.size} tokens of text go through the model in float32 twice, layer by layer, for GPTQ"
+            f"{text.size} tokens of text go through the model in float32 {times}, layer by layer, for {name}"
         )
-        steps = calibrated_steps(destinations[0], text)
+        steps = calibrated_steps(destinations[0], text, asymmetric)
     write_weights(destinations, steps, progress.advance)
     if streamed := destinations[0].checkpoint.streamed:
         streamed.reserved = lambda: 0
@@ -188,10 +190,12 @@ def _find_cache_scales(destination: Destination, text: np.ndarray, progress: Pro
     find_cache_scales(checkpoint.config, checkpoint.tensors, text)
 
 
-def calibrated_steps(destination: Destination, text: np.ndarray) -> Iterator[Step]:
+def calibrated_steps(destination: Destination, text: np.ndarray, asymmetric: bool) -> Iterator[Step]:
     """In the order in which the model runs."""
-    checkpoint = destination.checkpoint
-    found = with_codes(checkpoint.config, checkpoint.tensors, destination.placed, text)
+    checkpoint, placed = destination.checkpoint, destination.placed
+    if not asymmetric:  # no codes follow from those that are written already
+        placed = [one for one in placed if not destination.has(one.weight)]
+    found = with_codes(checkpoint.config, checkpoint.tensors, placed, text, asymmetric)
     return ([Wanted(destination, *one)] for one in found if not destination.has(one[0].weight))
 
 

@@ -26,8 +26,8 @@ from qwen_export.backends.onnx.resume import Journal
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.checkpoint.tensors.tensor import CheckpointTensor, Fp4Experts, PrequantizedTensor
 from qwen_export.graph.weights import PlacedWeight, Rows, Weight
-from qwen_export.quantize.asymmetric import Codes
 from qwen_export.quantize.blockwise import Quantization, quantize
+from qwen_export.quantize.calibrated_codes import Codes
 from qwen_export.quantize.fp4 import Fp4
 
 _PIECE_ELEMENTS = 4 * 1024 * 1024

@@ -1,9 +1,11 @@
-"""Codes of a model's matrices for what the codes made before them leave: asymmetric calibration.
+"""Codes of a model's matrices on a calibration text, from exact inputs (GPTQ) or from what the codes made
+before them leave (GPTAQ: asymmetric calibration).
 
-The text goes through the model twice, layer by layer, in float32: exactly, and with codes, where each matrix
-gets its own when the text comes to it (`gptq`), from its inputs there. Where those are a norm of the hidden
-states, what the matrix would have given for the exact ones is the aim, but only a share of the way there: all
-of it fits what the text has by chance. For the others, which end a block, that gained nothing.
+The text goes through the model in float32, layer by layer: exactly, which is all for GPTQ, and for GPTAQ once
+more with codes, where each matrix gets its own when the text comes to it (`gptq`), from its inputs there.
+Where those are a norm of the hidden states, what the matrix would have given for the exact ones is the aim,
+but only a share of the way there: all of it fits what the text has by chance. For the others, which end a
+block, that gained nothing.
 
 Each token goes to the experts that it goes to in the exact run. Where an expert has few, chance decides which
 of its inputs go together, so that the mean product of all experts' inputs counts as some tokens more.
@@ -73,6 +75,7 @@ def with_codes(
     tensors: Mapping[str, CheckpointTensor],
     weights: Sequence[PlacedWeight],
     samples: np.ndarray,
+    asymmetric: bool,
 ) -> Iterator[tuple[PlacedWeight, Codes | None]]:
     """All of `weights`, in the order in which the model runs, with the codes that were made for them.
 
@@ -81,6 +84,7 @@ def with_codes(
 
     Args:
         samples: int64 [samples, tokens] of text.
+        asymmetric: for the inputs that earlier codes leave; False: for the exact ones.
 
     Raises:
         UserError: activations overflow.
@@ -93,7 +97,7 @@ def with_codes(
         else:
             by_layer.setdefault(index, []).append(placed)
 
-    run = _Run(config, tensors, samples)
+    run = _Run(config, tensors, samples, asymmetric)
     for index in range(max(by_layer, default=-1) + 1):
         here = by_layer.get(index, [])
         codes = run.layer(index, [placed.weight for placed in here])
@@ -103,13 +107,18 @@ def with_codes(
 
 
 class _Run:
-    """The text's way through the model, exactly and with codes, as far as it has come."""
+    """The text's way through the model as far as it has come: exactly, where `asymmetric` with codes too."""
 
     def __init__(
-        self, config: TextConfig, tensors: Mapping[str, CheckpointTensor], samples: np.ndarray
+        self,
+        config: TextConfig,
+        tensors: Mapping[str, CheckpointTensor],
+        samples: np.ndarray,
+        asymmetric: bool,
     ) -> None:
         self._config = config
         self._tensors = tensors
+        self._asymmetric = asymmetric
         self._exact = self._coded = reference.embed(config, Weights(tensors), samples)
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
@@ -121,7 +130,11 @@ class _Run:
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` reports it
             if index < config.num_hidden_layers:
                 self._exact = reference.layer(config, exact, index, self._exact, chunked_delta_rule)
-                self._coded = reference.layer(config, coded, index, self._coded, chunked_delta_rule)
+                if self._asymmetric:
+                    self._coded = reference.layer(config, coded, index, self._coded, chunked_delta_rule)
+                else:
+                    coded.make_for_exact()
+                    self._coded = self._exact
                 coded.make_unchosen()
             else:
                 coded.make_head(config, self._exact, self._coded)
@@ -129,7 +142,7 @@ class _Run:
 
     def _kept(self, name: str) -> bool:
         """Whether what comes in to it in the exact run is wanted; of experts, for what they share too."""
-        return not name.endswith(_LAST) or len(self._tensors[name].shape) == 3
+        return not (self._asymmetric and name.endswith(_LAST)) or len(self._tensors[name].shape) == 3
 
 
 def _wanted(weights: Iterable[Weight]) -> dict[str, list[_Wanted]]:
@@ -240,6 +253,13 @@ class _Coded(Weights):
         self._make(name, expert, own, x.reshape(-1, x.shape[-1]), outputs.reshape(-1, outputs.shape[-1]))
         return outputs
 
+    def make_for_exact(self) -> None:
+        """Codes for what came in to the exact run's."""
+        for name in self._wanted:
+            for expert, x in list(self._exact.found.get(name, {}).items()):
+                own = self._of_tensor(name, x) if expert is None else self._of_expert(name, expert, x)
+                self._make(name, expert, own)
+
     def make_unchosen(self) -> None:
         """Codes of experts that no token went to."""
         for name, experts in self._unchosen.items():
@@ -249,9 +269,10 @@ class _Coded(Weights):
     def make_head(self, config: TextConfig, exact_hidden: np.ndarray, coded_hidden: np.ndarray) -> None:
         """Codes of lm_head, for what the last layers give."""
         name = reference.head_name(config)
-        self._exact.keep(name, reference.last_norm(config, self, exact_hidden))
+        exact = reference.last_norm(config, self, exact_hidden)
+        self._exact.keep(name, exact)
         alone = _LOOKED_UP if config.tie_word_embeddings else 0.0
-        inputs = reference.last_norm(config, self, coded_hidden)
+        inputs = exact if coded_hidden is exact_hidden else reference.last_norm(config, self, coded_hidden)
         self._make(name, None, self._of_tensor(name, inputs, alone))
 
     def _of_tensor(self, name: str, x: np.ndarray, alone: float = 0.0) -> Compensation:
@@ -261,7 +282,9 @@ class _Coded(Weights):
             k = x.shape[-1]
             run = run_of(k)
             inputs = finite(gram([x], k, run), name)
-            aim = None if exact is None else finite(missed(x, exact, _SHARE, run), name)
+            aim = None
+            if exact is not None and exact is not x:
+                aim = finite(missed(x, exact, _SHARE, run), name)
             self._last = x, compensation(inputs, x.size // k, alone, aim)
         return self._last[1]
 
@@ -278,7 +301,9 @@ class _Coded(Weights):
         self._unchosen[name].discard(expert)
         add_products(found, x)
         exact = inputs.pop(expert)
-        aim = None if name.endswith(_LAST) else finite(missed(x, exact, _SHARE), name)
+        aim = None
+        if exact is not x and not name.endswith(_LAST):
+            aim = finite(missed(x, exact, _SHARE), name)
         return compensation(finite(found, name), len(x) + _SHARED_TOKENS, missed=aim)
 
     def _make(

@@ -1,4 +1,4 @@
-"""Asymmetric calibration: inputs of both runs against transformers, its gain, exports that go on."""
+"""Codes on a calibration text: inputs of both runs against transformers, what they spare, going on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qwen_export.backends.onnx.graphs import build_graphs
 from qwen_export.checkpoint.checkpoint import Checkpoint
 from qwen_export.export import export
 from qwen_export.graph.weights import PlacedWeight
-from qwen_export.quantize import asymmetric, gptq
-from qwen_export.quantize.asymmetric import Codes, with_codes
+from qwen_export.quantize import calibrated_codes, gptq
 from qwen_export.quantize.blockwise import Compensation, Quantization, Quantized, dequantize
+from qwen_export.quantize.calibrated_codes import Codes, with_codes
 from qwen_export.quantize.calibration import calibration_samples
 from qwen_export.quantize.gptq import SAMPLES, compensation
 from qwen_profiles.schema import load_profile
@@ -43,7 +43,7 @@ def placed_of(checkpoint: Checkpoint) -> Sequence[PlacedWeight]:
 
 def coded(
     shapes: dict[str, tuple[int, ...]], found: dict[str, dict[int | None, np.ndarray]]
-) -> asymmetric._Coded:
+) -> calibrated_codes._Coded:
     """Weights of zeros whose exact inputs were `found`."""
 
     class Zeros:
@@ -51,17 +51,17 @@ def coded(
             self.shape = shape
 
     tensors = {name: Zeros(shape) for name, shape in shapes.items()}
-    exact = asymmetric._Exact(tensors, set(shapes))  # type: ignore[arg-type]
+    exact = calibrated_codes._Exact(tensors, set(shapes))  # type: ignore[arg-type]
     exact.found = found
     form = Quantization(4, 32, True, np.dtype(np.float32))
-    wanted = {name: [asymmetric._Wanted(0, shape[0], form)] for name, shape in shapes.items()}
-    return asymmetric._Coded(tensors, wanted, exact, None)  # type: ignore[arg-type]
+    wanted = {name: [calibrated_codes._Wanted(0, shape[0], form)] for name, shape in shapes.items()}
+    return calibrated_codes._Coded(tensors, wanted, exact, None)  # type: ignore[arg-type]
 
 
 def test_wide_inputs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "_LONGEST_RUN", 1024)
     x = correlated(300, 2048)
-    found = coded({"wide": (8, 2048)}, {"wide": {None: x}})._of_tensor("wide", x)
+    found = coded({"wide": (8, 2048)}, {"wide": {None: x.copy()}})._of_tensor("wide", x)
     assert found.correction is not None
     assert found.feedback.shape == found.correction.shape == (2048, 1024)
 
@@ -70,10 +70,10 @@ def test_rows_that_are_looked_up_too_count_by_themselves() -> None:
     """By float64: H's diagonal has its mean once more."""
     inputs = correlated(600, 64)
     found = coded({"table": (8, 64)}, {"table": {None: inputs}})._of_tensor(
-        "table", inputs, asymmetric._LOOKED_UP
+        "table", inputs, calibrated_codes._LOOKED_UP
     )
     exact = (inputs.T @ inputs).astype(np.float64)
-    share = asymmetric._LOOKED_UP + gptq._DAMPING * 64 / 600
+    share = calibrated_codes._LOOKED_UP + gptq._DAMPING * 64 / 600
     damped = exact + np.eye(64) * np.trace(exact) / 64 * share
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     roots = np.diag(upper)
@@ -85,7 +85,7 @@ def test_an_expert_that_no_token_chose_has_the_layers_product() -> None:
     inputs = correlated(4000, 64)
     of = coded({"experts": (8, 16, 64)}, {"experts": {0: inputs[:1000], 7: inputs[1000:]}})._of_expert
     found = of("experts", 5, None)
-    shared = asymmetric._SHARED_TOKENS
+    shared = calibrated_codes._SHARED_TOKENS
     expected = compensation(inputs.T @ inputs * np.float32(shared / 4000), shared)
     np.testing.assert_allclose(np.tril(found.feedback, -1), np.tril(expected.feedback, -1), atol=1e-6)
     np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-5)
@@ -125,7 +125,7 @@ def test_memory_is_one_factor_and_the_widest_activations(tmp_path: Path) -> None
     text = np.random.default_rng(0).integers(512, size=(16, 128))
 
     def ask() -> None:
-        for _ in with_codes(checkpoint.config, checkpoint.tensors, placed, text):
+        for _ in with_codes(checkpoint.config, checkpoint.tensors, placed, text, asymmetric=True):
             pass
 
     assert peak_bytes(ask) < 1.2 * 4 * wide**2 + 2.5 * 4 * wide * tokens
@@ -154,34 +154,38 @@ def watched(model: PreTrainedModel, text: np.ndarray) -> dict[str, np.ndarray]:
 def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[np.ndarray]]]:
     """What comes in to each tensor in the coded run, expert by expert."""
     found: dict[str, list[np.ndarray]] = {}
-    of_tensor, of_expert = asymmetric._Coded._of_tensor, asymmetric._Coded._of_expert
+    of_tensor, of_expert = calibrated_codes._Coded._of_tensor, calibrated_codes._Coded._of_expert
 
-    def tensor(self: asymmetric._Coded, name: str, x: np.ndarray, alone: float = 0.0) -> Compensation:
+    def tensor(self: calibrated_codes._Coded, name: str, x: np.ndarray, alone: float = 0.0) -> Compensation:
         found.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).copy())
         return of_tensor(self, name, x, alone)
 
-    def expert(self: asymmetric._Coded, name: str, index: int, x: np.ndarray | None) -> Compensation:
+    def expert(self: calibrated_codes._Coded, name: str, index: int, x: np.ndarray | None) -> Compensation:
         if x is not None:
             found.setdefault(name, []).append(x.copy())
         return of_expert(self, name, index, x)
 
-    monkeypatch.setattr(asymmetric._Coded, "_of_tensor", tensor)
-    monkeypatch.setattr(asymmetric._Coded, "_of_expert", expert)
+    monkeypatch.setattr(calibrated_codes._Coded, "_of_tensor", tensor)
+    monkeypatch.setattr(calibrated_codes._Coded, "_of_expert", expert)
     return found
 
 
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["gptq", "gptaq"])
 @pytest.mark.parametrize("folder", [TINY, TINY_MOE], ids=["dense", "experts"])
 def test_with_exact_codes_inputs_are_what_transformers_projections_are_given(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, list[np.ndarray]]
+    folder: Path, asymmetric: bool, monkeypatch: pytest.MonkeyPatch, given: dict[str, list[np.ndarray]]
 ) -> None:
     checkpoint = Checkpoint.open(str(folder))
     text = calibration_samples(checkpoint, None, most=3)
     expected = watched(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), text)
-    monkeypatch.setattr(asymmetric, "quantize", lambda rows, form, own: rows)
-    monkeypatch.setattr(asymmetric, "dequantize", lambda rows, k, form: rows)
-    monkeypatch.setattr(asymmetric._Codes, "put", lambda *_: None)
+    monkeypatch.setattr(calibrated_codes, "quantize", lambda rows, form, own: rows)
+    monkeypatch.setattr(calibrated_codes, "dequantize", lambda rows, k, form: rows)
+    monkeypatch.setattr(calibrated_codes._Codes, "put", lambda *_: None)
     placed = placed_of(checkpoint)
-    names = [one.weight.name for one, _ in with_codes(checkpoint.config, checkpoint.tensors, placed, text)]
+    names = [
+        one.weight.name
+        for one, _ in with_codes(checkpoint.config, checkpoint.tensors, placed, text, asymmetric=True)
+    ]
     assert sorted(names) == sorted(weight.name for weight, _ in placed)
     compared = 0
     for name, parts in given.items():
@@ -223,7 +227,9 @@ def test_inputs_are_what_the_codes_made_so_far_give_in_transformers(
 ) -> None:
     checkpoint = Checkpoint.open(str(TINY))
     text = calibration_samples(checkpoint, None, most=3)
-    made = list(with_codes(checkpoint.config, checkpoint.tensors, placed_of(checkpoint), text))
+    made = list(
+        with_codes(checkpoint.config, checkpoint.tensors, placed_of(checkpoint), text, asymmetric=True)
+    )
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     exact = watched(model, text)
     state = model.state_dict()
@@ -247,12 +253,12 @@ def test_less_is_lost_on_text_that_was_not_seen(folder: Path, tmp_path: Path) ->
             [log_softmax(model(torch.from_numpy(ids)[None]).logits[0].numpy()) for ids in texts]
         )
     lost = {}
-    for compression in ("data-free", "gptq"):
+    for compression in ("data-free", "gptq", "gptaq"):
         profile = load_profile("cpu-int4", [f"compression={compression}"])
         artifact = tmp_path / compression
         export(Checkpoint.open(str(folder)), profile, artifact, Quiet(), all_logits=True)
         lost[compression] = measure(artifact, texts, expected)["kl"]
-    assert lost["gptq"] < 0.96 * lost["data-free"]
+    assert lost["gptaq"] < lost["gptq"] < 0.96 * lost["data-free"]
 
 
 class Interrupted(Quiet):
@@ -272,10 +278,12 @@ def digest(artifact: Path) -> str:
     return hashlib.sha256((artifact / "model.onnx.data").read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("compression", ["gptq", "gptaq"])
 def test_an_interrupted_export_goes_on_and_ends_with_the_same_bytes(
-    exported: Exported, tmp_path: Path
+    exported: Exported, tmp_path: Path, compression: str
 ) -> None:
-    checkpoint, profile = Checkpoint.open(str(TINY_VL)), load_profile("cpu-int4")
+    checkpoint = Checkpoint.open(str(TINY_VL))
+    profile = load_profile("cpu-int4", [f"compression={compression}"])
     size = sum(source.nbytes for source in checkpoint.tensors.values())
     for done in (0.2, 0.6, 0.9):
         with pytest.raises(KeyboardInterrupt):
@@ -301,7 +309,7 @@ def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> No
     source, _ = write_quantized_checkpoint(tmp_path / "source", gptq_checkpoint(), vocab_size=2048)
     checkpoint = Checkpoint.open(str(source))
     found = {}
-    for compression in ("data-free", "gptq"):
+    for compression in ("data-free", "gptaq"):
         profile = load_profile("cpu-int4", [f"compression={compression}"])
         graphs = build_graphs(checkpoint, profile)
         artifact = tmp_path / compression
@@ -313,7 +321,7 @@ def test_codes_that_the_checkpoint_brings_stay_as_they_are(tmp_path: Path) -> No
             if weight.prequantized
             for tensor in tensors
         }
-    assert found["gptq"] and found["gptq"] == found["data-free"]
+    assert found["gptaq"] and found["gptaq"] == found["data-free"]
 
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
