@@ -2,10 +2,10 @@
 
     python -m benchmarks.switching [--size 0.8B] [--rank 16] [--rounds 5] [--work FOLDER]
 
-A random checkpoint of a real geometry, exported with the profile `cpu-int4` as it is and with two adapters of
-every projection. Memory is that of a process of its own. Then both artifacts are loaded in one, answers are
-made in turns, and medians are shown. With --work the artifacts stay there for the next time. Needs the extra
-`test`.
+A random checkpoint of a real geometry, exported with the profile `cpu-int4` (data-free) as it is and with two
+adapters of every projection. Memory is that of a process of its own. Then both artifacts are loaded in one,
+answers are made in turns, and medians are shown with the least and the most. With --work the artifacts stay
+there for the next time. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def prepare(work: Path, size: str, rank: int) -> None:
     base = write_checkpoint(work / "base", GEOMETRIES[size])
     copy_tokenizer(TINY, base)
     adapters = [str(write_adapter(work / name, base, rank, dora=False)) for name in _NAMES]
-    profile, checkpoint = load_profile("cpu-int4"), Checkpoint.open(str(base))
+    profile, checkpoint = load_profile("cpu-int4", ["compression=data-free"]), Checkpoint.open(str(base))
     export(checkpoint, profile, work / _PLAIN, Quiet())
     export(with_switched_adapters(checkpoint, adapters, profile), profile, work / _ADAPTED, Quiet())
 
@@ -106,7 +106,8 @@ def measure(work: Path, rounds: int) -> None:
                 found[kind] += [timed(model, name) for name in names] if at else []
     table = Table("answers", "first token, ms", "next tokens, ms each")
     for kind, times in found.items():
-        table.add_row(kind, *(f"{median(column):.2f}" for column in zip(*times, strict=True)))
+        columns = zip(*times, strict=True)
+        table.add_row(kind, *(f"{median(all_):.1f} ({min(all_):.1f} to {max(all_):.1f})" for all_ in columns))
     console.print(table)
 
 
