@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from qwen_runtime.serve.worker import ModelSettings
 
 from tests.support.commands import run
 from tests.support.servers import Server, request, serving, workers
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from tests.support.adapters import Adapted
@@ -178,16 +179,16 @@ def test_grammars_and_tools(server: Server) -> None:
 def test_after_the_worker_died(server: Server, expected: dict[str, str]) -> None:
     (worker,) = workers(server)
     worker.kill()
-    worker.wait(20)
+    worker.wait(PATIENCE)
     ask = asks(server)["chat"]
-    deadline = time.monotonic() + 60
-    while True:
-        try:
+
+    def answered() -> bool:
+        with suppress(openai.InternalServerError):
             assert ask("words") == ("words", expected["words"])
-            break
-        except openai.InternalServerError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+            return True
+        return False
+
+    until(answered)
     assert ask("style") == ("style", expected["style"])
 
 
