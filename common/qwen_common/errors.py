@@ -50,6 +50,21 @@ def mended_by(error: OSError) -> str | None:
     return f"{path}{error.strerror or 'the system refused it'}: {_MENDABLE[error.errno]}"
 
 
+def check_unicode(text: str, name: str, advice: str) -> None:
+    """Refuse halves of surrogate pairs, which stand for bytes that are no UTF-8.
+
+    Args:
+        name: what `text` is, and `advice` what to do with it, for the message.
+
+    Raises:
+        UserError: there are some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid UTF-8: {advice}") from error
+
+
 def one_line(text: str) -> str:
     """`text` with line breaks, and whatever else a terminal would act on, written as escapes."""
 

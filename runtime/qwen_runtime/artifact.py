@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from qwen_common import manifest as manifests
 from qwen_common.artifact_folder import open_folder
-from qwen_common.errors import UserError, one_line
+from qwen_common.errors import UserError, check_unicode, one_line
 from qwen_common.files import read_json
 from qwen_common.manifest import ADVICE, GENAI_CONFIG, MANIFEST, BackendName, Manifest
 from qwen_common.providers import CPU, named
@@ -232,7 +232,4 @@ def check_path(path: Path) -> None:
     """Raises:
     UserError: ONNX Runtime and OpenVINO take paths of Unicode alone, and POSIX has others.
     """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{one_line(str(path))} is not valid UTF-8: rename it") from error
+    check_unicode(str(path), one_line(str(path)), "rename it")

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_common.errors import UserError
+from qwen_common.errors import UserError, check_unicode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FileTokenizer
@@ -103,10 +103,7 @@ class Tokenizer:
         Raises:
             UserError: half of a surrogate pair is in it.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError("the text is not valid UTF-8: convert it first") from error
+        check_unicode(text, "the text", "convert it first")
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int], special: bool = False) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from qwen_common.errors import UserError, reported
+from qwen_common.errors import UserError, check_unicode, reported
 
 from qwen_runtime.artifact import Artifact
 from qwen_runtime.cli.options import ARTIFACT, DEBUG, GivenPath, load_options, named_path
@@ -160,8 +160,9 @@ def answer(
         text = sys.stdin.read() if prompt == "-" else prompt
         if text is not None and not (text.strip() or raw or images or videos):
             raise UserError("the prompt is empty: write a question, or leave PROMPT out for a chat")
-        _check_unicode(text or "", "the prompt")
-        _check_unicode(system or "", "the system message")
+        # The tokenizer refuses it too, which is late.
+        check_unicode(text or "", "the prompt", "convert it first")
+        check_unicode(system or "", "the system message", "convert it first")
         with shown_load(artifact):
             loaded = Model.load_with(artifact, load)
         with loaded as model:
@@ -187,18 +188,6 @@ def _check_name(artifact: Path) -> None:
     assert isinstance(group, click.Group)
     if not artifact.exists() and (close := get_close_matches(str(artifact), group.commands, 1)):
         raise UserError(f"no folder {artifact}: is the command '{close[0]}' meant?")
-
-
-def _check_unicode(text: str, name: str) -> None:
-    """Bytes that are no UTF-8 are halves of surrogate pairs here. A tokenizer refuses them, which is late.
-
-    Raises:
-        UserError: `text` has some.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is not valid UTF-8: convert it first") from error
 
 
 def _speak_utf8() -> None:
