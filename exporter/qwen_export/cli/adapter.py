@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qwen_export.cli.shared import debug_option, mmproj_option, reporting
+from qwen_export.cli.shared import debug_option, mmproj_option, reporting, revision_option
 
 _EPILOG = """\b
 Examples:
@@ -24,7 +24,7 @@ Examples:
     metavar="CHECKPOINT",
     help="What ARTIFACT was made from: folder, hub id or GGUF file. Its weights are not read.",
 )
-@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id; as org/name@REVISION.")
+@revision_option
 @mmproj_option
 @click.option(
     "-o",

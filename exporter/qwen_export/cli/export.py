@@ -20,6 +20,7 @@ from qwen_export.cli.shared import (
     overrides_option,
     progress_option,
     reporting,
+    revision_option,
     typed,
 )
 
@@ -70,7 +71,7 @@ Examples:
     help="Tokens of prompt and answer together, instead of the profile's limit; YaRN where that is more "
     "than the checkpoint was trained for.",
 )
-@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id; as org/name@REVISION.")
+@revision_option
 @keep_download_option
 @mmproj_option
 @adapters_option

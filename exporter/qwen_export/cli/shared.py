@@ -24,6 +24,9 @@ adapters_option = click.option(
     help="PEFT's LoRA adapter to merge into the weights, its scaling times WEIGHT; may be repeated: merged "
     "in that order.",
 )
+revision_option = click.option(
+    "--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id; as org/name@REVISION."
+)
 mmproj_option = click.option(
     "--mmproj",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),

@@ -16,6 +16,7 @@ from qwen_export.cli.shared import (
     mmproj_option,
     progress_option,
     reporting,
+    revision_option,
 )
 
 *_OTHERS, _LAST = sorted(PROVIDERS)
@@ -35,7 +36,7 @@ Examples:
     metavar="CHECKPOINT",
     help="What it was made from: folder, hub id or GGUF file.",
 )
-@click.option("--revision", help="Branch, tag or commit, when CHECKPOINT is a hub id; as org/name@REVISION.")
+@revision_option
 @keep_download_option
 @mmproj_option
 @adapters_option
