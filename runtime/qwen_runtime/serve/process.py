@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from types import FrameType
 
 from qwen_common.errors import UserError
 
@@ -21,6 +22,7 @@ from qwen_runtime.serve import worker
 from qwen_runtime.serve.worker import Failed, ModelSettings, Ready, Reply
 
 _CLOSE = b""
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class ModelProcess:
@@ -42,7 +44,7 @@ class ModelProcess:
             RuntimeError: the system has none.
         """
         try:
-            with _signals_held():
+            with signals_held():
                 self._process.start()
         except OSError as error:
             raise RuntimeError(f"the model's process cannot be started: {error.strerror}") from error
@@ -137,15 +139,27 @@ def _read(
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """What is started meanwhile never gets those that ask to end: they reach the whole group, and a process
-    that has not come to ignore them yet would end with a traceback."""
+    that has not come to ignore them yet would end with a traceback. So would one that is still to be told
+    what it is for: Python calls handlers in the main thread, whichever thread got the signal, so that a mask
+    alone does not keep them from ending the start."""
     if sys.platform == "win32":
         yield
         return
     resource_tracker.ensure_running()  # starting it with the first process would let go of them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
+    came: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: own for number in _ENDING if callable(own := signal.getsignal(number))}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
+        for number, own in handlers.items():
+            signal.signal(number, own)
+        for number in came:
+            signal.raise_signal(number)  # they wait for the mask
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -81,6 +82,32 @@ def test_it_ends_while_the_first_model_is_loaded(cpu_artifact: Path, asked: sign
     said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, "".join(said)) in ((0, ""), (130, "interrupted\n"))
     assert not found[0].is_running()
+
+
+HELD = """
+import os, signal, threading, time
+from qwen_runtime.serve.process import signals_held
+
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # one without the mask, which gets them
+try:
+    with signals_held():
+        for number in signal.SIGTERM, signal.SIGINT:
+            os.kill(os.getpid(), number)
+        time.sleep(0.5)
+        print("whole", flush=True)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_a_signal_does_not_cut_off_a_start() -> None:
+    """Whichever thread of the process gets it."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELD], capture_output=True, text=True, preexec_fn=heed_interrupts
+    )
+    whole, *after = done.stdout.split()
+    assert whole == "whole" and sorted(after) == ["interrupted", "told"], done
 
 
 def test_it_ends_while_another_model_is_loaded(cpu_artifact: Path) -> None:
